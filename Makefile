@@ -1,0 +1,28 @@
+# make quickstart: a teacher, a student and a distilled student in minutes, on any machine.   make test: everything that must hold.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+
+.PHONY: install quickstart test lint clean
+
+# On a machine without a GPU, PIP_INDEX_URL_TORCH may name an index that holds PyTorch's CPU builds.
+$(VENV)/.installed: setup.py megakd/__init__.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(if $(PIP_INDEX_URL_TORCH),--index-url $(PIP_INDEX_URL_TORCH)) "$(TORCH)"
+	$(BIN)/pip install --quiet -e ".[test]"
+	touch $@
+
+install: $(VENV)/.installed
+
+quickstart: install
+	$(BIN)/python scripts/quickstart.py --out quickstart
+
+lint: install
+	$(BIN)/ruff check .
+
+test: install lint
+	$(BIN)/python -m pytest -m "not slow"
+
+clean:
+	rm -rf $(VENV) quickstart

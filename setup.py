@@ -1,0 +1,40 @@
+"""Packaging of megakd and of megakd_kernels, which lives in kernels/ and needs torch (and, on a GPU, Triton) only."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "megakd" / "__init__.py").read_text()).group(1)
+
+setup(
+    name="megakd",
+    version=VERSION,
+    description="Exact, on-policy knowledge distillation of Hugging Face language models on megatron-core",
+    long_description=(HERE / "README.md").read_text() if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megakd", "megakd.*"]) + ["megakd_kernels"],
+    package_dir={"megakd_kernels": "kernels/megakd_kernels"},
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1,<0.17",  # 0.17 needs Python 3.12
+        "transformers>=5",
+        "safetensors",
+        "sentencepiece",
+        "rouge-score",
+        "numpy",
+        "pyyaml",
+        "tqdm",
+        "tensorboard",
+        "matplotlib",
+        "psutil",  # megatron-core's checkpoints hang without it
+        "tyro>=0.9",
+    ],
+    extras_require={
+        "gpu": ["triton>=3.7", "flash-attn"],
+        "test": ["pytest", "ruff", "triton>=3.7"],
+    },
+)
