@@ -1,0 +1,1 @@
+"""Which divergence, over which tokens, with which weight: the kernels compute it."""

@@ -1,0 +1,38 @@
+"""What a model family is: how its Hugging Face config becomes a TransformerConfig, and its name table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from megakd.models.param_mapping import Cut, HFTensor, Table, Whole
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family is one page: gpt2.py, opt.py, llama.py."""
+
+    model_type: str
+    unsupported: Callable[[PretrainedConfig], str | None]  # the reason why a config of this family cannot be run, or None
+    transformer_config: Callable[[PretrainedConfig], dict[str, Any]]  # arguments of megatron's TransformerConfig
+    model_arguments: Callable[[PretrainedConfig], dict[str, Any]]  # arguments of megatron's GPTModel
+    table: Callable[[PretrainedConfig, int], Table]  # (config, padded vocabulary size) -> names and mappings
+    skipped_rows: dict[str, int]  # Hugging Face tensors with leading rows that no Megatron parameter holds
+
+
+def linear(megatron: str, hf: str, *, axis: int, transposed: bool = False, bias: bool = True) -> Table:
+    """A column-parallel (axis 0) or row-parallel (axis 1) layer; a row-parallel bias is whole on every rank."""
+    weight = {f"{megatron}.weight": Cut(tensor=HFTensor(f"{hf}.weight", transposed), axis=axis)}
+    if not bias:
+        return weight
+    kind = Cut if axis == 0 else Whole
+    return weight | {f"{megatron}.bias": kind(tensor=HFTensor(f"{hf}.bias"))}
+
+
+def norm(megatron: str, hf: str, *, bias: bool = True) -> Table:
+    """A LayerNorm, or an RMSNorm without bias."""
+    parts = ("weight", "bias") if bias else ("weight",)
+    return {f"{megatron}.{part}": Whole(tensor=HFTensor(f"{hf}.{part}")) for part in parts}

@@ -1,0 +1,66 @@
+"""megatron-core's GPTModel that takes a soft prompt in front and hands out hidden states instead of logits.
+
+S sequence, B batch, H hidden, P soft prompt positions, V vocabulary.
+
+The output layer is applied by the loss (megakd_kernels.fused_linear_*), in pieces, so that [S, B, V] never exists.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
+from torch import Tensor
+
+from megakd.runtime.parallel_layout import ParallelLayout
+
+
+class HiddenStateGPTModel(GPTModel):
+    """One pipeline stage. `vocab_size` is the real vocabulary; this rank's head holds `output_weight().shape[0]` rows of the padded."""
+
+    def __init__(self, config, block_spec, *, layout: ParallelLayout, vocab_size: int, padded_vocab_size: int, **kwargs):
+        super().__init__(
+            config,
+            block_spec,
+            vocab_size=padded_vocab_size,
+            pre_process=layout.is_first_stage,
+            post_process=layout.is_last_stage,
+            parallel_output=True,
+            scatter_embedding_sequence_parallel=False,  # the prompt is put in front of the whole sequence, then it is scattered
+            pg_collection=layout.groups,
+            **kwargs,
+        )
+        self.layout, self.real_vocab_size = layout, vocab_size
+
+    def forward(self, tokens_BS: Tensor, position_ids_BS: Tensor, soft_prompt_PH: Tensor | None = None) -> Tensor:
+        """Hidden states of the S real positions, [S, B, H], whole on every TP rank of the last stage; else the next stage's input."""
+        embedded = self._embed(tokens_BS, position_ids_BS, soft_prompt_PH) if self.pre_process else None
+        hidden = super().forward(tokens_BS, position_ids_BS, attention_mask=None, decoder_input=embedded)
+        if not self.post_process:
+            return hidden
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=self.tp_group)
+        return hidden[hidden.shape[0] - tokens_BS.shape[1] :]
+
+    def _embed(self, tokens_BS: Tensor, position_ids_BS: Tensor, soft_prompt_PH: Tensor | None) -> Tensor:
+        """[P + S, B, H]: the prompt takes positions 0..P-1 and moves the tokens P to the right, as in the reference."""
+        embedding, batch = self.embedding, tokens_BS.shape[0]
+        x = embedding.word_embeddings(tokens_BS)
+        if soft_prompt_PH is not None:
+            prompt_length = soft_prompt_PH.shape[0]
+            x = torch.cat([soft_prompt_PH.to(x.dtype).expand(batch, -1, -1), x], 1)
+            prompt_positions = torch.arange(prompt_length, device=x.device).expand(batch, -1)
+            position_ids_BS = torch.cat([prompt_positions, position_ids_BS + prompt_length], 1)
+        if embedding.add_position_embedding:
+            x = x + embedding.position_embeddings(position_ids_BS)
+        x = embedding.embedding_dropout(x.transpose(0, 1).contiguous())
+        if self.config.sequence_parallel:
+            x = scatter_to_sequence_parallel_region(x, group=self.tp_group)
+        return x
+
+    def _postprocess(self, hidden_states, **_):
+        return hidden_states
+
+    def output_weight(self) -> Tensor:
+        """This rank's rows of the output layer, [V_padded / tp, H]; only on the last stage."""
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight

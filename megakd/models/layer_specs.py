@@ -1,0 +1,55 @@
+"""The project's own layer spec for megatron-core's GPTModel: SDPA attention, and a norm that works under sequence parallelism.
+
+megatron-core's stock local spec refuses sequence parallelism and materialises the attention scores. Parameter names are those of
+its Transformer Engine spec's map, so checkpoints move between the two.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megakd.models.attention import SDPACoreAttention
+
+
+class Norm:
+    """torch's LayerNorm or RMSNorm whose parameters carry `sequence_parallel`: all that megatron's gradient sync asks for."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> torch.nn.Module:
+        kind = torch.nn.LayerNorm if config.normalization == "LayerNorm" else torch.nn.RMSNorm
+        norm = kind(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
+        for param in norm.parameters():
+            param.sequence_parallel = config.sequence_parallel
+        return norm
+
+
+LAYER = ModuleSpec(
+    module=TransformerLayer,
+    submodules=TransformerLayerSubmodules(
+        input_layernorm=Norm,
+        self_attention=ModuleSpec(
+            module=SelfAttention,
+            params={"attn_mask_type": AttnMaskType.causal},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=ColumnParallelLinear, core_attention=SDPACoreAttention, linear_proj=RowParallelLinear
+            ),
+        ),
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=Norm,
+        mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+        mlp_bda=get_bias_dropout_add,
+    ),
+)
+
+
+def block_spec(config: TransformerConfig, pp_rank: int) -> TransformerBlockSubmodules:
+    """This stage's layers and the final norm. A bare layer spec would give the final norm megatron's own, which refuses SP."""
+    return TransformerBlockSubmodules(layer_specs=[LAYER] * get_num_layers_to_build(config, pp_rank=pp_rank), layer_norm=Norm)

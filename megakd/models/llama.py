@@ -1,0 +1,71 @@
+"""Llama: rotary positions (llama-3 scaling too), RMSNorm, gated SiLU, grouped key/value heads, tied or untied head."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from transformers import LlamaConfig
+
+from megakd.models.family import Family, linear, norm
+from megakd.models.param_mapping import QKV, GatedMLP, HFTensor, Table, Vocabulary
+
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+def unsupported(hf: LlamaConfig) -> str | None:
+    if hf.hidden_act != "silu":
+        return f"hidden_act {hf.hidden_act!r} is not 'silu'"
+    if hf.rope_parameters["rope_type"] not in ROPE_TYPES:
+        return f"rope_type {hf.rope_parameters['rope_type']!r} is not one of {ROPE_TYPES}"
+    if hf.attention_bias != hf.mlp_bias:
+        return f"attention_bias {hf.attention_bias} and mlp_bias {hf.mlp_bias} differ"
+    return None
+
+
+def transformer_config(hf: LlamaConfig) -> dict:
+    return {
+        "ffn_hidden_size": hf.intermediate_size,
+        "activation_func": F.silu,
+        "gated_linear_unit": True,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": hf.rms_norm_eps,
+        "add_bias_linear": hf.attention_bias,
+        "num_query_groups": hf.num_key_value_heads,
+        "kv_channels": hf.head_dim,
+        "hidden_dropout": 0.0,
+        "attention_dropout": hf.attention_dropout,
+    }
+
+
+def model_arguments(hf: LlamaConfig) -> dict:
+    return {"position_embedding_type": "rope", "max_sequence_length": hf.max_position_embeddings}
+
+
+def qkv(hf: LlamaConfig, kind: str) -> QKV:
+    q, k, v = (HFTensor(f"model.layers.*.self_attn.{x}_proj.{kind}") for x in "qkv")
+    groups = hf.num_key_value_heads
+    return QKV(q=q, k=k, v=v, groups=groups, heads_per_group=hf.num_attention_heads // groups)
+
+
+def gated_mlp(kind: str) -> GatedMLP:
+    return GatedMLP(gate=HFTensor(f"model.layers.*.mlp.gate_proj.{kind}"), up=HFTensor(f"model.layers.*.mlp.up_proj.{kind}"))
+
+
+def table(hf: LlamaConfig, padded_vocab_size: int) -> Table:
+    words = HFTensor("model.embed_tokens.weight")
+    head = words if hf.tie_word_embeddings else HFTensor("lm_head.weight")
+    layer, bias = "decoder.layers.*", hf.attention_bias
+    kinds = ("weight", "bias") if bias else ("weight",)
+    return {
+        "embedding.word_embeddings.weight": Vocabulary(tensor=words, padded_size=padded_vocab_size),
+        **norm(f"{layer}.input_layernorm", "model.layers.*.input_layernorm", bias=False),
+        **{f"{layer}.self_attention.linear_qkv.{kind}": qkv(hf, kind) for kind in kinds},
+        **linear(f"{layer}.self_attention.linear_proj", "model.layers.*.self_attn.o_proj", axis=1, bias=bias),
+        **norm(f"{layer}.pre_mlp_layernorm", "model.layers.*.post_attention_layernorm", bias=False),
+        **{f"{layer}.mlp.linear_fc1.{kind}": gated_mlp(kind) for kind in kinds},
+        **linear(f"{layer}.mlp.linear_fc2", "model.layers.*.mlp.down_proj", axis=1, bias=bias),
+        **norm("decoder.final_layernorm", "model.norm", bias=False),
+        "output_layer.weight": Vocabulary(tensor=head, padded_size=padded_vocab_size),
+    }
+
+
+FAMILY = Family("llama", unsupported, transformer_config, model_arguments, table, skipped_rows={})

@@ -1,0 +1,160 @@
+"""From a Hugging Face config to this rank's stage, and from a Hugging Face folder to its weights: each rank reads only its slice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from transformers import PretrainedConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from megakd.models import gpt2, llama, opt
+from megakd.models.family import Family
+from megakd.models.gpt_model import HiddenStateGPTModel
+from megakd.models.layer_specs import block_spec
+from megakd.models.param_mapping import HFTensor, Mapping, Source
+from megakd.runtime.parallel_layout import ParallelLayout
+
+FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (gpt2, opt, llama)}
+VOCABULARY_MULTIPLE = 64  # rows of the output layer per rank: keeps its matrix products aligned (50,257 becomes 50,304 at TP 1 and 2)
+
+
+def family_of(hf: PretrainedConfig, *, flag: str = "--model", name: str = "") -> Family:
+    """The family of a config.
+
+    Raises:
+        ValueError: an unknown family, or a config of a known one that cannot be run; the message says why.
+    """
+    family = FAMILIES.get(hf.model_type)
+    if family is None:
+        raise ValueError(f"{flag} {name}: model_type {hf.model_type!r} is not supported; use one of {', '.join(sorted(FAMILIES))}")
+    if reason := family.unsupported(hf):
+        raise ValueError(f"{flag} {name}: this {hf.model_type} model cannot be run: {reason}; use another size of the family")
+    return family
+
+
+def check_layout(hf: PretrainedConfig, tp: int, pp: int, *, flag: str = "--model", name: str = "", prefix: str = "--") -> None:
+    """Refuse a layout that does not divide the model; `prefix` is `--teacher-` for a teacher with flags of its own.
+
+    Raises:
+        ValueError: TP or PP does not fit; the message lists the sizes that do.
+    """
+    heads, groups = hf.num_attention_heads, getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads
+    ffn = family_of(hf, flag=flag, name=name).transformer_config(hf)["ffn_hidden_size"]
+    fits = [t for t in range(1, heads + 1) if heads % t == 0 and ffn % t == 0 and (groups % t == 0 or t % groups == 0)]
+    if tp not in fits:
+        raise ValueError(
+            f"{prefix}tensor-model-parallel-size {tp} does not divide the {heads} attention heads, {groups} key/value heads and "
+            f"{ffn} feed-forward columns of {flag} {name}; use one of {fits}"
+        )
+    layers = hf.num_hidden_layers
+    if layers % pp:
+        fits = [p for p in range(1, layers + 1) if layers % p == 0]
+        raise ValueError(f"{prefix}pipeline-model-parallel-size {pp} does not divide the {layers} layers of {flag} {name}; use one of {fits}")
+
+
+def padded_vocab_size(vocab_sizes: list[int], tp: int) -> int:
+    """One padded width for all models of a run, so that their vocabulary shards hold the same token ids on every rank."""
+    multiple = VOCABULARY_MULTIPLE * tp
+    return math.ceil(max(vocab_sizes) / multiple) * multiple
+
+
+def build_model(
+    hf: PretrainedConfig,
+    layout: ParallelLayout,
+    *,
+    padded_vocab_size: int,
+    dtype: torch.dtype = torch.float32,
+    sequence_parallel: bool = False,
+    **overrides,
+) -> HiddenStateGPTModel:
+    """This rank's stage with random weights; `overrides` are TransformerConfig fields (dropout, recompute)."""
+    family = family_of(hf)
+    config = transformer_config(hf, family, layout, dtype, sequence_parallel, overrides)
+    model = HiddenStateGPTModel(
+        config,
+        block_spec(config, layout.pp_rank),
+        layout=layout,
+        vocab_size=hf.vocab_size,
+        padded_vocab_size=padded_vocab_size,
+        share_embeddings_and_output_weights=hf.tie_word_embeddings,
+        **family.model_arguments(hf),
+    ).to(device=torch.cuda.current_device(), dtype=dtype)
+    if hasattr(model, "rotary_pos_emb"):
+        model.rotary_pos_emb.inv_freq = rotary_frequencies(hf)
+    model.hf_config = hf
+    return model
+
+
+def transformer_config(hf, family: Family, layout: ParallelLayout, dtype, sequence_parallel: bool, overrides: dict) -> TransformerConfig:
+    """What is the same for every family; fields that a family or an override also names are theirs."""
+    common = {
+        "num_layers": hf.num_hidden_layers,
+        "hidden_size": hf.hidden_size,
+        "num_attention_heads": hf.num_attention_heads,
+        "tensor_model_parallel_size": layout.tp_size,
+        "pipeline_model_parallel_size": layout.pp_size,
+        "sequence_parallel": sequence_parallel and layout.tp_size > 1,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "calculate_per_token_loss": True,  # sums travel, the mean is taken once over the global batch
+        "gradient_accumulation_fusion": False,  # needs Apex
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "batch_p2p_comm": False,
+        "variable_seq_lengths": layout.pp_size > 1,  # each micro-batch is cut to its own longest row
+        "moe_token_dispatcher_type": "alltoall",  # megatron-core asks for it beside variable_seq_lengths, also without experts
+    }
+    return TransformerConfig(**common | family.transformer_config(hf) | overrides)
+
+
+def rotary_frequencies(hf: PretrainedConfig) -> torch.Tensor:
+    """transformers' own inverse frequencies, scaling included, in float32."""
+    rotary = LlamaRotaryEmbedding(hf)
+    assert rotary.attention_scaling == 1.0, "the accepted rope types do not scale attention"
+    return rotary.inv_freq.detach().clone().float().to(torch.cuda.current_device())
+
+
+def parameter_mappings(model: HiddenStateGPTModel) -> Iterator[tuple[torch.nn.Parameter, Mapping]]:
+    """This rank's parameters with their mappings at the model's own layer numbers."""
+    family = family_of(model.hf_config)
+    table = family.table(model.hf_config, model.vocab_size)
+    offset = get_transformer_layer_offset(model.config, pp_rank=model.layout.pp_rank)
+    for name, param in model.named_parameters():
+        pattern, layer = layer_pattern(name)
+        yield param, table[pattern] if layer is None else at_layer(table[pattern], layer + offset)
+
+
+def layer_pattern(name: str) -> tuple[str, int | None]:
+    """`decoder.layers.3.mlp.x` -> (`decoder.layers.*.mlp.x`, 3); other names -> (name, None)."""
+    parts = name.split(".")
+    if parts[:2] != ["decoder", "layers"]:
+        return name, None
+    return ".".join([*parts[:2], "*", *parts[3:]]), int(parts[2])
+
+
+def at_layer(mapping: Mapping, layer: int) -> Mapping:
+    """The mapping with `*` filled in."""
+    filled = {key: value.at_layer(layer) for key, value in vars(mapping).items() if isinstance(value, HFTensor)}
+    return type(mapping)(**vars(mapping) | filled)
+
+
+@torch.no_grad()
+def load_weights(model: HiddenStateGPTModel, source: Source) -> None:
+    """Fill this rank's parameters, reading only this rank's slices.
+
+    Raises:
+        ValueError: a tensor is missing or its shape is not what the config says.
+    """
+    layout = model.layout
+    for param, mapping in parameter_mappings(model):
+        shard = mapping.read_shard(source, layout.tp_rank, layout.tp_size)
+        if shard.shape != param.shape:
+            names = ", ".join(tensor.name for tensor in mapping.sources())
+            raise ValueError(f"{names}: gives a shard of shape {tuple(shard.shape)}, but config.json asks for {tuple(param.shape)}")
+        param.copy_(shard)

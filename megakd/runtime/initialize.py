@@ -1,0 +1,111 @@
+"""From a bare process to a rank: torch.distributed, process groups, seeds and the device.
+
+`torchrun --nproc_per_node N script.py` gives N ranks; without torchrun the same line is one rank.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+import socket
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megakd.runtime import cpu_backend, megatron_repairs
+from megakd.runtime.parallel_layout import ParallelLayout, parallel_state
+
+
+def initialize(
+    *, tensor_model_parallel_size: int = 1, pipeline_model_parallel_size: int = 1, seed: int = 1234, timeout_minutes: int = 30
+) -> ParallelLayout:
+    """Join the other ranks and take a place in the TP × PP × DP grid.
+
+    Raises:
+        ValueError: the number of ranks is not a multiple of TP × PP.
+    """
+    check_world_size(tensor_model_parallel_size, pipeline_model_parallel_size, int(os.environ.get("WORLD_SIZE", "1")))
+    cpu_backend.install()
+    megatron_repairs.install()
+    if not dist.is_initialized():
+        join(datetime.timedelta(minutes=timeout_minutes))
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size, pipeline_model_parallel_size)
+    seed_everything(seed)
+    return ParallelLayout.from_parallel_state()
+
+
+def check_world_size(tp: int, pp: int, world_size: int) -> None:
+    """Refuse a grid that does not fit the ranks, before any of them waits for another."""
+    if world_size % (tp * pp):
+        raise ValueError(
+            f"--tensor-model-parallel-size {tp} × --pipeline-model-parallel-size {pp} = {tp * pp} does not divide the {world_size} "
+            f"rank(s) started; use torchrun --nproc_per_node with a multiple of {tp * pp}"
+        )
+
+
+def join(timeout: datetime.timedelta) -> None:
+    """torch.distributed over nccl where there is a GPU, over gloo where there is none."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(free_port())
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl", timeout=timeout)
+    else:
+        share_cores()
+        dist.init_process_group("gloo", timeout=timeout)
+
+
+def share_cores() -> None:
+    """Ranks on one CPU machine share its cores: more threads than cores cost more than they give."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if local_ranks > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+
+
+def free_port() -> int:
+    """A port that is free now; a single rank needs one only to talk to itself."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def seed_everything(seed: int) -> None:
+    """The same seed on every rank: replicated parts must agree. Inside tensor-parallel regions megatron's tracker adds the rank."""
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """`--dtype auto` is bf16 on a GPU and fp32 on a CPU."""
+    if name == "auto":
+        name = "bf16" if torch.cuda.is_available() else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def is_rank_zero() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+@contextmanager
+def process_group_closed_at_exit():
+    """Leave torch.distributed in order: a rank that exits without goodbye aborts the others' last message."""
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

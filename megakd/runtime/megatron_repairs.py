@@ -1,0 +1,79 @@
+"""Repairs for megatron-core 0.16.1 where neither Transformer Engine nor Apex is installed, on CPU and GPU alike.
+
+The optimizer then is torch's AdamW, and upstream's distributed optimizer mishandles its per-parameter `step`:
+
+    state_dict       asserts that every parameter has stepped, so a fresh optimizer cannot be loaded
+    load_state_dict  gives all parameters one shared `step`, which AdamW increments once per parameter: training silently leaves
+                     the unbroken run
+    _set_main_param_and_optimizer_states   copies the destination's keys, `step` among them: KeyError
+
+and clip_grads reads every norm back to the host, one synchronisation a parameter. With Apex or Transformer Engine nothing is touched.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+
+def install() -> bool:
+    """Repair once; True when the repairs are in place."""
+    if any(importlib.util.find_spec(name) for name in ("transformer_engine", "apex")):
+        return False
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    if DistributedOptimizer.state_dict is not _upstream.get("state_dict_repaired"):
+        _repair_distributed_optimizer(DistributedOptimizer)
+    clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl = _l2_norm, _scale
+    return True
+
+
+_upstream: dict = {}
+
+
+def _repair_distributed_optimizer(cls) -> None:
+    state_dict, load_state_dict = cls.state_dict, cls.load_state_dict
+
+    def repaired_state_dict(self):
+        _ensure_adam_state(self.optimizer)
+        return state_dict(self)
+
+    def repaired_load_state_dict(self, loaded):
+        _ensure_adam_state(self.optimizer)
+        load_state_dict(self, loaded)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    cls.state_dict, cls.load_state_dict = repaired_state_dict, repaired_load_state_dict
+    cls._set_main_param_and_optimizer_states = _set_main_param_and_optimizer_states
+    _upstream["state_dict_repaired"] = repaired_state_dict
+
+
+def _ensure_adam_state(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if not optimizer.state[param]:
+                zeros = {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[param] = {"step": torch.tensor(0.0), **zeros}
+
+
+@torch.no_grad()
+def _set_main_param_and_optimizer_states(self, model_param, tensors):
+    group_index, group_order = self.model_param_group_index_map[model_param]
+    main_param = self.optimizer.param_groups[group_index]["params"][group_order]
+    for name, destination in {"param": main_param, **self.optimizer.state[main_param]}.items():
+        if name != "step":  # restored with the parameter groups
+            destination.copy_(tensors[name])
+
+
+def _l2_norm(_chunk_size, _overflow, tensor_lists, _per_tensor):
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensor_lists[0])).float()).reshape(1), None
+
+
+def _scale(_chunk_size, _overflow, tensor_lists, factor):
+    source, destination = tensor_lists
+    if source is not destination and any(a.data_ptr() != b.data_ptr() for a, b in zip(source, destination)):
+        torch._foreach_copy_(destination, source)
+    torch._foreach_mul_(destination, factor)

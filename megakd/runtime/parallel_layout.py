@@ -1,0 +1,101 @@
+"""A model's own parallel layout: which ranks share a layer (tp), follow each other (pp) and repeat the model (dp).
+
+One object per model, passed to whoever needs a group, so that a teacher may have another layout than its student.
+Nothing outside this package asks megatron's global parallel_state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """Process groups of one model, and this rank's place in them."""
+
+    groups: ProcessGroupCollection
+
+    @classmethod
+    def from_parallel_state(cls) -> ParallelLayout:
+        """The layout that `initialize` set up: the student's, and by default the teacher's too."""
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        groups.dp_cp = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        return cls(groups)
+
+    @property
+    def tp_group(self) -> ProcessGroup:
+        return self.groups.tp
+
+    @property
+    def pp_group(self) -> ProcessGroup:
+        return self.groups.pp
+
+    @property
+    def dp_group(self) -> ProcessGroup:
+        return self.groups.dp
+
+    @property
+    def tp_size(self) -> int:
+        return self.tp_group.size()
+
+    @property
+    def tp_rank(self) -> int:
+        return self.tp_group.rank()
+
+    @property
+    def pp_size(self) -> int:
+        return self.pp_group.size()
+
+    @property
+    def pp_rank(self) -> int:
+        return self.pp_group.rank()
+
+    @property
+    def dp_size(self) -> int:
+        return self.dp_group.size()
+
+    @property
+    def dp_rank(self) -> int:
+        return self.dp_group.rank()
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_writer(self) -> bool:
+        """One rank per data-parallel replica that holds the last stage's results: the one that writes them down."""
+        return self.is_last_stage and self.tp_rank == 0
+
+    def stage_global_rank(self, stage: int) -> int:
+        """Global rank of pipeline stage `stage` in this rank's pipeline."""
+        return dist.get_process_group_ranks(self.pp_group)[stage]
+
+    def broadcast_from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Overwrite `tensor` on every stage with the last stage's."""
+        return self._broadcast(tensor, self.pp_size - 1)
+
+    def broadcast_from_first_stage(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Overwrite `tensor` on every stage with the first stage's."""
+        return self._broadcast(tensor, 0)
+
+    def _broadcast(self, tensor: torch.Tensor, stage: int) -> torch.Tensor:
+        if self.pp_size > 1:
+            dist.broadcast(tensor, self.stage_global_rank(stage), group=self.pp_group)
+        return tensor
+
+    def sum_over_data_parallel(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Overwrite `tensor` on every replica with the sum over replicas."""
+        if self.dp_size > 1:
+            dist.all_reduce(tensor, group=self.dp_group)
+        return tensor

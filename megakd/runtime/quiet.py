@@ -1,0 +1,18 @@
+"""Keep megatron-core's import quiet: without Transformer Engine and Apex it says nineteen times a rank that they are absent."""
+
+import logging
+import os
+import warnings
+
+FALLBACKS = r"(Transformer Engine|Apex|.*Falling back|.*is not installed|.*not available)"
+
+
+def quiet_megatron() -> None:
+    """Silence what is said at import and at set-up; errors and real warnings of a run still come through."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron-core expects it with tensor + sequence parallelism
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # ranks are forked in tests and by checkpoint writers
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", message=FALLBACKS)
+    for name in ("megatron", "torch.distributed.checkpoint"):
+        warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
+    logging.getLogger("megatron").setLevel(logging.ERROR)

@@ -1,0 +1,22 @@
+"""Shared set-up: one thread a rank, no network, tiny models and the real data where it is there."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parent))  # `from distributed import run_distributed`
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # before any fork: a child of a multi-threaded torch may hang
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """Real data, not part of the repository: tests that need it skip plainly where it is absent."""
+    folder = Path(os.environ.get("MEGAKD_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set MEGAKD_TEST_DATA")
+    return folder

@@ -1,0 +1,98 @@
+"""The model equals transformers' at every layout: hidden states times the output layer are its logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_distributed
+from tiny import tiny_config, tiny_folder, tiny_model
+
+from megakd.models.hf_checkpoint import HFCheckpoint
+from megakd.models.model_provider import build_model, check_layout, family_of, load_weights, padded_vocab_size
+from megakd.schedules import forward_only
+
+VARIANTS = {
+    "gpt2": {"family": "gpt2"},
+    "opt": {"family": "opt"},
+    "llama": {"family": "llama"},
+    "llama, tied": {"family": "llama", "tie_word_embeddings": True},
+    "llama, one key/value head": {"family": "llama", "num_key_value_heads": 1},
+    "llama, own head size": {"family": "llama", "head_dim": 32},
+    "llama, biases": {"family": "llama", "attention_bias": True, "mlp_bias": True},
+}
+LAYOUTS = [(1, 1, 1, False), (2, 1, 1, False), (1, 2, 1, False), (2, 1, 1, True), (2, 2, 1, False), (2, 1, 2, False)]  # tp, pp, dp, sp
+
+
+def batches():
+    from megakd.data.batch import Sample, micro_batches
+
+    generator = torch.Generator().manual_seed(3)
+    samples = []
+    for i, length in enumerate([17, 9, 12, 5]):
+        ids = torch.randint(2, 90, (length,), generator=generator).tolist()
+        samples.append(Sample(i, tuple(ids[:4]), tuple(ids[4:])))
+    return micro_batches(samples, 2, multiple_of=2)
+
+
+def logits_of_every_variant(layout, folders, sequence_parallel):
+    """Largest difference to transformers' logits over real positions, by variant."""
+    worst = {}
+    for name, folder in folders.items():
+        source = HFCheckpoint(folder)
+        width = padded_vocab_size([source.config.vocab_size], layout.tp_size)
+        model = build_model(source.config, layout, padded_vocab_size=width, sequence_parallel=sequence_parallel).eval()
+        load_weights(model, source)
+        reference = tiny_model(source.config)
+        hidden = forward_only(model, batches())
+        if layout.is_last_stage:
+            worst[name] = max(difference(model, h, batch, reference, layout) for h, batch in zip(hidden, batches()))
+    return worst
+
+
+def difference(model, hidden, batch, reference, layout):
+    local = (hidden @ model.output_weight().t()).transpose(0, 1).contiguous()
+    shards = [torch.empty_like(local) for _ in range(layout.tp_size)]
+    dist.all_gather(shards, local, group=layout.tp_group)
+    ours = torch.cat(shards, -1)[..., : model.real_vocab_size]
+    mask = torch.arange(batch.seq_length) < batch.lengths[:, None]
+    with torch.no_grad():
+        theirs = reference(batch.tokens, attention_mask=mask.long()).logits
+    return (ours - theirs)[mask].abs().max().item()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {name: tiny_folder(root / name.replace("/", "-"), **spec) for name, spec in VARIANTS.items()}
+
+
+@pytest.mark.parametrize("tp, pp, dp, sequence_parallel", LAYOUTS)
+def test_logits_equal_transformers(folders, tp, pp, dp, sequence_parallel):
+    for worst in run_distributed(logits_of_every_variant, tp * pp * dp, folders, sequence_parallel, tp=tp, pp=pp):
+        assert all(value <= 2e-6 for value in worst.values()), worst
+
+
+def test_llama3_rope_scaling_equals_transformers(tmp_path):
+    scaling = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling |= {"original_max_position_embeddings": 16}
+    folder = tiny_folder(tmp_path / "m", "llama", rope_parameters=scaling)
+    (worst,) = run_distributed(logits_of_every_variant, 1, {"llama3": folder}, False)
+    assert worst["llama3"] <= 2e-6
+
+
+def test_a_layout_that_does_not_divide_the_model_is_refused_with_the_sizes_that_do():
+    xl = tiny_config("gpt2", n_head=25, hidden=1600, layers=48)
+    with pytest.raises(ValueError, match=r"--tensor-model-parallel-size 2 does not divide the 25 attention heads.*use one of \[1, 5, 25\]"):
+        check_layout(xl, 2, 1, name="gpt2-xl")
+    with pytest.raises(ValueError, match=r"--pipeline-model-parallel-size 3 does not divide the 4 layers.*use one of \[1, 2, 4\]"):
+        check_layout(tiny_config("llama"), 1, 3)
+
+
+def test_models_that_cannot_be_run_say_why():
+    with pytest.raises(ValueError, match="word_embed_proj_dim 32 differs from hidden_size 64"):
+        family_of(tiny_config("opt", word_embed_proj_dim=32))
+    with pytest.raises(ValueError, match="do_layer_norm_before is false"):
+        family_of(tiny_config("opt", do_layer_norm_before=False))
+    with pytest.raises(ValueError, match="'yarn' is not one of"):
+        family_of(tiny_config("llama", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}))

@@ -1,0 +1,43 @@
+"""Tiny random Hugging Face models of each family, with random biases and norms so that every name of the table is really checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, PretrainedConfig
+from transformers.utils import logging
+
+logging.disable_progress_bar()
+
+VOCABULARY = 97  # prime: every tensor-parallel size needs padding
+SPECIALS = {"bos_token_id": 0, "eos_token_id": 0}
+
+
+def tiny_config(family: str, *, layers: int = 4, hidden: int = 64, vocab_size: int = VOCABULARY, **overrides) -> PretrainedConfig:
+    """No dropout, 4 heads, 64 positions; Llama has 2 key/value heads and its own head."""
+    if family == "gpt2":
+        fields = {"n_embd": hidden, "n_layer": layers, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        return GPT2Config(**{"vocab_size": vocab_size, **SPECIALS, **fields, **overrides})
+    fields = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": 4, "max_position_embeddings": 64}
+    if family == "opt":
+        fields |= {"ffn_dim": 2 * hidden, "word_embed_proj_dim": hidden, "dropout": 0.0, "attention_dropout": 0.0, "pad_token_id": 1}
+        return OPTConfig(**{"vocab_size": vocab_size, **SPECIALS, **fields, **overrides})
+    fields |= {"intermediate_size": 112, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    return LlamaConfig(**{"vocab_size": vocab_size, **SPECIALS, **fields, **overrides})
+
+
+def tiny_model(config: PretrainedConfig, *, seed: int = 7):
+    """A transformers model in float32, in evaluation mode."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(torch.randn_like(param) * 0.05)
+    return model.eval()
+
+
+def tiny_folder(path: Path, family: str, *, seed: int = 7, **config) -> Path:
+    """A saved tiny model."""
+    tiny_model(tiny_config(family, **config), seed=seed).save_pretrained(path)
+    return path
