@@ -1,0 +1,98 @@
+"""Samples of token ids, and the right-padded Batch that every method, on-policy or not, hands to the models.
+
+    ids        = prompt + response, n ids, the response ends with EOS            prompt a b c      response d e EOS
+    tokens     = ids[:n-1]                                                       a b c d e
+    labels     = ids[1:]                                                         b c d e EOS
+    loss_mask  = 1 from position len(prompt)-1 to n-2                            0 0 1 1 1
+
+The mask comes from lengths alone: GPT-2, OPT and Llama train with pad == EOS, so token values cannot tell a real EOS from
+padding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+PADDING = 0  # any valid id: padded positions are masked out of attention and loss, whatever they hold
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt and its response. A plain text has an empty prompt, a prompt yet to be answered an empty response."""
+
+    sample_id: int  # index in its data set
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]  # EOS included, unless truncated
+
+    @property
+    def num_positions(self) -> int:
+        """Input positions: one less than the ids, because the last id is only ever a label."""
+        return len(self.prompt) + len(self.response) - 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """b rows of s positions, right-padded."""
+
+    tokens: Tensor  # [b, s] int64, inputs
+    labels: Tensor  # [b, s] int64, the next token; 0 where there is none
+    loss_mask: Tensor  # [b, s] float32, 1 where the label is a token of the response, EOS included
+    position_ids: Tensor  # [b, s] int64, 0 .. s-1 in every row
+    lengths: Tensor  # [b] int64, real input positions
+    sample_ids: Tensor  # [b] int64
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def seq_length(self) -> int:
+        return self.tokens.shape[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """Supervised labels. Reads a tensor: ask before `.to(device)`, or the device is waited for."""
+        return int(self.loss_mask.sum())
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(**{field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)})
+
+
+def collate(samples: Sequence[Sample], *, seq_length: int | None = None, multiple_of: int = 1) -> Batch:
+    """One Batch of all samples, as wide as the longest row rounded up to `multiple_of`, or exactly `seq_length`.
+
+    Raises ValueError where a row does not fit into `seq_length`.
+    """
+    lengths = torch.tensor([sample.num_positions for sample in samples])
+    longest = int(lengths.max())
+    if seq_length is not None and longest > seq_length:
+        raise ValueError(f"--seq-length {seq_length} is too short for a row of {longest} positions; raise it to {longest}")
+    width = seq_length or -(-longest // multiple_of) * multiple_of
+
+    ids = torch.full((len(samples), width + 1), PADDING)
+    for row, sample in zip(ids, samples):
+        row[: sample.num_positions + 1] = torch.tensor(sample.prompt + sample.response)
+
+    position_ids = torch.arange(width).expand(len(samples), width).contiguous()
+    first_label = torch.tensor([max(len(sample.prompt) - 1, 0) for sample in samples])
+    real = position_ids < lengths[:, None]
+    return Batch(
+        tokens=ids[:, :-1].where(real, PADDING),  # the last id is a label only
+        labels=ids[:, 1:].contiguous(),
+        loss_mask=(real & (position_ids >= first_label[:, None])).float(),
+        position_ids=position_ids,
+        lengths=lengths,
+        sample_ids=torch.tensor([sample.sample_id for sample in samples]),
+    )
+
+
+def micro_batches(samples: Sequence[Sample], micro_batch_size: int, *, multiple_of: int = 1) -> list[Batch]:
+    """Batches of at most `micro_batch_size` rows of like length, each as wide as its own longest row.
+
+    Longest first, so that memory that does not suffice shows in the first micro-batch. The order depends on `samples` alone.
+    """
+    ordered = sorted(samples, key=lambda sample: -sample.num_positions)
+    parts = [ordered[first : first + micro_batch_size] for first in range(0, len(ordered), micro_batch_size)]
+    return [collate(part, multiple_of=multiple_of) for part in parts]

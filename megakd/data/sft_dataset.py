@@ -1,0 +1,53 @@
+"""Prompts with their responses.
+
+EOS follows the response; a row of more than `max_length` ids loses its tail, and EOS with it. Plain text has no prompt: a
+document is cut into pieces of `max_length` ids, and every token is learnt.
+"""
+
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from megakd.data.rows import Row, read_rows
+from megakd.data.text_dataset import TextDataset, encode_responses, report_dropped
+from megakd.data.tokenizer import encode, eos_id
+
+
+class SFTDataset(TextDataset):
+    """The rows of `path` that have a prompt of at most `max_prompt_length` ids, each a Sample of at most `max_length`.
+
+    Raises ValueError where the file cannot be used, a row has no response, or no row is left.
+    """
+
+    def __init__(
+        self, path: str | Path, tokenizer: PreTrainedTokenizerBase, *, max_length: int = 512, max_prompt_length: int = 256
+    ) -> None:
+        super().__init__()
+        if max_prompt_length >= max_length:
+            raise ValueError(
+                f"--max-prompt-length {max_prompt_length} leaves no room for a response in --max-length {max_length}; lower it"
+            )
+        rows = read_rows(path)
+        check_responses(rows)
+        prompts = encode(tokenizer, [row.prompt for row in rows])
+        report_dropped(path, prompts, max_prompt_length)
+        for row, prompt, response in zip(rows, prompts, encode_responses(rows, prompts, tokenizer)):
+            if len(prompt) <= max_prompt_length:
+                for piece in cut(prompt, [*response, eos_id(tokenizer)], max_length):
+                    self._add(row, prompt, piece)
+        if not self:
+            raise ValueError(f"{path} holds no text; its documents have no tokens to learn")
+
+
+def cut(prompt: list[int], response: list[int], max_length: int) -> list[list[int]]:
+    """The response cut to `max_length` ids with its prompt; plain text in as many pieces as it takes, of two ids or more."""
+    if prompt:
+        return [response[: max_length - len(prompt)]]
+    pieces = [response[first : first + max_length] for first in range(0, len(response), max_length)]
+    return [piece for piece in pieces if len(piece) > 1]  # one id alone has nothing to be predicted from
+
+
+def check_responses(rows: list[Row]) -> None:
+    for row in rows:
+        if not row.references:
+            raise ValueError(f"{row.where} has no response; training needs a field response or output")

@@ -1,0 +1,53 @@
+"""Writes a small instruction data set and a tokenizer for it.
+
+    python scripts/prepare_data.py --out data/tasks
+
+leaves train.jsonl, valid.jsonl and test.jsonl (no prompt in two of them), and tokenizer/, a Hugging Face folder.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from megakd.data.tasks import make_rows
+
+
+def main() -> None:
+    args = parse_args()
+    sizes = {"train": args.num_train, "valid": args.num_valid, "test": args.num_test}
+    rows = make_rows(sum(sizes.values()), seed=args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    first = 0
+    for split, size in sizes.items():
+        write_jsonl(args.out / f"{split}.jsonl", rows[first : first + size])
+        first += size
+
+    from megakd.data.train_tokenizer import train_tokenizer  # transformers takes seconds to import, --help none
+
+    tokenizer = train_tokenizer([row["prompt"] + row["response"] for row in rows[: args.num_train]])
+    tokenizer.save_pretrained(args.out / "tokenizer")
+    print(f"{args.out}: {', '.join(f'{size} {split}' for split, size in sizes.items())} rows; tokenizer of {len(tokenizer)} ids")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    for split, default in {"train": 20000, "valid": 500, "test": 500}.items():
+        parser.add_argument(f"--num-{split}", type=positive, default=default, help=f"rows of {split}.jsonl (default {default})")
+    parser.add_argument("--seed", type=int, default=1234, help="same seed, same data (default 1234)")
+    return parser.parse_args()
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of rows; use 1 or more")
+    return number
+
+
+def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
