@@ -1,0 +1,300 @@
+"""Every setting of a run: one field is one flag, with its help and its check. A YAML file lies under the flags; flags win.
+
+Flag names are Megatron's where Megatron has one, then Hugging Face's, then PromptKD's own. Importing this file imports no torch,
+so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+import yaml
+
+MethodName = Literal["sft", "kd", "promptkd"]
+TEACHER_METHODS = ("kd", "promptkd")
+
+
+def flag(default: Any, help: str) -> Any:
+    """A field that is a flag with this help."""
+    return field(default=default, metadata={"help": help})
+
+
+def alias(*names: str) -> Any:
+    return tyro.conf.arg(aliases=names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Student and teacher: Hugging Face folders or native checkpoints."""
+
+    model: Annotated[str, alias("--model-name-or-path", "--model-path")] = flag("", "the student's folder")
+    teacher_model: Annotated[str, alias("--teacher-model-name-or-path", "--teacher-model-path")] = flag("", "the teacher's folder")
+    dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "weights and activations; bf16 keeps fp32 master weights; auto: bf16 on a GPU, fp32 on a CPU")
+    hidden_dropout: float | None = flag(None, "the student's dropout while it learns; default: what its config.json says")
+    attention_dropout: float | None = flag(None, "the student's attention dropout; default: what its config.json says")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """jsonl with prompt/response, instruction/input/output or text."""
+
+    train_data: Annotated[str, alias("--train-data-path", "--data-path")] = flag("", "jsonl or txt file to learn from")
+    valid_data: Annotated[str, alias("--valid-data-path")] = flag("", "held-out jsonl or txt file; none: no evaluation")
+    max_length: Annotated[int, alias("--seq-length")] = flag(512, "tokens of prompt and response together; longer responses are cut")
+    max_prompt_length: int = flag(256, "tokens of a prompt; rows with a longer one are left out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How a model is spread over ranks; what TP × PP leaves is data parallelism."""
+
+    tensor_model_parallel_size: Annotated[int, alias("--tp")] = flag(1, "ranks that share one layer")
+    pipeline_model_parallel_size: Annotated[int, alias("--pp")] = flag(1, "ranks that follow each other, each with some of the layers")
+    sequence_parallel: bool = flag(False, "split what is between tensor-parallel layers along the sequence too")
+    use_distributed_optimizer: bool = flag(False, "split the optimizer's state over data-parallel ranks (ZeRO-1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Batch, length of the run, optimizer."""
+
+    micro_batch_size: Annotated[int, alias("--mbs")] = flag(2, "rows of one forward pass on one rank")
+    global_batch_size: Annotated[int, alias("--gbs")] = flag(32, "rows of one optimizer step over all ranks")
+    train_iters: Annotated[int | None, alias("--max-steps")] = flag(None, "optimizer steps; or give --epochs")
+    epochs: Annotated[int | None, alias("--num-train-epochs")] = flag(None, "passes over the training data; or give --train-iters")
+    lr: Annotated[float, alias("--learning-rate")] = flag(5e-5, "the student's highest learning rate")
+    min_lr: float = flag(0.0, "where the decay ends")
+    lr_warmup_iters: Annotated[int, alias("--warmup-iters")] = flag(0, "iterations of linear warm-up")
+    lr_decay_style: Literal["constant", "linear", "cosine"] = flag("cosine", "how the learning rate falls after the warm-up")
+    weight_decay: float = flag(0.01, "AdamW's weight decay; norms and biases have none")
+    adam_beta1: float = flag(0.9, "AdamW's first moment")
+    adam_beta2: float = flag(0.999, "AdamW's second moment")
+    adam_eps: float = flag(1e-8, "AdamW's epsilon")
+    clip_grad: float = flag(1.0, "largest global gradient norm; 0: no clipping")
+    recompute: bool = flag(False, "recompute each layer's activations in the backward pass: less memory, a third more work")
+    seed: int = flag(1234, "of data order, dropout, prompt and sampling; no result depends on the layout through it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """What the student learns from the teacher."""
+
+    kd_ratio: float = flag(0.5, "kd: share of the divergence, the rest is cross-entropy on the responses")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptKDConfig:
+    """PromptKD's soft prompt (arXiv 2402.12842)."""
+
+    prompt_len: int = flag(7, "soft prompt vectors in front of the teacher")
+    prompt_init: Literal["text", "random"] = flag("text", "start from the embeddings of --prompt-init-text, or from random vectors")
+    prompt_init_text: str = flag("Suppose you are a student.", "repeated or cut to --prompt-len tokens")
+    teacher_lr: float | None = flag(None, "the soft prompt's highest learning rate; default: --lr")
+    base_coef: float = flag(1.0, "weight of KL(prompted‖base teacher) at the start; it falls linearly to 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How the student writes its responses (on-policy methods)."""
+
+    max_new_tokens: int | None = flag(None, "longest response; default: --max-length minus --max-prompt-length")
+    temperature: float = flag(1.0, "of sampling alone, never of a loss")
+    top_k: int = flag(0, "sample among the k likeliest tokens; 0: all")
+    top_p: float = flag(1.0, "sample among the likeliest tokens that hold this probability; 1: all")
+    rollout_batch_size: int = flag(64, "rows decoded together")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """What a run leaves in --save."""
+
+    save: Annotated[str, alias("--output-dir")] = flag("", "folder of the run: config, metrics, checkpoints, Hugging Face export, figures")
+    save_interval: Annotated[int | None, alias("--save-steps")] = flag(None, "iterations between checkpoints; default: only the last")
+    eval_interval: Annotated[int | None, alias("--eval-steps")] = flag(None, "iterations between evaluations; default: before and after")
+    eval_iters: int | None = flag(None, "global batches of an evaluation; default: all of --valid-data")
+    log_interval: Annotated[int, alias("--logging-steps")] = flag(1, "iterations between progress lines")
+    save_rollouts: bool = flag(False, "write rollouts.jsonl: ids and loss mask of every response, so that any step can be recomputed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Distil a student from a teacher: on-policy, exactly, with tensor, pipeline and data parallelism.
+
+    torchrun --nproc_per_node 2 scripts/pretrain_kd.py --method promptkd --model STUDENT --teacher-model TEACHER
+    --train-data train.jsonl --valid-data valid.jsonl --tensor-model-parallel-size 2 --train-iters 1000 --save runs/promptkd
+    """
+
+    method: MethodName = flag("promptkd", "sft: cross-entropy; kd: forward KL on the data; promptkd: reverse KL on what the student writes")
+    models: tyro.conf.OmitArgPrefixes[ModelConfig] = field(default_factory=ModelConfig)
+    data: tyro.conf.OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
+    parallel: tyro.conf.OmitArgPrefixes[ParallelConfig] = field(default_factory=ParallelConfig)
+    training: tyro.conf.OmitArgPrefixes[TrainingConfig] = field(default_factory=TrainingConfig)
+    distillation: tyro.conf.OmitArgPrefixes[DistillationConfig] = field(default_factory=DistillationConfig)
+    promptkd: tyro.conf.OmitArgPrefixes[PromptKDConfig] = field(default_factory=PromptKDConfig)
+    generation: tyro.conf.OmitArgPrefixes[GenerationConfig] = field(default_factory=GenerationConfig)
+    output: tyro.conf.OmitArgPrefixes[OutputConfig] = field(default_factory=OutputConfig)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.method in TEACHER_METHODS
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.generation.max_new_tokens or self.data.max_length - self.data.max_prompt_length
+
+    def check(self) -> None:
+        """Refuse what cannot be, before anything is loaded.
+
+        Raises:
+            ValueError: the first impossible value or combination, with its flag.
+        """
+        for complaint in complaints(self):
+            raise ValueError(complaint)
+
+    def flat(self) -> dict[str, Any]:
+        """All settings by flag name, as in config.yaml."""
+        return flatten(dataclasses.asdict(self))
+
+
+def complaints(config: Config):
+    """What is wrong with a configuration, one line each."""
+    models, data, training, output = config.models, config.data, config.training, config.output
+    if not models.model:
+        yield "--model is missing; give the student's Hugging Face folder or native checkpoint"
+    if config.needs_teacher and not models.teacher_model:
+        yield f"--method {config.method} needs --teacher-model; give the teacher's folder"
+    if not config.needs_teacher and models.teacher_model:
+        yield f"--method {config.method} has no use for --teacher-model {models.teacher_model}; leave it out or choose {' or '.join(TEACHER_METHODS)}"
+    if not data.train_data:
+        yield "--train-data is missing; give a jsonl file with prompt and response"
+    if not output.save:
+        yield "--save is missing; name the folder that the run shall fill"
+    if (training.train_iters is None) == (training.epochs is None):
+        yield f"--train-iters {training.train_iters} and --epochs {training.epochs}: give exactly one of them"
+    yield from out_of_range(config)
+    if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
+        yield "--sequence-parallel needs --tensor-model-parallel-size of at least 2; leave it out"
+    if data.max_prompt_length >= data.max_length:
+        yield f"--max-prompt-length {data.max_prompt_length} leaves no room for a response in --max-length {data.max_length}; lower it"
+    if training.min_lr > training.lr:
+        yield f"--min-lr {training.min_lr} is above --lr {training.lr}; lower it"
+
+
+POSITIVE = (
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size", "global_batch_size", "train_iters", "epochs",
+    "max_length", "max_prompt_length", "max_new_tokens", "rollout_batch_size", "prompt_len", "temperature", "save_interval",
+    "eval_interval", "eval_iters", "log_interval", "lr",
+)  # fmt: skip
+NOT_NEGATIVE = ("min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "base_coef", "top_k", "teacher_lr", "adam_eps")
+FRACTIONS = ("kd_ratio", "top_p", "adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout")
+
+
+def out_of_range(config: Config):
+    """Numbers outside their range; None (not given) is never."""
+    values = {name: value for name, value in config.flat().items() if value is not None}
+    for names, fits, range_ in ((POSITIVE, lambda x: x > 0, "above 0"), (NOT_NEGATIVE, lambda x: x >= 0, "at least 0"), (FRACTIONS, lambda x: 0 <= x <= 1, "from 0 to 1")):
+        for name in names:
+            if name in values and not fits(values[name]):
+                yield f"{flag_name(name)} {values[name]} must be {range_}"
+
+
+def parse(arguments: Sequence[str]) -> Config:
+    """Flags over the YAML file of `--config`, over the defaults. Exits with one line where they cannot be read."""
+    try:
+        arguments, file = take_config_file(list(arguments))
+        config = from_flags(arguments, from_yaml(file) if file else Config())
+        config.check()
+        return config
+    except ValueError as error:
+        fail(str(error))
+
+
+def take_config_file(arguments: list[str]) -> tuple[list[str], str | None]:
+    """`--config FILE` apart from the other flags."""
+    rest, file = [], None
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name != "--config":
+            rest.append(word)
+        elif (file := value if equals else next(words, None)) is None:
+            raise ValueError("--config needs a YAML file")
+    return rest, file
+
+
+def from_yaml(file: str | Path) -> Config:
+    """A configuration from a flat YAML file of flag names.
+
+    Raises:
+        ValueError: no such file, not a mapping, or a key that is no flag.
+    """
+    if not Path(file).is_file():
+        raise ValueError(f"--config {file}: no such file")
+    try:
+        values = yaml.safe_load(Path(file).read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {file}: not YAML ({str(error).splitlines()[0]}); write one `flag-name: value` a line") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {file}: holds a {type(values).__name__}; write one `flag-name: value` a line")
+    values = {str(name).lstrip("-").replace("-", "_"): value for name, value in values.items()}
+    if unknown := sorted(values.keys() - Config().flat().keys()):
+        raise ValueError(f"--config {file}: unknown key {unknown[0]!r}; --help lists the flags")
+    words = [word for name, value in values.items() if value is not None for word in as_words(name, value)]
+    return from_flags(words, Config(), where=f"--config {file}: ")
+
+
+def as_words(name: str, value: Any) -> list[str]:
+    """A YAML entry as the words of a command line, so that it meets the same checks."""
+    if isinstance(value, bool):
+        return [flag_name(name if value else f"no_{name}")]
+    return [flag_name(name), str(value)]
+
+
+def from_flags(arguments: list[str], default: Config, *, where: str = "") -> Config:
+    """Flags over `default`. `--help` prints and exits.
+
+    Raises:
+        ValueError: an unknown flag or a value of the wrong type, in one line.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(Config, args=arguments, default=default, prog="pretrain_kd.py")
+    except SystemExit as exit:
+        if not exit.code:
+            raise
+        raise ValueError(where + one_line(said.getvalue())) from None
+
+
+def one_line(box: str) -> str:
+    """tyro's complaint without its frame."""
+    body = box.split("\n", 1)[1].split("──")[0]
+    return " ".join(body.replace("│", " ").split()) + "; --help lists the flags"
+
+
+def flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def flatten(nested: dict[str, Any]) -> dict[str, Any]:
+    """Groups dissolved: no two flags share a name."""
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        flat |= value if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def fail(message: str) -> None:
+    """One line on rank 0, and exit code 2 on every rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
