@@ -32,7 +32,7 @@ def batches():
     for i, length in enumerate([17, 9, 12, 5]):
         ids = torch.randint(2, 90, (length,), generator=generator).tolist()
         samples.append(Sample(i, tuple(ids[:4]), tuple(ids[4:])))
-    return micro_batches(samples, 2, multiple_of=2)
+    return micro_batches(samples, 2)
 
 
 def logits_of_every_variant(layout, folders, sequence_parallel):

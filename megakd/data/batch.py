@@ -42,6 +42,7 @@ class Batch:
     position_ids: Tensor  # [b, s] int64, 0 .. s-1 in every row
     lengths: Tensor  # [b] int64, real input positions
     sample_ids: Tensor  # [b] int64
+    supervised_positions: Tensor  # [n] int64, where the mask is 1 in the flattened [b * s]
 
     @property
     def micro_batch_size(self) -> int:
@@ -52,9 +53,9 @@ class Batch:
         return self.tokens.shape[1]
 
     @property
-    def num_tokens(self) -> int:
-        """Supervised labels. Reads a tensor: ask before `.to(device)`, or the device is waited for."""
-        return int(self.loss_mask.sum())
+    def num_supervised(self) -> int:
+        """Labels that count, n; known without waiting for the device."""
+        return self.supervised_positions.shape[0]
 
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(**{field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)})
@@ -78,13 +79,15 @@ def collate(samples: Sequence[Sample], *, seq_length: int | None = None, multipl
     position_ids = torch.arange(width).expand(len(samples), width).contiguous()
     first_label = torch.tensor([max(len(sample.prompt) - 1, 0) for sample in samples])
     real = position_ids < lengths[:, None]
+    loss_mask = real & (position_ids >= first_label[:, None])
     return Batch(
         tokens=ids[:, :-1].where(real, PADDING),  # the last id is a label only
         labels=ids[:, 1:].contiguous(),
-        loss_mask=(real & (position_ids >= first_label[:, None])).float(),
+        loss_mask=loss_mask.float(),
         position_ids=position_ids,
         lengths=lengths,
         sample_ids=torch.tensor([sample.sample_id for sample in samples]),
+        supervised_positions=loss_mask.flatten().nonzero().squeeze(1),
     )
 
 

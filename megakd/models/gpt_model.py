@@ -8,6 +8,7 @@ The output layer is applied by the loss (megakd_kernels.fused_linear_*), in piec
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
 from torch import Tensor
@@ -40,7 +41,8 @@ class HiddenStateGPTModel(GPTModel):
             return hidden
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=self.tp_group)
-        return hidden[hidden.shape[0] - tokens_BS.shape[1] :]
+        first = 0 if soft_prompt_PH is None else soft_prompt_PH.shape[0]
+        return hidden[first : first + tokens_BS.shape[1]]
 
     def _embed(self, tokens_BS: Tensor, position_ids_BS: Tensor, soft_prompt_PH: Tensor | None) -> Tensor:
         """[P + S, B, H]: the prompt takes positions 0..P-1 and moves the tokens P to the right, as in the reference."""
@@ -55,6 +57,7 @@ class HiddenStateGPTModel(GPTModel):
             x = x + embedding.position_embeddings(position_ids_BS)
         x = embedding.embedding_dropout(x.transpose(0, 1).contiguous())
         if self.config.sequence_parallel:
+            x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[0] % self.tp_group.size()))  # equal parts; nothing real sees what comes last
             x = scatter_to_sequence_parallel_region(x, group=self.tp_group)
         return x
 

@@ -1,0 +1,137 @@
+"""Micro-batches through the pipeline stages, on megatron-core's schedules.
+
+N supervised tokens of a micro-batch, H hidden size.
+
+What comes out of the last stage is the hidden states of the supervised positions, [N, H], and never logits. A loss gets them one
+micro-batch at a time and gives a value per token; values are summed here, over micro-batches and data-parallel ranks, and divided
+once by the tokens of the whole global batch: a token mean, not a mean of means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from torch import Tensor
+
+from megakd.data.batch import Batch
+from megakd.models.gpt_model import HiddenStateGPTModel
+from megakd.runtime.parallel_layout import ParallelLayout
+
+LossFunction = Callable[[Tensor, Batch, int], dict[str, Tensor]]
+"""(hidden_NH, micro-batch, its number) -> values per token [N] by name; the first is what is minimised."""
+
+
+def forward_only(model: HiddenStateGPTModel, batches: Sequence[Batch], soft_prompt: Tensor | None = None) -> list[Tensor]:
+    """Hidden states [s, b, H] of every micro-batch on the last stage, an empty list on the others. No dropout, no gradient."""
+
+    def step(iterator, model):
+        batch = next(iterator)
+        return model(batch.tokens, batch.position_ids, soft_prompt), lambda hidden, non_loss_data: hidden
+
+    with torch.no_grad(), evaluation_mode(model):
+        return run_schedule(model, batches, step, forward_only=True, collect_non_loss_data=True)
+
+
+def supervised_hidden(model: HiddenStateGPTModel, batches: Sequence[Batch], soft_prompt: Tensor | None = None) -> list[Tensor]:
+    """What a loss needs of a model that does not learn: [N, H] of every micro-batch on the last stage."""
+    return [supervised(hidden, batch) for hidden, batch in zip(forward_only(model, batches, soft_prompt), batches)]
+
+
+def forward_backward(
+    model: torch.nn.Module,
+    batches: Sequence[Batch],
+    loss_function: LossFunction,
+    names: Sequence[str],
+    *,
+    layout: ParallelLayout,
+    soft_prompt: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Gradients of Σ loss over this rank's micro-batches, and the token means of all `names` over the global batch, on every rank.
+
+    `model` is the student in its DistributedDataParallel, or the frozen teacher when `soft_prompt` is what learns.
+    """
+    sums = _run_loss(model, batches, loss_function, names, soft_prompt, forward_only=False)
+    return token_means(sums, names, layout)
+
+
+def evaluate_loss(
+    model: HiddenStateGPTModel, batches: Sequence[Batch], loss_function: LossFunction, names: Sequence[str]
+) -> Tensor:
+    """Sums of all `names` and, last, the token count, over this rank's micro-batches; zeros on all stages but the last."""
+    with torch.no_grad(), evaluation_mode(model):
+        return _run_loss(model, batches, loss_function, names, None, forward_only=True)
+
+
+def _run_loss(model, batches, loss_function, names, soft_prompt, *, forward_only: bool) -> Tensor:
+    numbers = iter(range(len(batches)))
+
+    def step(iterator, model):
+        batch, number = next(iterator), next(numbers)
+        output = model(batch.tokens, batch.position_ids, soft_prompt)
+
+        def loss(hidden: Tensor):
+            values = loss_function(supervised(hidden, batch), batch, number)
+            minimised = next(iter(values.values())).sum()
+            tokens = torch.tensor(batch.num_supervised, dtype=torch.int, device=hidden.device)
+            return minimised, tokens, torch.stack([values[name].detach().sum() for name in names] + [tokens]).double()
+
+        return output, loss
+
+    sums = run_schedule(model, batches, step, forward_only=forward_only)
+    device = torch.cuda.current_device()
+    return torch.stack(sums).sum(0) if sums else torch.zeros(len(names) + 1, dtype=torch.double, device=device)
+
+
+def run_schedule(model: torch.nn.Module, batches: Sequence[Batch], step: Callable, **options) -> list:
+    """megatron-core's schedule for this model's pipeline; what `step`'s second half returned per micro-batch on the last stage."""
+    inner = unwrap(model)
+    layout, device = inner.layout, torch.cuda.current_device()
+    communicator = {"p2p_communicator": P2PCommunicator(layout.pp_group, inner.config)} if layout.pp_size > 1 else {}
+    return get_forward_backward_func(pp_size=layout.pp_size)(
+        forward_step_func=step,
+        data_iterator=iter([batch.to(device) for batch in batches]),
+        model=model,
+        num_microbatches=len(batches),
+        seq_length=max(batch.seq_length for batch in batches),  # a bound: shapes travel with the activations
+        micro_batch_size=batches[0].micro_batch_size,
+        pg_collection=layout.groups,
+        **communicator,
+        **options,
+    )
+
+
+def supervised(hidden_SBH: Tensor, batch: Batch) -> Tensor:
+    """The positions that predict a token of the response, row by row: [N, H]."""
+    return hidden_SBH.transpose(0, 1).reshape(-1, hidden_SBH.shape[-1])[batch.supervised_positions]
+
+
+def supervised_labels(batch: Batch) -> Tensor:
+    """The tokens they predict: [N]."""
+    return batch.labels.reshape(-1)[batch.supervised_positions]
+
+
+def token_means(sums: Tensor, names: Sequence[str], layout: ParallelLayout) -> dict[str, Tensor]:
+    """Means over the tokens of the global batch, and their number under `tokens`, the same on every rank."""
+    layout.sum_over_data_parallel(layout.broadcast_from_last_stage(sums))
+    *totals, tokens = sums
+    return {name: total / tokens.clamp(min=1) for name, total in zip(names, totals)} | {"tokens": tokens}
+
+
+def unwrap(model: torch.nn.Module) -> HiddenStateGPTModel:
+    """The model inside its DistributedDataParallel."""
+    return model.module if hasattr(model, "module") else model
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module):
+    """Dropout off, and back to what it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
