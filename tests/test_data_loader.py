@@ -20,7 +20,7 @@ def test_the_ranks_share_the_same_global_batch_in_equal_and_balanced_hands(dp_si
     hands = [
         DataLoader(data, global_batch_size=32, seed=5, dp_rank=rank, dp_size=dp_size).samples(4) for rank in range(dp_size)
     ]
-    assert ids(sum(hands, [])) == ids(DataLoader(data, global_batch_size=32, seed=5).samples(4))
+    assert ids([sample for hand in hands for sample in hand]) == ids(DataLoader(data, global_batch_size=32, seed=5).samples(4))
     assert {len(hand) for hand in hands} == {32 // dp_size}
     totals = [sum(sample.num_positions for sample in hand) for hand in hands]
     assert max(totals) <= 1.2 * min(totals)
@@ -30,7 +30,7 @@ def test_an_epoch_reads_every_row_once_and_the_next_in_another_order():
     loader = DataLoader(dataset(60), global_batch_size=20, seed=5)
     assert loader.iterations_per_epoch == 3
     epochs = [[ids(loader.samples(3 * epoch + i)) for i in range(3)] for epoch in range(2)]
-    assert [sorted(sum(epoch, [])) for epoch in epochs] == [list(range(60))] * 2
+    assert [sorted(i for batch in epoch for i in batch) for epoch in epochs] == [list(range(60))] * 2
     assert epochs[0] != epochs[1]
 
 

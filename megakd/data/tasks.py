@@ -1,9 +1,10 @@
 """A small instruction data set of our own: ten kinds of task, each with one right answer, so that exact match means something.
 
-    Sort the digits: 7 2 9 4        Write backwards: k f m b        Say the opposite: hot big
-    Answer: 2 4 7 9                 Answer: b m f k                 Answer: cold small
+    Sort: 7 2 9 4              Reverse: k f m b           Opposite: hot big near dry
+    Answer: 2 4 7 9            Answer: b m f k            Answer: cold small far wet
 
-Rows are short (16 ids on average, 20 at most), so that a small model learns them from nothing in a minute on a CPU.
+Every word is one token and every prompt has nine, the four items always in the same places. A small model then learns the tasks
+from nothing in a minute on a CPU; with items that move about it takes several times as long to learn where to look.
 """
 
 import random
@@ -19,7 +20,7 @@ PAIRS = (
 OPPOSITES = dict(pair.split() for pair in PAIRS.split(", "))
 OPPOSITES |= {right: left for left, right in OPPOSITES.items()}
 
-Task = tuple[str, list[str], list[str]]  # instruction, input, output
+Task = tuple[str, list[str], list[str]]  # instruction, items, answer
 
 
 def copy(rng: random.Random) -> Task:
@@ -80,7 +81,7 @@ TASKS: dict[str, Callable[[random.Random], Task]] = {
 def make_rows(number: int, *, seed: int) -> list[dict[str, str]]:
     """`number` rows with fields task, prompt, response; no prompt twice, so any slices of them are disjoint.
 
-    Kinds of task come equally often until one has no new prompt left to give (add has 1,000).
+    Kinds of task come equally often until one has no prompt left to give (count has 625).
     The response begins with a space: a word is then one and the same token wherever it stands.
     """
     rng = random.Random(seed)

@@ -60,7 +60,7 @@ def plot_training(run_folder: str | Path) -> list[Path]:
 def plot_comparison(results: Mapping[str, Mapping[str, float]], units: Mapping[str, str], path: str | Path) -> list[Path]:
     """One panel of bars a metric, one bar a method; `path` (.png) and its numbers as .csv.
 
-    results: method → metric → value; where `m_sd` is given too, metric `m` has an error bar. units: metric → unit; one panel each.
+    results: method → metric → value; where `m_sd` is given too, `m` has an error bar. units: metric → unit, a panel each.
     """
     figure, axes = new_figure(rows=1, columns=len(units))
     for ax, (metric, unit) in zip(axes, units.items()):
