@@ -63,8 +63,10 @@ def test_lengths_that_leave_no_room_for_a_response_are_refused(tmp_path, tokeniz
         SFTDataset(written(tmp_path, GOOD), tokenizer, max_length=64, max_prompt_length=64)
 
 
-def test_an_empty_prompt_cannot_be_answered(tmp_path, tokenizer):
+def test_an_empty_prompt_cannot_be_answered_nor_a_text_of_one_token_continued(tmp_path, tokenizer):
     with pytest.raises(ValueError, match=r"line 1 has an empty prompt; a model needs at least one token to continue"):
+        PromptDataset(written(tmp_path, {"prompt": ""}), tokenizer)
+    with pytest.raises(ValueError, match=r"data.jsonl holds no text of two tokens or more; there is nothing to continue"):
         PromptDataset(written(tmp_path, {"text": "a"}), tokenizer)
 
 
