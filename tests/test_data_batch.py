@@ -24,7 +24,7 @@ def test_the_mask_starts_at_the_last_prompt_token_and_ends_with_the_label_eos():
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 2
     assert batch.lengths.tolist() == [5, 1]
     assert batch.sample_ids.tolist() == [7, 8]
-    assert batch.num_tokens == 4
+    assert batch.num_supervised == 4
 
 
 def test_eos_is_learnt_where_it_ends_a_response_even_if_padding_and_prompt_hold_the_same_id():
@@ -40,7 +40,7 @@ def test_every_label_of_a_plain_text_counts():
 
 def test_a_prompt_without_a_response_has_no_label():
     batch = collate([Sample(0, (3, 4, 5), ())])
-    assert (batch.tokens.tolist(), batch.num_tokens) == ([[3, 4]], 0)
+    assert (batch.tokens.tolist(), batch.num_supervised) == ([[3, 4]], 0)
 
 
 def test_the_dtypes_are_those_of_embedding_and_loss():
@@ -57,7 +57,7 @@ def test_the_dtypes_are_those_of_embedding_and_loss():
 def test_the_width_is_the_longest_row_rounded_up_or_as_asked(options, width):
     batch = collate(samples_of((3, 2), (5, 5)), **options)
     assert batch.seq_length == width
-    assert batch.num_tokens == 7
+    assert batch.num_supervised == 7
 
 
 def test_a_row_that_does_not_fit_names_the_flag():
@@ -70,4 +70,4 @@ def test_micro_batches_hold_every_sample_once_and_rows_of_like_length_share_one(
     batches = micro_batches(samples, 2)
     assert [batch.sample_ids.tolist() for batch in batches] == [[1, 3], [4, 0], [5, 2]]
     assert [batch.seq_length for batch in batches] == [13, 5, 3]
-    assert sum(batch.num_tokens for batch in batches) == collate(samples).num_tokens
+    assert sum(batch.num_supervised for batch in batches) == collate(samples).num_supervised
