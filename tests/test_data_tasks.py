@@ -54,6 +54,7 @@ def test_every_kind_of_task_comes_up_and_no_prompt_twice(folder):
     rows = [row for split in ("train", "valid", "test") for row in rows_of(folder / f"{split}.jsonl")]
     assert {row["task"] for row in rows} == set(TASKS)
     assert len({row["prompt"] for row in rows}) == len(rows) == 2100
+    assert rows_of(folder / "train_few.jsonl") == rows[:1000]
 
 
 def test_the_same_seed_gives_the_same_files(folder, tmp_path):
