@@ -25,8 +25,8 @@ PANELS = {  # names begin with: title, unit
     "time/": ("Where the time goes", "seconds per iteration"),
 }
 HELD_OUT = {  # valid/*: title, unit
-    "valid/kl": ("Held-out KL", "nats per token"),
-    "valid/lm_loss": ("Held-out LM loss", "nats per token"),
+    "valid/reverse_kl": ("Held-out KL(q‖p)", "nats per token"),
+    "valid/lm": ("Held-out LM loss", "nats per token"),
     "valid/exact_match": ("Held-out exact match", "% of answers"),
     "valid/rouge_l": ("Held-out Rouge-L", "F-measure × 100"),
 }
