@@ -20,6 +20,7 @@ import tyro
 import yaml
 
 MethodName = Literal["sft", "kd", "promptkd"]
+Objective = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
 TEACHER_METHODS = ("kd", "promptkd")
 
 
@@ -88,7 +89,12 @@ class TrainingConfig:
 class DistillationConfig:
     """What the student learns from the teacher."""
 
-    kd_ratio: float = flag(0.5, "kd: share of the divergence, the rest is cross-entropy on the responses")
+    kd_ratio: Annotated[float, alias("--kd-alpha")] = flag(0.5, "kd: share of the divergence, the rest is cross-entropy on the responses")
+    kd_objective: Objective = flag("forward_kl", "kd: which divergence between teacher p and student q")
+    kd_temperature: float = flag(1.0, "kd: temperature of both distributions in the divergence, never of sampling")
+    beta: float = flag(0.5, "jsd: the teacher's share of the mixture")
+    skew_alpha: float = flag(0.1, "skew_*: share of the first distribution in the mixture (DistiLLM)")
+    on_policy_ratio: Annotated[float, alias("--lmbda")] = flag(0.0, "kd: share of the batches that the student writes itself (GKD's lambda)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,10 +207,10 @@ class Config(BaseConfig):
 POSITIVE = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size", "global_batch_size", "train_iters", "epochs",
     "max_length", "max_prompt_length", "max_new_tokens", "rollout_batch_size", "prompt_len", "temperature", "save_interval",
-    "eval_interval", "eval_iters", "log_interval", "lr",
+    "eval_interval", "eval_iters", "log_interval", "lr", "kd_temperature",
 )  # fmt: skip
 NOT_NEGATIVE = ("min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "base_coef", "top_k", "teacher_lr", "adam_eps")
-FRACTIONS = ("kd_ratio", "top_p", "adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout")
+FRACTIONS = ("kd_ratio", "on_policy_ratio", "beta", "skew_alpha", "top_p", "adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout")
 
 
 RANGES = (

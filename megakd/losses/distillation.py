@@ -14,6 +14,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
+Hidden = tuple[Tensor, Tensor]
+"""Hidden states [N, H] and the output layer [V, H] that turns them into logits."""
+
+
 @dataclass(frozen=True)
 class VocabularySplit:
     """How the vocabulary lies over ranks, the same for both models: ids at or past `size` are padding and have no probability."""
@@ -26,8 +30,18 @@ class VocabularySplit:
         return {"valid_vocab": self.size, "tp_group": self.tp_group if self.tp_group.size() > 1 else None}
 
 
-Hidden = tuple[Tensor, Tensor]
-"""Hidden states [N, H] and the output layer [V, H] that turns them into logits."""
+@dataclass(frozen=True)
+class Divergence:
+    """Which divergence between p and q, at which temperature; its mixture's shares where it has one."""
+
+    objective: str = "forward_kl"
+    temperature: float = 1.0
+    beta: float = 0.5
+    alpha: float = 0.1
+
+    def __call__(self, student: Hidden, teacher: Hidden, vocabulary: VocabularySplit) -> Tensor:
+        """Per token [N], with gradient to whichever side requires it."""
+        return megakd_kernels.fused_linear_kl(*student, *teacher, **vars(self), **vocabulary.arguments)
 
 
 def sft_loss(student: Hidden, labels_N: Tensor, vocabulary: VocabularySplit) -> dict[str, Tensor]:
@@ -35,11 +49,13 @@ def sft_loss(student: Hidden, labels_N: Tensor, vocabulary: VocabularySplit) -> 
     return {"loss/lm": megakd_kernels.fused_linear_cross_entropy(*student, labels_N, **vocabulary.arguments)}
 
 
-def kd_loss(student: Hidden, teacher: Hidden, labels_N: Tensor, vocabulary: VocabularySplit, *, kd_ratio: float) -> dict[str, Tensor]:
-    """(1 − r)·(−log q(label)) + r·KL(p‖q), Hinton et al. 2015 as MiniLLM's `finetune.py` weighs it."""
+def kd_loss(
+    student: Hidden, teacher: Hidden, labels_N: Tensor, vocabulary: VocabularySplit, *, kd_ratio: float, divergence: Divergence
+) -> dict[str, Tensor]:
+    """(1 − r)·(−log q(label)) + r·D(p, q): with KL(p‖q) that of Hinton et al. 2015 as MiniLLM's `finetune.py` weighs it."""
     lm = sft_loss(student, labels_N, vocabulary)["loss/lm"]
-    forward_kl = megakd_kernels.fused_linear_kl(*student, *teacher, objective="forward_kl", **vocabulary.arguments)
-    return {"loss/total": (1 - kd_ratio) * lm + kd_ratio * forward_kl, "loss/lm": lm, "loss/forward_kl": forward_kl}
+    distance = divergence(student, teacher, vocabulary)
+    return {"loss/total": (1 - kd_ratio) * lm + kd_ratio * distance, "loss/lm": lm, f"loss/{divergence.objective}": distance}
 
 
 def reverse_kl_loss(student: Hidden, teacher: Hidden, vocabulary: VocabularySplit) -> dict[str, Tensor]:
