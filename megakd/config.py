@@ -19,9 +19,13 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 import yaml
 
-MethodName = Literal["sft", "kd", "promptkd"]
+MethodName = Literal["sft", "kd", "seqkd", "minillm", "promptkd"]
 Objective = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
-TEACHER_METHODS = ("kd", "promptkd")
+METHOD_HELP = (
+    "sft: cross-entropy on the responses; kd: a divergence on the responses; seqkd: the teacher's own responses; "
+    "minillm: policy gradient on the student's responses; promptkd: KL to a prompted teacher on the student's responses"
+)
+TEACHER_METHODS = ("kd", "seqkd", "minillm", "promptkd")
 
 
 def flag(default: Any, help: str) -> Any:
@@ -109,6 +113,24 @@ class PromptKDConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MiniLLMConfig:
+    """MiniLLM's policy gradient (arXiv 2306.08543)."""
+
+    num_rollouts: int = flag(256, "responses of one phase, over all ranks; a multiple of --global-batch-size")
+    ppo_epochs: int = flag(4, "passes over a phase's responses")
+    teacher_mixed_alpha: float = flag(0.2, "share of the teacher in the distribution that responses are drawn from")
+    gamma: float = flag(0.95, "discount of later rewards")
+    reward_scaling: float = flag(0.5, "log p − log q is divided by it")
+    cliprange_reward: float = flag(100.0, "largest reward of a token, either sign")
+    cliprange: float = flag(0.2, "ε of the clipped objective")
+    length_norm: bool = flag(True, "divide a return by the tokens that are left")
+    single_step_reg: bool = flag(True, "add the exact KL(q‖p) of every step")
+    whiten_padding: bool = flag(False, "count padding when advantages are whitened, as the reference does")
+    lm_coef: float = flag(1.0, "weight of the loss on text; 0: none")
+    lm_data: str = flag("", "text for it, jsonl or txt; default: --train-data")
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
     """How the student writes its responses (on-policy methods)."""
 
@@ -164,13 +186,14 @@ class Config(BaseConfig):
     --train-data train.jsonl --valid-data valid.jsonl --tensor-model-parallel-size 2 --train-iters 1000 --save runs/promptkd
     """
 
-    method: MethodName = flag("promptkd", "sft: cross-entropy; kd: forward KL on the data; promptkd: reverse KL on what the student writes")
+    method: MethodName = flag("promptkd", METHOD_HELP)
     models: tyro.conf.OmitArgPrefixes[ModelConfig] = field(default_factory=ModelConfig)
     data: tyro.conf.OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
     parallel: tyro.conf.OmitArgPrefixes[ParallelConfig] = field(default_factory=ParallelConfig)
     training: tyro.conf.OmitArgPrefixes[TrainingConfig] = field(default_factory=TrainingConfig)
     distillation: tyro.conf.OmitArgPrefixes[DistillationConfig] = field(default_factory=DistillationConfig)
     promptkd: tyro.conf.OmitArgPrefixes[PromptKDConfig] = field(default_factory=PromptKDConfig)
+    minillm: tyro.conf.OmitArgPrefixes[MiniLLMConfig] = field(default_factory=MiniLLMConfig)
     generation: tyro.conf.OmitArgPrefixes[GenerationConfig] = field(default_factory=GenerationConfig)
     output: tyro.conf.OmitArgPrefixes[OutputConfig] = field(default_factory=OutputConfig)
 
@@ -200,6 +223,8 @@ class Config(BaseConfig):
             yield "--sequence-parallel needs --tensor-model-parallel-size of at least 2; leave it out"
         if data.max_prompt_length >= data.max_length:
             yield f"--max-prompt-length {data.max_prompt_length} leaves no room for a response in --max-length {data.max_length}; lower it"
+        if self.method == "minillm" and self.minillm.num_rollouts % training.global_batch_size:
+            yield f"--num-rollouts {self.minillm.num_rollouts} is not a multiple of --global-batch-size {training.global_batch_size}; make it one"
         if training.min_lr > training.lr:
             yield f"--min-lr {training.min_lr} is above --lr {training.lr}; lower it"
 
@@ -208,9 +233,10 @@ POSITIVE = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size", "global_batch_size", "train_iters", "epochs",
     "max_length", "max_prompt_length", "max_new_tokens", "rollout_batch_size", "prompt_len", "temperature", "save_interval",
     "eval_interval", "eval_iters", "log_interval", "lr", "kd_temperature",
+    "num_rollouts", "ppo_epochs", "reward_scaling", "cliprange", "cliprange_reward",
 )  # fmt: skip
-NOT_NEGATIVE = ("min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "base_coef", "top_k", "teacher_lr", "adam_eps")
-FRACTIONS = ("kd_ratio", "on_policy_ratio", "beta", "skew_alpha", "top_p", "adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout")
+NOT_NEGATIVE = ("lm_coef", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "base_coef", "top_k", "teacher_lr", "adam_eps")
+FRACTIONS = ("teacher_mixed_alpha", "gamma", "kd_ratio", "on_policy_ratio", "beta", "skew_alpha", "top_p", "adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout")
 
 
 RANGES = (

@@ -98,15 +98,9 @@ class SoftPromptOptimizer:
         return {"grad_norm/prompt": norm.item()}
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """The prompt and its moments by name, for a checkpoint."""
-        state = self.adam.state[self.prompt.vectors]
-        moments = {name: state[name] for name in ("exp_avg", "exp_avg_sq", "step") if name in state}
-        return {"vectors": self.prompt.vectors.detach(), **moments}
-
-    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """The prompt and its moments by name: a checkpoint saves them, and fills them in place."""
         vectors = self.prompt.vectors
-        with torch.no_grad():
-            vectors.copy_(tensors["vectors"])
-        for name in ("exp_avg", "exp_avg_sq"):
-            self.adam.state[vectors][name] = tensors[name].to(vectors.device)
-        self.adam.state[vectors]["step"] = tensors["step"].cpu()
+        state = self.adam.state[vectors]
+        if not state:
+            state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(vectors), "exp_avg_sq": torch.zeros_like(vectors)}
+        return {"vectors": vectors.detach(), **state}

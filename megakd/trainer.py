@@ -183,7 +183,7 @@ class Trainer:
     def _iterate(self) -> None:
         seed_everything(self.config.training.seed + self.iteration, self.layout)  # nothing random has to be saved
         start = time.perf_counter()
-        metrics = self.method.train(self.loader.samples(self.iteration - 1), self.iteration)
+        metrics = self.method.train_iteration(self.loader, self.iteration)
         seconds = time.perf_counter() - start
         check_finite(metrics, self.iteration)
         metrics |= {"tokens_per_second": metrics["positions"] / seconds, "memory_gib": peak_memory() / GIB}
