@@ -11,15 +11,16 @@ import dataclasses
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 import yaml
 
 MethodName = Literal["sft", "kd", "promptkd"]
+Objective = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
 TEACHER_METHODS = ("kd", "promptkd")
 
 
@@ -88,7 +89,12 @@ class TrainingConfig:
 class DistillationConfig:
     """What the student learns from the teacher."""
 
-    kd_ratio: float = flag(0.5, "kd: share of the divergence, the rest is cross-entropy on the responses")
+    kd_ratio: Annotated[float, alias("--kd-alpha")] = flag(0.5, "kd: share of the divergence, the rest is cross-entropy on the responses")
+    kd_objective: Objective = flag("forward_kl", "kd: which divergence between teacher p and student q")
+    kd_temperature: float = flag(1.0, "kd: temperature of both distributions in the divergence, never of sampling")
+    beta: float = flag(0.5, "jsd: the teacher's share of the mixture")
+    skew_alpha: float = flag(0.1, "skew_*: share of the first distribution in the mixture (DistiLLM)")
+    on_policy_ratio: Annotated[float, alias("--lmbda")] = flag(0.0, "kd: share of the batches that the student writes itself (GKD's lambda)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +132,32 @@ class OutputConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class BaseConfig:
+    """What the configurations of all commands share."""
+
+    def check(self) -> None:
+        """Refuse what cannot be, before anything is loaded.
+
+        Raises:
+            ValueError: the first impossible value or combination, with its flag.
+        """
+        for complaint in (*self.complaints(), *out_of_range(self)):
+            raise ValueError(complaint)
+
+    def complaints(self) -> Iterator[str]:
+        """What is wrong, one line each; ranges of numbers are looked at elsewhere."""
+        yield from ()
+
+    def flat(self) -> dict[str, Any]:
+        """All settings by flag name, as in config.yaml."""
+        return flatten(dataclasses.asdict(self))
+
+
+AnyConfig = TypeVar("AnyConfig", bound=BaseConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(BaseConfig):
     """Distil a student from a teacher: on-policy, exactly, with tensor, pipeline and data parallelism.
 
     torchrun --nproc_per_node 2 scripts/pretrain_kd.py --method promptkd --model STUDENT --teacher-model TEACHER
@@ -151,67 +182,58 @@ class Config:
     def max_new_tokens(self) -> int:
         return self.generation.max_new_tokens or self.data.max_length - self.data.max_prompt_length
 
-    def check(self) -> None:
-        """Refuse what cannot be, before anything is loaded.
-
-        Raises:
-            ValueError: the first impossible value or combination, with its flag.
-        """
-        for complaint in complaints(self):
-            raise ValueError(complaint)
-
-    def flat(self) -> dict[str, Any]:
-        """All settings by flag name, as in config.yaml."""
-        return flatten(dataclasses.asdict(self))
-
-
-def complaints(config: Config):
-    """What is wrong with a configuration, one line each."""
-    models, data, training, output = config.models, config.data, config.training, config.output
-    if not models.model:
-        yield "--model is missing; give the student's Hugging Face folder or native checkpoint"
-    if config.needs_teacher and not models.teacher_model:
-        yield f"--method {config.method} needs --teacher-model; give the teacher's folder"
-    if not config.needs_teacher and models.teacher_model:
-        yield f"--method {config.method} has no use for --teacher-model {models.teacher_model}; leave it out or choose {' or '.join(TEACHER_METHODS)}"
-    if not data.train_data:
-        yield "--train-data is missing; give a jsonl file with prompt and response"
-    if not output.save:
-        yield "--save is missing; name the folder that the run shall fill"
-    if (training.train_iters is None) == (training.epochs is None):
-        yield f"--train-iters {training.train_iters} and --epochs {training.epochs}: give exactly one of them"
-    yield from out_of_range(config)
-    if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
-        yield "--sequence-parallel needs --tensor-model-parallel-size of at least 2; leave it out"
-    if data.max_prompt_length >= data.max_length:
-        yield f"--max-prompt-length {data.max_prompt_length} leaves no room for a response in --max-length {data.max_length}; lower it"
-    if training.min_lr > training.lr:
-        yield f"--min-lr {training.min_lr} is above --lr {training.lr}; lower it"
+    def complaints(self):
+        models, data, training, parallel = self.models, self.data, self.training, self.parallel
+        if not models.model:
+            yield "--model is missing; give the student's Hugging Face folder or native checkpoint"
+        if self.needs_teacher and not models.teacher_model:
+            yield f"--method {self.method} needs --teacher-model; give the teacher's folder"
+        if not self.needs_teacher and models.teacher_model:
+            yield f"--method {self.method} has no use for --teacher-model {models.teacher_model}; leave it out"
+        if not data.train_data:
+            yield "--train-data is missing; give a jsonl file with prompt and response"
+        if not self.output.save:
+            yield "--save is missing; name the folder that the run shall fill"
+        if (training.train_iters is None) == (training.epochs is None):
+            yield f"--train-iters {training.train_iters} and --epochs {training.epochs}: give exactly one of them"
+        if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+            yield "--sequence-parallel needs --tensor-model-parallel-size of at least 2; leave it out"
+        if data.max_prompt_length >= data.max_length:
+            yield f"--max-prompt-length {data.max_prompt_length} leaves no room for a response in --max-length {data.max_length}; lower it"
+        if training.min_lr > training.lr:
+            yield f"--min-lr {training.min_lr} is above --lr {training.lr}; lower it"
 
 
 POSITIVE = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size", "global_batch_size", "train_iters", "epochs",
     "max_length", "max_prompt_length", "max_new_tokens", "rollout_batch_size", "prompt_len", "temperature", "save_interval",
-    "eval_interval", "eval_iters", "log_interval", "lr",
+    "eval_interval", "eval_iters", "log_interval", "lr", "kd_temperature",
 )  # fmt: skip
 NOT_NEGATIVE = ("min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "base_coef", "top_k", "teacher_lr", "adam_eps")
-FRACTIONS = ("kd_ratio", "top_p", "adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout")
+FRACTIONS = ("kd_ratio", "on_policy_ratio", "beta", "skew_alpha", "top_p", "adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout")
 
 
-def out_of_range(config: Config):
+RANGES = (
+    (POSITIVE, lambda x: x > 0, "above 0"),
+    (NOT_NEGATIVE, lambda x: x >= 0, "at least 0"),
+    (FRACTIONS, lambda x: 0 <= x <= 1, "from 0 to 1"),
+)
+
+
+def out_of_range(config: BaseConfig) -> Iterator[str]:
     """Numbers outside their range; None (not given) is never."""
     values = {name: value for name, value in config.flat().items() if value is not None}
-    for names, fits, range_ in ((POSITIVE, lambda x: x > 0, "above 0"), (NOT_NEGATIVE, lambda x: x >= 0, "at least 0"), (FRACTIONS, lambda x: 0 <= x <= 1, "from 0 to 1")):
+    for names, fits, bounds in RANGES:
         for name in names:
             if name in values and not fits(values[name]):
-                yield f"{flag_name(name)} {values[name]} must be {range_}"
+                yield f"{flag_name(name)} {values[name]} must be {bounds}"
 
 
-def parse(arguments: Sequence[str]) -> Config:
-    """Flags over the YAML file of `--config`, over the defaults. Exits with one line where they cannot be read."""
+def parse(arguments: Sequence[str], kind: type[AnyConfig] = Config, *, program: str = "pretrain_kd.py") -> AnyConfig:
+    """Flags over the YAML file of `--config`, over the defaults of `kind`. Exits with one line where they cannot be read."""
     try:
         arguments, file = take_config_file(list(arguments))
-        config = from_flags(arguments, from_yaml(file) if file else Config())
+        config = from_flags(arguments, from_yaml(file, kind) if file else kind(), program=program)
         config.check()
         return config
     except ValueError as error:
@@ -231,7 +253,7 @@ def take_config_file(arguments: list[str]) -> tuple[list[str], str | None]:
     return rest, file
 
 
-def from_yaml(file: str | Path) -> Config:
+def from_yaml(file: str | Path, kind: type[AnyConfig] = Config) -> AnyConfig:
     """A configuration from a flat YAML file of flag names.
 
     Raises:
@@ -246,10 +268,10 @@ def from_yaml(file: str | Path) -> Config:
     if not isinstance(values, dict):
         raise ValueError(f"--config {file}: holds a {type(values).__name__}; write one `flag-name: value` a line")
     values = {str(name).lstrip("-").replace("-", "_"): value for name, value in values.items()}
-    if unknown := sorted(values.keys() - Config().flat().keys()):
+    if unknown := sorted(values.keys() - kind().flat().keys()):
         raise ValueError(f"--config {file}: unknown key {unknown[0]!r}; --help lists the flags")
     words = [word for name, value in values.items() if value is not None for word in as_words(name, value)]
-    return from_flags(words, Config(), where=f"--config {file}: ")
+    return from_flags(words, kind(), where=f"--config {file}: ")
 
 
 def as_words(name: str, value: Any) -> list[str]:
@@ -259,7 +281,7 @@ def as_words(name: str, value: Any) -> list[str]:
     return [flag_name(name), str(value)]
 
 
-def from_flags(arguments: list[str], default: Config, *, where: str = "") -> Config:
+def from_flags(arguments: list[str], default: AnyConfig, *, where: str = "", program: str | None = None) -> AnyConfig:
     """Flags over `default`. `--help` prints and exits.
 
     Raises:
@@ -268,7 +290,7 @@ def from_flags(arguments: list[str], default: Config, *, where: str = "") -> Con
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(Config, args=arguments, default=default, prog="pretrain_kd.py")
+            return tyro.cli(type(default), args=arguments, default=default, prog=program)
     except SystemExit as exit:
         if not exit.code:
             raise

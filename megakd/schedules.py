@@ -55,15 +55,16 @@ def forward_backward(
     `model` is the student in its DistributedDataParallel, or the frozen teacher when `soft_prompt` is what learns.
     """
     sums = _run_loss(model, batches, loss_function, names, soft_prompt, forward_only=False)
-    return token_means(sums, names, layout)
+    return token_means(layout.broadcast_from_last_stage(sums), names, layout)
 
 
 def evaluate_loss(
     model: HiddenStateGPTModel, batches: Sequence[Batch], loss_function: LossFunction, names: Sequence[str]
 ) -> Tensor:
-    """Sums of all `names` and, last, the token count, over this rank's micro-batches; zeros on all stages but the last."""
+    """Sums of all `names` and, last, the token count, over this rank's micro-batches, on every stage. No dropout, no gradient."""
     with torch.no_grad(), evaluation_mode(model):
-        return _run_loss(model, batches, loss_function, names, None, forward_only=True)
+        sums = _run_loss(model, batches, loss_function, names, None, forward_only=True)
+    return model.layout.broadcast_from_last_stage(sums)
 
 
 def _run_loss(model, batches, loss_function, names, soft_prompt, *, forward_only: bool) -> Tensor:
@@ -115,8 +116,8 @@ def supervised_labels(batch: Batch) -> Tensor:
 
 
 def token_means(sums: Tensor, names: Sequence[str], layout: ParallelLayout) -> dict[str, Tensor]:
-    """Means over the tokens of the global batch, and their number under `tokens`, the same on every rank."""
-    layout.sum_over_data_parallel(layout.broadcast_from_last_stage(sums))
+    """Means over the tokens of the global batch, and their number under `tokens`, from every replica's sums."""
+    layout.sum_over_data_parallel(sums)
     *totals, tokens = sums
     return {name: total / tokens.clamp(min=1) for name, total in zip(names, totals)} | {"tokens": tokens}
 

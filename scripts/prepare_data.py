@@ -2,7 +2,9 @@
 
     python scripts/prepare_data.py --out data/tasks
 
-leaves train.jsonl, valid.jsonl and test.jsonl (no prompt in two of them), and tokenizer/, a Hugging Face folder.
+leaves train.jsonl, valid.jsonl and test.jsonl (no prompt in two of them) and tokenizer/, a Hugging Face folder.
+train_few.jsonl holds the first rows of train.jsonl: with few answers to learn from, a student gains by learning from its
+teacher on the other prompts.
 """
 
 import argparse
@@ -21,6 +23,7 @@ def main() -> None:
     for split, size in sizes.items():
         write_jsonl(args.out / f"{split}.jsonl", rows[first : first + size])
         first += size
+    write_jsonl(args.out / "train_few.jsonl", rows[: min(args.num_few, args.num_train)])
 
     from megakd.data.train_tokenizer import train_tokenizer  # transformers takes seconds to import, --help none
 
@@ -34,6 +37,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     for split, default in {"train": 20000, "valid": 500, "test": 500}.items():
         parser.add_argument(f"--num-{split}", type=positive, default=default, help=f"rows of {split}.jsonl (default {default})")
+    parser.add_argument("--num-few", type=positive, default=1000, help="rows of train_few.jsonl (default 1000)")
     parser.add_argument("--seed", type=int, default=1234, help="same seed, same data (default 1234)")
     return parser.parse_args()
 

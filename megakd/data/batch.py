@@ -57,6 +57,11 @@ class Batch:
         """Labels that count, n; known without waiting for the device."""
         return self.supervised_positions.shape[0]
 
+    @property
+    def counts(self) -> Tensor:
+        """[3]: labels that count, real input positions, positions computed on (padding included)."""
+        return torch.tensor([self.num_supervised, int(self.lengths.sum()), self.tokens.numel()])
+
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(**{field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)})
 

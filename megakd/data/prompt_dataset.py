@@ -22,18 +22,25 @@ class PromptDataset(TextDataset):
 
     def __init__(self, path: str | Path, tokenizer: PreTrainedTokenizerBase, *, max_prompt_length: int = 256) -> None:
         super().__init__()
-        rows = [row if row.prompt else opening(row, tokenizer, max_prompt_length) for row in read_rows(path)]
-        prompts = encode(tokenizer, [row.prompt for row in rows])
-        report_dropped(path, prompts, max_prompt_length)
-        for row, prompt in zip(rows, prompts):
-            if not prompt:
-                raise ValueError(f"{row.where} has an empty prompt; a model needs at least one token to continue")
-            if len(prompt) <= max_prompt_length:
-                self._add(row, prompt, [])
+        rows = read_rows(path)
+        check_prompts(rows)
+        whole = encode(tokenizer, [row.prompt or row.references[0] for row in rows])
+        asked = [(row, ids) if row.prompt else opening(row, ids, tokenizer, max_prompt_length) for row, ids in zip(rows, whole)]
+        report_dropped(path, [ids for _, ids in asked], max_prompt_length)
+        for row, ids in asked:
+            if 0 < len(ids) <= max_prompt_length:
+                self._add(row, ids, [])
+        if not self:
+            raise ValueError(f"{path} holds no text of two tokens or more; there is nothing to continue")
 
 
-def opening(row: Row, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int) -> Row:
-    """The row of a plain text as a prompt and its continuation."""
-    (ids,) = encode(tokenizer, [row.references[0] if row.references else ""])
+def check_prompts(rows: list[Row]) -> None:
+    for row in rows:
+        if not row.prompt and not row.references:
+            raise ValueError(f"{row.where} has an empty prompt; a model needs at least one token to continue")
+
+
+def opening(row: Row, ids: list[int], tokenizer: PreTrainedTokenizerBase, max_prompt_length: int) -> tuple[Row, list[int]]:
+    """A plain text as a prompt and its continuation: the new row, and the ids of its prompt (none if the text has only one)."""
     end = min(max_prompt_length, len(ids) // 2)
-    return replace(row, prompt=tokenizer.decode(ids[:end]), references=(tokenizer.decode(ids[end:]),))
+    return replace(row, prompt=tokenizer.decode(ids[:end]), references=(tokenizer.decode(ids[end:]),)), ids[:end]

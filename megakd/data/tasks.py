@@ -1,9 +1,10 @@
 """A small instruction data set of our own: ten kinds of task, each with one right answer, so that exact match means something.
 
-    Sort the digits: 7 2 9 4        Write backwards: k f m b        Say the opposite: hot big
-    Answer: 2 4 7 9                 Answer: b m f k                 Answer: cold small
+    Sort: 7 2 9 4              Reverse: k f m b           Opposite: hot big near dry
+    Answer: 2 4 7 9            Answer: b m f k            Answer: cold small far wet
 
-Rows are short (16 ids on average, 20 at most), so that a small model learns them from nothing in a minute on a CPU.
+Every word is one token and every prompt has nine, the four items always in the same places. A small model then learns the tasks
+from nothing in a minute on a CPU; with items that move about it takes several times as long to learn where to look.
 """
 
 import random
@@ -19,80 +20,75 @@ PAIRS = (
 OPPOSITES = dict(pair.split() for pair in PAIRS.split(", "))
 OPPOSITES |= {right: left for left, right in OPPOSITES.items()}
 
-Task = tuple[str, str, str]  # instruction, input, output
-
-
-def draw(rng: random.Random, items: str, low: int = 3, high: int = 6) -> list[str]:
-    return rng.choices(items, k=rng.randint(low, high))
+Task = tuple[str, list[str], list[str]]  # instruction, items, answer
 
 
 def copy(rng: random.Random) -> Task:
-    letters = draw(rng, LETTERS)
-    return "Copy the letters", " ".join(letters), " ".join(letters)
+    letters = rng.choices(LETTERS, k=4)
+    return "Copy", letters, letters
 
 
 def reverse(rng: random.Random) -> Task:
-    letters = draw(rng, LETTERS)
-    return "Write backwards", " ".join(letters), " ".join(reversed(letters))
+    letters = rng.choices(LETTERS, k=4)
+    return "Reverse", letters, letters[::-1]
+
+
+def swap(rng: random.Random) -> Task:
+    letters = rng.choices(LETTERS, k=4)
+    return "Swap", letters, [letters[3], *letters[1:3], letters[0]]
 
 
 def upper(rng: random.Random) -> Task:
-    letters = draw(rng, LETTERS)
-    return "Write in capitals", " ".join(letters), " ".join(letters).upper()
+    letters = rng.choices(LETTERS, k=4)
+    return "Capitals", letters, [letter.upper() for letter in letters]
 
 
 def next_letter(rng: random.Random) -> Task:
-    letters = draw(rng, LETTERS[:-1], 2, 4)
-    return "Write the next letter of each", " ".join(letters), " ".join(LETTERS[LETTERS.index(c) + 1] for c in letters)
+    letters = rng.choices(LETTERS[:-1], k=4)
+    return "Next", letters, [LETTERS[LETTERS.index(letter) + 1] for letter in letters]
+
+
+def last(rng: random.Random) -> Task:
+    letters = rng.choices(LETTERS, k=4)
+    return "Last", letters, letters[-1:]
 
 
 def sort(rng: random.Random) -> Task:
-    digits = draw(rng, DIGITS)
-    return "Sort the digits", " ".join(digits), " ".join(sorted(digits))
+    digits = rng.choices(DIGITS, k=4)
+    return "Sort", digits, sorted(digits)
 
 
 def largest(rng: random.Random) -> Task:
-    digits = draw(rng, DIGITS)
-    return "Find the largest digit", " ".join(digits), max(digits)
-
-
-def add(rng: random.Random) -> Task:
-    numbers = [rng.randint(0, 9) for _ in range(3)]
-    return "Add the numbers", " ".join(map(str, numbers)), str(sum(numbers))
+    digits = rng.choices(DIGITS, k=4)
+    return "Largest", digits, [max(digits)]
 
 
 def count(rng: random.Random) -> Task:
-    letters = draw(rng, "xyz", 4, 7)
-    return f"Count the letter {letters[0]}", " ".join(letters), str(letters.count(letters[0]))
-
-
-def pick(rng: random.Random) -> Task:
-    words = draw(rng, LETTERS, 4, 6)
-    number = rng.randint(1, 4)
-    return f"Give letter number {number}", " ".join(words), words[number - 1]
+    letter, *letters = rng.choices("vwxyz", k=4)
+    return "Count", [letter, *letters], [str(letters.count(letter) + 1)]
 
 
 def opposite(rng: random.Random) -> Task:
-    words = rng.choices(sorted(OPPOSITES), k=rng.randint(2, 3))
-    return "Say the opposite", " ".join(words), " ".join(OPPOSITES[word] for word in words)
+    words = rng.choices(sorted(OPPOSITES), k=4)
+    return "Opposite", words, [OPPOSITES[word] for word in words]
 
 
 TASKS: dict[str, Callable[[random.Random], Task]] = {
-    task.__name__: task for task in (copy, reverse, upper, next_letter, sort, largest, add, count, pick, opposite)
+    task.__name__: task for task in (copy, reverse, swap, upper, next_letter, last, sort, largest, count, opposite)
 }
 
 
 def make_rows(number: int, *, seed: int) -> list[dict[str, str]]:
     """`number` rows with fields task, prompt, response; no prompt twice, so any slices of them are disjoint.
 
-    Kinds of task come equally often until one has no new prompt left to give (add has 1,000).
+    Kinds of task come equally often until one has no prompt left to give (count has 625).
     The response begins with a space: a word is then one and the same token wherever it stands.
     """
     rng = random.Random(seed)
     rows: dict[str, dict[str, str]] = {}
     while len(rows) < number:
         name = rng.choice(list(TASKS))
-        instruction, input, output = TASKS[name](rng)
-        prompt = f"{instruction}: {input}\nAnswer:"
-        rows[prompt] = {"task": name, "prompt": prompt, "response": f" {output}"}
+        instruction, items, answer = TASKS[name](rng)
+        prompt = f"{instruction}: {' '.join(items)}\nAnswer:"
+        rows[prompt] = {"task": name, "prompt": prompt, "response": f" {' '.join(answer)}"}
     return list(rows.values())

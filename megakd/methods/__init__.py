@@ -1,0 +1,8 @@
+"""One method is one page that reads like its paper, and one line here."""
+
+from megakd.methods.base import Method
+from megakd.methods.kd import KD
+from megakd.methods.promptkd import PromptKD
+from megakd.methods.sft import SFT
+
+METHODS: dict[str, type[Method]] = {"sft": SFT, "kd": KD, "promptkd": PromptKD}

@@ -1,0 +1,1 @@
+"""What a run tells: the progress line, metrics.jsonl, TensorBoard, samples and figures."""

@@ -34,8 +34,9 @@ def initialize(
         join(datetime.timedelta(minutes=timeout_minutes))
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size, pipeline_model_parallel_size)
-    seed_everything(seed)
-    return ParallelLayout.from_parallel_state()
+    layout = ParallelLayout.from_parallel_state()
+    seed_everything(seed, layout)
+    return layout
 
 
 def check_world_size(tp: int, pp: int, world_size: int) -> None:
@@ -75,19 +76,17 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def seed_everything(seed: int) -> None:
-    """The same seed on every rank: replicated parts must agree. Inside tensor-parallel regions megatron's tracker adds the rank."""
+def seed_everything(seed: int, layout: ParallelLayout) -> None:
+    """Random numbers for dropout: tensor-parallel ranks agree outside parallel regions (inside, megatron's tracker adds the rank);
+    stages and replicas differ."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-
-
-def device() -> torch.device:
-    """Where this rank computes."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    place = layout.pp_rank * layout.dp_size + layout.dp_rank
+    mixed = random.Random(f"{seed}/{place}").getrandbits(31)  # neighbours in seed or place share nothing
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
+    model_parallel_cuda_manual_seed(mixed, force_reset_rng=True)
 
 
 def resolve_dtype(name: str) -> torch.dtype:

@@ -1,0 +1,73 @@
+"""The losses of the papers, per supervised token, from the hidden states of both models. q is the student, p the teacher.
+
+N supervised tokens, H hidden size, V vocabulary (this rank's columns).
+
+Every function gives a dict of values per token [N]; its first entry is what is minimised, the others are its parts for the log.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import megakd_kernels
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+Hidden = tuple[Tensor, Tensor]
+"""Hidden states [N, H] and the output layer [V, H] that turns them into logits."""
+
+
+@dataclass(frozen=True)
+class VocabularySplit:
+    """How the vocabulary lies over ranks, the same for both models: ids at or past `size` are padding and have no probability."""
+
+    size: int
+    tp_group: ProcessGroup
+
+    @property
+    def arguments(self) -> dict:
+        return {"valid_vocab": self.size, "tp_group": self.tp_group if self.tp_group.size() > 1 else None}
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Which divergence between p and q, at which temperature; its mixture's shares where it has one."""
+
+    objective: str = "forward_kl"
+    temperature: float = 1.0
+    beta: float = 0.5
+    alpha: float = 0.1
+
+    def __call__(self, student: Hidden, teacher: Hidden, vocabulary: VocabularySplit) -> Tensor:
+        """Per token [N], with gradient to whichever side requires it."""
+        return megakd_kernels.fused_linear_kl(*student, *teacher, **vars(self), **vocabulary.arguments)
+
+
+def sft_loss(student: Hidden, labels_N: Tensor, vocabulary: VocabularySplit) -> dict[str, Tensor]:
+    """−log q(label)."""
+    return {"loss/lm": megakd_kernels.fused_linear_cross_entropy(*student, labels_N, **vocabulary.arguments)}
+
+
+def kd_loss(
+    student: Hidden, teacher: Hidden, labels_N: Tensor, vocabulary: VocabularySplit, *, kd_ratio: float, divergence: Divergence
+) -> dict[str, Tensor]:
+    """(1 − r)·(−log q(label)) + r·D(p, q): with KL(p‖q) that of Hinton et al. 2015 as MiniLLM's `finetune.py` weighs it."""
+    lm = sft_loss(student, labels_N, vocabulary)["loss/lm"]
+    distance = divergence(student, teacher, vocabulary)
+    return {"loss/total": (1 - kd_ratio) * lm + kd_ratio * distance, "loss/lm": lm, f"loss/{divergence.objective}": distance}
+
+
+def reverse_kl_loss(student: Hidden, teacher: Hidden, vocabulary: VocabularySplit) -> dict[str, Tensor]:
+    """KL(q‖p), with gradient to the student."""
+    return {"loss/reverse_kl": megakd_kernels.fused_linear_kl(*student, *teacher, objective="reverse_kl", **vocabulary.arguments)}
+
+
+def prompt_loss(
+    prompted: Hidden, student: Hidden, base_hidden_NH: Tensor, vocabulary: VocabularySplit, *, base_coef: float
+) -> dict[str, Tensor]:
+    """KL(p_P‖q) + c·KL(p_P‖p), with gradient to the prompted teacher's hidden states (PromptKD, its prompt tuning objective)."""
+    loss, kd, base = megakd_kernels.fused_linear_promptkd_loss(
+        *prompted, base_hidden_NH, *student, base_coef=base_coef, **vocabulary.arguments
+    )
+    return {"loss/prompt": loss, "loss/prompt_kd": kd, "loss/prompt_base": base}

@@ -1,0 +1,102 @@
+"""What methods share: the models they are given, one optimizer step of the student, and the held-out losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from megakd.config import Config
+from megakd.data.batch import Batch, Sample, micro_batches
+from megakd.losses.distillation import Hidden, VocabularySplit, reverse_kl_loss, sft_loss
+from megakd.models.gpt_model import HiddenStateGPTModel
+from megakd.optimizer import StudentOptimizer
+from megakd.reporting.stopwatch import Stopwatch
+from megakd.schedules import LossFunction, evaluate_loss, forward_backward, supervised_hidden, supervised_labels
+
+
+@dataclass
+class Cast:
+    """Who plays: the student, its optimizer, and the frozen teacher of the methods that have one."""
+
+    student: HiddenStateGPTModel
+    optimizer: StudentOptimizer
+    teacher: HiddenStateGPTModel | None
+    tokenizer: object
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+
+
+class Method:
+    """One method. A subclass says what an iteration is; on-policy methods are given prompts, the others prompts and responses."""
+
+    on_policy = False
+
+    def __init__(self, cast: Cast, config: Config, *, total_iters: int):
+        self.student, self.optimizer, self.teacher = cast.student, cast.optimizer, cast.teacher
+        self.tokenizer, self.time = cast.tokenizer, cast.stopwatch
+        self.config, self.total_iters = config, total_iters
+        self.layout = cast.student.layout
+        widths = [model.real_vocab_size for model in (cast.student, cast.teacher) if model is not None]
+        self.vocabulary = VocabularySplit(min(widths), self.layout.tp_group)
+
+    def train(self, samples: Sequence[Sample], iteration: int) -> dict[str, float]:
+        """One iteration on this rank's share of the global batch; returns what to log, the same on every rank."""
+        raise NotImplementedError
+
+    def extra_tensors(self) -> dict[str, torch.Tensor]:
+        """What the method itself learns, for a checkpoint."""
+        return {}
+
+    def load_extra_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """The inverse of `extra_tensors`."""
+
+    def batches(self, samples: Sequence[Sample]) -> list[Batch]:
+        return micro_batches(samples, self.config.training.micro_batch_size)
+
+    def through_student(self, hidden_NH: torch.Tensor) -> Hidden:
+        return hidden_NH, self.student.output_weight()
+
+    def through_teacher(self, hidden_NH: torch.Tensor) -> Hidden:
+        return hidden_NH, self.teacher.output_weight()
+
+    def student_step(self, batches: list[Batch], loss: LossFunction, names: Sequence[str], iteration: int) -> dict[str, float]:
+        """Gradients of the token mean over the global batch, and one optimizer step."""
+        with self.time("student_step"):
+            self.student.train()
+            self.optimizer.zero_grad()
+            means = forward_backward(self.optimizer.ddp, batches, loss, names, layout=self.layout)
+        with self.time("optimizer"):
+            step = self.optimizer.step(iteration)
+        return to_floats(means) | step | self.padding(batches)
+
+    def padding(self, batches: list[Batch]) -> dict[str, float]:
+        """Real input positions of the global batch, and their share of the positions computed."""
+        counts = sum(batch.counts for batch in batches).to(torch.cuda.current_device())
+        _, real, computed = self.layout.sum_over_data_parallel(counts).tolist()
+        return {"positions": real, "real_share": real / computed}
+
+    def evaluate(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """Sums of `evaluation_names` and the token count over this rank's samples, every stage alike."""
+        if not samples:
+            return torch.zeros(len(self.evaluation_names) + 1, dtype=torch.double, device=torch.cuda.current_device())
+        batches = self.batches(samples)
+        teacher = supervised_hidden(self.teacher, batches) if self.teacher else []
+
+        def loss(hidden_NH, batch, number):
+            values = sft_loss(self.through_student(hidden_NH), supervised_labels(batch), self.vocabulary)
+            if self.teacher:
+                values |= reverse_kl_loss(self.through_student(hidden_NH), self.through_teacher(teacher[number]), self.vocabulary)
+            return values
+
+        return evaluate_loss(self.student, batches, loss, self.evaluation_names)
+
+    @property
+    def evaluation_names(self) -> tuple[str, ...]:
+        """Held-out losses on the gold responses: −log q, and KL(q‖p) against the teacher without a prompt."""
+        return ("loss/lm", "loss/reverse_kl") if self.teacher else ("loss/lm",)
+
+
+def to_floats(values: dict[str, torch.Tensor]) -> dict[str, float]:
+    """One read from the device for all of them."""
+    return dict(zip(values, torch.stack(list(values.values())).tolist()))

@@ -1,0 +1,73 @@
+"""PromptKD (Kim et al. 2024, arXiv 2402.12842): a teacher that learns, by a soft prompt, to speak so that the student follows.
+
+q student, p teacher, p_P teacher with the soft prompt P in front. Each iteration, for one global batch of prompts x:
+
+    (a)  y ~ q(·|x)                                                            the student writes
+    (b)  P ← P − η ∇_P [ KL(p_P‖q) + (1 − g/G)·base_coef·KL(p_P‖p) ]            the prompt learns from the student
+    (c)  θ ← θ − η ∇_θ   KL(q‖p_P)                                             the student learns from the prompted teacher
+
+over the tokens of y with its EOS; g counts iterations up to G. P in (c) is the one that (b) has just updated. The data's own
+responses are never read.
+"""
+
+from megakd.losses.distillation import prompt_loss, reverse_kl_loss
+from megakd.methods.base import Method, to_floats
+from megakd.methods.rollout import rollout
+from megakd.models.soft_prompt import SoftPrompt
+from megakd.optimizer import SoftPromptOptimizer
+from megakd.schedules import forward_backward, supervised_hidden
+
+
+class PromptKD(Method):
+    on_policy = True
+
+    def __init__(self, cast, config, *, total_iters):
+        super().__init__(cast, config, total_iters=total_iters)
+        self.prompt = initial_prompt(self.teacher, config, self.tokenizer)
+        lr = config.promptkd.teacher_lr or config.training.lr
+        self.prompt_optimizer = SoftPromptOptimizer(self.prompt, config.training, lr=lr, total_iters=total_iters)
+
+    def train(self, samples, iteration):
+        with self.time("rollout"):
+            self.rollouts = rollout(self.student, samples, self.config, self.tokenizer, iteration)
+        batches = self.batches(self.rollouts)
+        metrics = self.prompt_step(batches, iteration)
+        with self.time("teacher"):
+            prompted = supervised_hidden(self.teacher, batches, self.prompt.vectors)
+
+        def loss(hidden, batch, number):
+            return reverse_kl_loss(self.through_student(hidden), self.through_teacher(prompted[number]), self.vocabulary)
+
+        return self.student_step(batches, loss, ("loss/reverse_kl",), iteration) | metrics
+
+    def prompt_step(self, batches, iteration):
+        """(b): the teacher's weights are frozen, the student's distribution is a constant."""
+        base_coef = self.config.promptkd.base_coef * (1 - iteration / self.total_iters)
+        with self.time("teacher"):
+            base = supervised_hidden(self.teacher, batches)
+            student = supervised_hidden(self.student, batches)
+
+        def loss(hidden, batch, number):
+            q = self.through_student(student[number])
+            return prompt_loss(self.through_teacher(hidden), q, base[number], self.vocabulary, base_coef=base_coef)
+
+        with self.time("prompt_step"):
+            self.prompt_optimizer.zero_grad()
+            names = ("loss/prompt", "loss/prompt_kd", "loss/prompt_base")
+            means = forward_backward(self.teacher, batches, loss, names, layout=self.layout, soft_prompt=self.prompt.vectors)
+            step = self.prompt_optimizer.step(iteration, means.pop("tokens"))
+        return to_floats(means) | step
+
+    def extra_tensors(self):
+        return self.prompt_optimizer.state_tensors()
+
+    def load_extra_tensors(self, tensors):
+        self.prompt_optimizer.load_state_tensors(tensors)
+
+
+def initial_prompt(teacher, config, tokenizer) -> SoftPrompt:
+    """The embeddings of --prompt-init-text without special tokens, repeated or cut to --prompt-len; or random vectors."""
+    length = config.promptkd.prompt_len
+    if config.promptkd.prompt_init == "random":
+        return SoftPrompt.random(teacher, length, config.training.seed)
+    return SoftPrompt.from_tokens(teacher, tokenizer.encode(config.promptkd.prompt_init_text, add_special_tokens=False), length)

@@ -1,0 +1,39 @@
+"""Rollouts: the student writes the responses it is going to learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from megakd.config import Config
+from megakd.data.batch import Sample
+from megakd.data.tokenizer import eos_id
+from megakd.generation.generate import generate
+from megakd.generation.sampling import Sampling
+from megakd.models.gpt_model import HiddenStateGPTModel
+
+SEED_STRIDE = 1_000_003  # a run's iterations draw other noise than a run with the next seed
+
+
+def rollout(student: HiddenStateGPTModel, samples: Sequence[Sample], config: Config, tokenizer, iteration: int) -> list[Sample]:
+    """The samples with responses of the student, EOS included where it was written before the limit.
+
+    The noise is a function of (seed, iteration, sample, position): any layout and batch size writes the same.
+    """
+    settings = config.generation
+    sampling = Sampling(
+        max_new_tokens=config.max_new_tokens,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        seed=config.training.seed * SEED_STRIDE + iteration,
+    )
+    responses = generate(
+        student,
+        [sample.prompt for sample in samples],
+        [sample.sample_id for sample in samples],
+        sampling,
+        eos_id=eos_id(tokenizer),
+        batch_size=settings.rollout_batch_size,
+    )
+    return [replace(sample, response=tuple(response)) for sample, response in zip(samples, responses)]

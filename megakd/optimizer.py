@@ -1,0 +1,112 @@
+"""Two learners: the student on megatron-core's optimizer, and the soft prompt, a few vectors, on torch's AdamW.
+
+The learning rate is a function of the iteration alone, so that nothing of it has to be saved.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from megakd.config import TrainingConfig
+from megakd.models.gpt_model import HiddenStateGPTModel
+from megakd.models.soft_prompt import SoftPrompt
+
+
+def learning_rate(iteration: int, *, lr: float, total_iters: int, config: TrainingConfig) -> float:
+    """Linear warm-up to `lr`, then constant, linear or cosine decay to `min_lr` at the last iteration. Iterations count from 1.
+
+    The first iteration already moves: warm-up reaches lr · 1/warm-up, not 0 as in the reference.
+    """
+    if iteration <= config.lr_warmup_iters:
+        return lr * iteration / config.lr_warmup_iters
+    if config.lr_decay_style == "constant":
+        return lr
+    progress = (iteration - config.lr_warmup_iters) / max(1, total_iters - config.lr_warmup_iters)
+    left = 1 - progress if config.lr_decay_style == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + (lr - config.min_lr) * left
+
+
+class StudentOptimizer:
+    """The student inside DistributedDataParallel, its gradients and its AdamW (fp32 master weights under bf16).
+
+    Norms and biases of every family are kept from weight decay.
+    """
+
+    def __init__(self, model: HiddenStateGPTModel, config: TrainingConfig, *, total_iters: int, distributed: bool):
+        self.config, self.total_iters = config, total_iters
+        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
+        self.ddp = DistributedDataParallel(model.config, ddp_config, model, pg_collection=model.layout.groups)
+        settings = optimizer_config(config, model.config.params_dtype, distributed)
+        self.optimizer: MegatronOptimizer = get_megatron_optimizer(settings, [self.ddp], get_standard_config_overrides(settings))
+        model.config.finalize_model_grads_func = finalize_model_grads
+        model.config.grad_scale_func = self.optimizer.scale_loss
+        model.config.no_sync_func = self.ddp.no_sync
+
+    def zero_grad(self) -> None:
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def step(self, iteration: int) -> dict[str, float]:
+        """One AdamW step with the iteration's learning rate."""
+        lr = learning_rate(iteration, lr=self.config.lr, total_iters=self.total_iters, config=self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"], group["weight_decay"] = lr, self.config.weight_decay * group["wd_mult"]
+        finite, grad_norm, _ = self.optimizer.step()
+        assert finite, "fp16 is not built: bf16 and fp32 never skip a step"
+        return {"grad_norm": float(grad_norm), "lr": lr}
+
+
+def optimizer_config(config: TrainingConfig, dtype: torch.dtype, distributed: bool) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_eps=config.adam_eps,
+        clip_grad=config.clip_grad,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=distributed,
+    )
+
+
+class SoftPromptOptimizer:
+    """AdamW on the soft prompt alone. The frozen teacher has no gradient, no optimizer state and no gradient buffer."""
+
+    def __init__(self, prompt: SoftPrompt, config: TrainingConfig, *, lr: float, total_iters: int):
+        self.prompt, self.config, self.lr, self.total_iters = prompt, config, lr, total_iters
+        betas = (config.adam_beta1, config.adam_beta2)
+        self.adam = torch.optim.AdamW(prompt.parameters(), lr=lr, betas=betas, eps=config.adam_eps, weight_decay=config.weight_decay)
+
+    def zero_grad(self) -> None:
+        self.adam.zero_grad()
+
+    def step(self, iteration: int, tokens: torch.Tensor) -> dict[str, float]:
+        """One step on Σ loss / `tokens` of the global batch, the same on every rank."""
+        self.prompt.synchronize_gradient(tokens)
+        limit = self.config.clip_grad or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.prompt.parameters(), limit)
+        self.adam.param_groups[0]["lr"] = learning_rate(iteration, lr=self.lr, total_iters=self.total_iters, config=self.config)
+        self.adam.step()
+        return {"grad_norm/prompt": norm.item()}
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """The prompt and its moments by name, for a checkpoint."""
+        state = self.adam.state[self.prompt.vectors]
+        moments = {name: state[name] for name in ("exp_avg", "exp_avg_sq", "step") if name in state}
+        return {"vectors": self.prompt.vectors.detach(), **moments}
+
+    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        vectors = self.prompt.vectors
+        with torch.no_grad():
+            vectors.copy_(tensors["vectors"])
+        for name in ("exp_avg", "exp_avg_sq"):
+            self.adam.state[vectors][name] = tensors[name].to(vectors.device)
+        self.adam.state[vectors]["step"] = tensors["step"].cpu()

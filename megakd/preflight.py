@@ -1,0 +1,92 @@
+"""Everything that can be known to be wrong before a weight is loaded: one line, naming the flag, the value and the way out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from megakd.checkpointing.model_folder import ModelFolder
+from megakd.config import Config, flag_name, from_yaml
+from megakd.data.tokenizer import check_same_tokenizer, load_tokenizer
+from megakd.models.model_provider import check_layout, family_of
+from megakd.runtime.initialize import check_world_size
+
+MAY_CHANGE = {  # between a run and its resumption: the layout, and what is only written down
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel", "use_distributed_optimizer", "micro_batch_size",
+    "rollout_batch_size", "recompute", "save", "save_interval", "eval_interval", "eval_iters", "log_interval", "save_rollouts",
+}  # fmt: skip
+
+
+def check(config: Config, student: ModelFolder, teacher: ModelFolder | None) -> None:
+    """Models, layout, tokenizers, lengths and batch sizes.
+
+    Raises:
+        ValueError: the first thing that does not fit.
+    """
+    parallel = config.parallel
+    tp, pp, world_size = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, int(os.environ.get("WORLD_SIZE", "1"))
+    check_world_size(tp, pp, world_size)
+    for folder in filter(None, (student, teacher)):
+        family_of(folder.config, flag=folder.flag, name=str(folder.path))
+        check_layout(folder.config, tp, pp, flag=folder.flag, name=str(folder.path))
+        check_context(config, folder)
+    check_batch(config, world_size // (tp * pp))
+    check_tokenizers(student, teacher)
+
+
+def check_context(config: Config, folder: ModelFolder) -> None:
+    """Prompt, response and, for a prompted teacher, the soft prompt fit into the model's positions."""
+    soft = config.promptkd.prompt_len if folder.flag == "--teacher-model" and config.method == "promptkd" else 0
+    positions, needed = folder.config.max_position_embeddings, config.data.max_length + soft
+    if needed > positions:
+        extra = f" + --prompt-len {soft}" if soft else ""
+        raise ValueError(
+            f"--max-length {config.data.max_length}{extra} is more than the {positions} positions of {folder.flag} {folder.path}; "
+            f"use --max-length {positions - soft} or less"
+        )
+    if config.data.max_prompt_length + config.max_new_tokens > config.data.max_length:
+        raise ValueError(
+            f"--max-new-tokens {config.max_new_tokens} after --max-prompt-length {config.data.max_prompt_length} is more than "
+            f"--max-length {config.data.max_length}; use --max-new-tokens {config.data.max_length - config.data.max_prompt_length} or less"
+        )
+
+
+def check_batch(config: Config, dp: int) -> None:
+    """The global batch is a whole number of micro-batches on every replica."""
+    micro, whole = config.training.micro_batch_size, config.training.global_batch_size
+    if whole % (micro * dp):
+        raise ValueError(
+            f"--global-batch-size {whole} is not a multiple of --micro-batch-size {micro} × {dp} data-parallel rank(s); "
+            f"use a multiple of {micro * dp}"
+        )
+
+
+def check_tokenizers(student: ModelFolder, teacher: ModelFolder | None) -> None:
+    """Both models spell text alike, and every id has a row in both embeddings."""
+    tokenizer = load_tokenizer(student.tokenizer_folder)
+    if teacher is not None:
+        check_same_tokenizer(tokenizer, load_tokenizer(teacher.tokenizer_folder))
+    for folder in filter(None, (student, teacher)):
+        if max(tokenizer.get_vocab().values()) >= folder.config.vocab_size:
+            raise ValueError(
+                f"{folder.flag} {folder.path}: the tokenizer has ids up to {max(tokenizer.get_vocab().values())}, but the model only "
+                f"{folder.config.vocab_size} embedding rows; resize its embeddings or use its own tokenizer"
+            )
+
+
+def check_same_run(config: Config) -> None:
+    """A folder that holds a run is continued by the same command; anything else is refused.
+
+    Raises:
+        ValueError: a setting that decides results differs from the run's config.yaml.
+    """
+    saved = Path(config.output.save) / "config.yaml"
+    if not saved.is_file():
+        return
+    before, now = from_yaml(saved).flat(), config.flat()
+    for name, value in now.items():
+        if name not in MAY_CHANGE and before[name] != value:
+            raise ValueError(
+                f"{flag_name(name)} {value} differs from the {before[name]} of the run in --save {config.output.save}; "
+                "give the same command to continue it, or another --save to start anew"
+            )

@@ -1,0 +1,100 @@
+"""The numbers of a run, told three times: progress line, metrics.jsonl, TensorBoard. And samples.jsonl: what the student writes.
+
+    iteration   120/5000 | loss/reverse_kl 0.4127 | grad_norm 0.91 | lr 4.8e-06 | 38,412 tok/s | rollout 1.20 s | ETA 1:05:12
+
+Names say how a number is printed: loss/*, valid/*, grad_norm, lr, tokens_per_second, memory_gib, time/* (seconds).
+"""
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from megakd.reporting.jsonl import JsonLines
+
+FORMATS = {  # by the name before its slash
+    "loss": "{name} {value:.4f}",
+    "valid": "{name} {value:.4f}",
+    "grad_norm": "{name} {value:.2f}",
+    "lr": "{name} {value:.1e}",
+    "tokens_per_second": "{value:,.0f} tok/s",
+    "memory_gib": "{value:.1f} GiB",
+    "time": "{last} {value:.2f} s",
+}
+OTHER = "{name} {value:.4g}"
+
+
+class RunLogger:
+    """Writes into `folder` where `enabled` (one rank of the run), does nothing elsewhere.
+
+    A run resumed from the checkpoint of `resumed_iteration` continues its files: what an earlier attempt wrote after that
+    iteration is removed, so that every iteration stands there once. None starts the files afresh.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        total_iterations: int,
+        enabled: bool,
+        resumed_iteration: int | None = None,
+        log_interval: int = 1,
+    ) -> None:
+        self.total_iterations = total_iterations
+        self.enabled = enabled
+        self.log_interval = log_interval
+        self._seconds: deque[float] = deque(maxlen=50)
+        self._last_time: float | None = None  # of the last log
+        if not enabled:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # a second of imports, for one rank only
+
+        folder = Path(folder)
+        first = 0 if resumed_iteration is None else resumed_iteration + 1
+        self._metrics = JsonLines(folder / "metrics.jsonl", resumed_iteration=resumed_iteration)
+        self._samples = JsonLines(folder / "samples.jsonl", resumed_iteration=resumed_iteration)
+        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
+
+    def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """Once an iteration, when it is done; iterations count from 1, and 0 is the state before training."""
+        if not self.enabled:
+            return
+        self._metrics.append(iteration, metrics)
+        for name, value in metrics.items():
+            self._tensorboard.add_scalar(name, value, iteration)
+        eta = self._eta(iteration)
+        if iteration % self.log_interval == 0 or iteration == self.total_iterations:
+            print(progress_line(iteration, self.total_iterations, metrics, eta), flush=True)
+
+    def log_samples(self, iteration: int, samples: Iterable[Mapping[str, Any]]) -> None:
+        """One line a sample: what was asked, written and expected."""
+        if self.enabled:
+            for sample in samples:
+                self._samples.append(iteration, sample)
+
+    def close(self) -> None:
+        if self.enabled:
+            self._metrics.close()
+            self._samples.close()
+            self._tensorboard.close()
+
+    def _eta(self, iteration: int) -> float | None:
+        """Seconds to go, by the median iteration, which an evaluation now and then does not move. None at the first."""
+        now = time.perf_counter()
+        if self._last_time is not None:
+            self._seconds.append(now - self._last_time)
+        self._last_time = now
+        return statistics.median(self._seconds) * (self.total_iterations - iteration) if self._seconds else None
+
+
+def progress_line(iteration: int, total_iterations: int, metrics: Mapping[str, float], eta_seconds: float | None) -> str:
+    width = len(str(total_iterations))
+    parts = [f"iteration {iteration:{width}d}/{total_iterations}"]
+    for name, value in metrics.items():
+        parts.append(FORMATS.get(name.split("/")[0], OTHER).format(name=name, value=value, last=name.split("/")[-1]))
+    if eta_seconds is not None:
+        parts.append(f"ETA {timedelta(seconds=round(eta_seconds))}")
+    return " | ".join(parts)

@@ -1,0 +1,274 @@
+"""The loop: which iteration it is, what is logged, evaluated and saved when. It names no method."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from megakd import preflight
+from megakd.checkpointing import export_to_hf, load_checkpoint, load_model_weights, read_latest, save_checkpoint
+from megakd.checkpointing.model_folder import ModelFolder
+from megakd.config import Config
+from megakd.data.batch import Sample
+from megakd.data.dataloader import DataLoader, deal
+from megakd.data.prompt_dataset import PromptDataset
+from megakd.data.sft_dataset import SFTDataset
+from megakd.data.tokenizer import eos_id, load_tokenizer
+from megakd.generation.generate import generate
+from megakd.generation.sampling import Sampling
+from megakd.methods import METHODS
+from megakd.methods.base import Cast, Method
+from megakd.models.gpt_model import HiddenStateGPTModel
+from megakd.models.model_provider import build_model, padded_vocab_size
+from megakd.optimizer import StudentOptimizer
+from megakd.reporting.jsonl import JsonLines
+from megakd.reporting.logger import RunLogger
+from megakd.reporting.plots import plot_training
+from megakd.runtime.initialize import initialize, is_rank_zero, resolve_dtype, seed_everything
+from megakd.runtime.parallel_layout import ParallelLayout
+
+SAMPLES_SHOWN = 4  # held-out prompts that the student answers greedily at every evaluation, for people to read
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where the models come from."""
+
+    student: ModelFolder
+    teacher: ModelFolder | None
+
+    @classmethod
+    def open(cls, config: Config) -> Folders:
+        """Headers and configs only."""
+        student = ModelFolder.open(config.models.model, flag="--model")
+        teacher = ModelFolder.open(config.models.teacher_model, flag="--teacher-model") if config.needs_teacher else None
+        return cls(student, teacher)
+
+
+def train(config: Config) -> None:
+    """A whole run: from folders to a Hugging Face folder.
+
+    Raises:
+        ValueError: something does not fit; before any weight is loaded where that can be known.
+    """
+    folders = Folders.open(config)
+    preflight.check(config, folders.student, folders.teacher)
+    preflight.check_same_run(config)
+    layout = initialize(
+        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+        seed=config.training.seed,
+    )
+    Trainer(config, folders, layout).run()
+
+
+class Trainer:
+    """One run on this rank."""
+
+    def __init__(self, config: Config, folders: Folders, layout: ParallelLayout):
+        self.config, self.folders, self.layout = config, folders, layout
+        self.folder = Path(config.output.save)
+        self.tokenizer = load_tokenizer(folders.student.tokenizer_folder)
+        self._open_data()
+        self.total_iters = config.training.train_iters or config.training.epochs * self.loader.iterations_per_epoch
+        self.method = self._build_method()
+        self.iteration = self._resume()
+        self.logger = RunLogger(
+            self.folder,
+            total_iterations=self.total_iters,
+            enabled=is_rank_zero(),
+            resumed_iteration=self.iteration or None,
+            log_interval=config.output.log_interval,
+        )
+        self.rollouts = self._open_rollouts()
+
+    def run(self) -> None:
+        """Iterate, evaluate, save; leave the export and the figures."""
+        self._write_config()
+        if self.iteration == 0:
+            self._evaluate()
+        while self.iteration < self.total_iters:
+            self.iteration += 1
+            self._iterate()
+            if self._due(self.config.output.eval_interval):
+                self._evaluate()
+            if self._due(self.config.output.save_interval):
+                self._save()
+        self._finish()
+
+    def _due(self, interval: int | None) -> bool:
+        return self.iteration == self.total_iters or bool(interval and self.iteration % interval == 0)
+
+    # ---- set-up
+
+    def _open_data(self) -> None:
+        data, training = self.config.data, self.config.training
+        lengths = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length}
+        if METHODS[self.config.method].on_policy:
+            dataset = PromptDataset(data.train_data, self.tokenizer, max_prompt_length=data.max_prompt_length)
+        else:
+            dataset = SFTDataset(data.train_data, self.tokenizer, **lengths)
+        self.loader = DataLoader(
+            dataset,
+            global_batch_size=training.global_batch_size,
+            seed=training.seed,
+            dp_rank=self.layout.dp_rank,
+            dp_size=self.layout.dp_size,
+        )
+        self.valid = SFTDataset(data.valid_data, self.tokenizer, **lengths) if data.valid_data else None
+
+    def _build_method(self) -> Method:
+        sizes = [folder.config.vocab_size for folder in (self.folders.student, self.folders.teacher) if folder]
+        width = padded_vocab_size(sizes, self.layout.tp_size)
+        student = self._load(self.folders.student, width, **self._student_options())
+        teacher = self._load(self.folders.teacher, width).eval().requires_grad_(False) if self.folders.teacher else None
+        parallel = self.config.parallel
+        optimizer = StudentOptimizer(
+            student, self.config.training, total_iters=self.total_iters, distributed=parallel.use_distributed_optimizer
+        )
+        cast = Cast(student, optimizer, teacher, self.tokenizer)
+        return METHODS[self.config.method](cast, self.config, total_iters=self.total_iters)
+
+    def _load(self, folder: ModelFolder, width: int, **options) -> HiddenStateGPTModel:
+        model = build_model(
+            folder.config,
+            self.layout,
+            padded_vocab_size=width,
+            dtype=resolve_dtype(self.config.models.dtype),
+            sequence_parallel=self.config.parallel.sequence_parallel,
+            **options,
+        )
+        load_model_weights(model, folder)
+        return model
+
+    def _student_options(self) -> dict:
+        models = self.config.models
+        dropouts = {"hidden_dropout": models.hidden_dropout, "attention_dropout": models.attention_dropout}
+        options = {name: value for name, value in dropouts.items() if value is not None}
+        if self.config.training.recompute:
+            options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        return options
+
+    def _resume(self) -> int:
+        """The iteration of the run's last checkpoint, loaded; 0 where there is none."""
+        checkpoints = self.folder / "checkpoints"
+        iteration = read_latest(checkpoints)
+        if iteration is None:
+            return 0
+        tensors = load_checkpoint(checkpoints, iteration, model=self.method.student, optimizer=self.method.optimizer.optimizer)
+        self.method.load_extra_tensors(tensors)
+        return iteration
+
+    def _open_rollouts(self) -> JsonLines | None:
+        if not (self.config.output.save_rollouts and is_rank_zero()):
+            return None
+        return JsonLines(self.folder / "rollouts.jsonl", resumed_iteration=self.iteration or None)
+
+    def _write_config(self) -> None:
+        if is_rank_zero():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config.flat(), sort_keys=False))
+
+    # ---- one iteration
+
+    def _iterate(self) -> None:
+        seed_everything(self.config.training.seed + self.iteration, self.layout)  # nothing random has to be saved
+        start = time.perf_counter()
+        metrics = self.method.train(self.loader.samples(self.iteration - 1), self.iteration)
+        seconds = time.perf_counter() - start
+        check_finite(metrics, self.iteration)
+        metrics |= {"tokens_per_second": metrics["positions"] / seconds, "memory_gib": peak_memory() / GIB}
+        self.logger.log(self.iteration, metrics | self.method.time.take() | {"time/iteration": seconds})
+        if self.config.output.save_rollouts and self.method.on_policy:
+            self._write_rollouts()
+
+    def _write_rollouts(self) -> None:
+        """Every replica's responses of this iteration, on rank 0."""
+        if self.layout.tp_rank or self.layout.pp_rank:
+            return
+        replicas = [None] * self.layout.dp_size if is_rank_zero() else None
+        dist.gather_object(self.method.rollouts, replicas, group=self.layout.dp_group)
+        for sample in (sample for replica in replicas or [] for sample in replica):
+            mask = [0] * (len(sample.prompt) - 1) + [1] * len(sample.response)
+            row = {"sample_id": sample.sample_id, "prompt": sample.prompt, "response": sample.response, "loss_mask": mask}
+            self.rollouts.append(self.iteration, row)
+
+    # ---- evaluation
+
+    def _evaluate(self) -> None:
+        if self.valid is None:
+            return
+        with self.method.time("evaluation"):
+            metrics = held_out_losses(self.method, self._valid_samples(), self.layout)
+            self._show_samples()
+        self.logger.log(self.iteration, metrics | self.method.time.take())
+
+    def _valid_samples(self) -> list[Sample]:
+        iters = self.config.output.eval_iters
+        count = min(len(self.valid), iters * self.config.training.global_batch_size) if iters else len(self.valid)
+        return [self.valid[i] for i in range(count)]
+
+    def _show_samples(self) -> None:
+        shown = [self.valid[i] for i in range(min(SAMPLES_SHOWN, len(self.valid))) if self.valid[i].prompt]
+        if not shown:
+            return
+        prompts, ids = [sample.prompt for sample in shown], [sample.sample_id for sample in shown]
+        sampling = Sampling(max_new_tokens=self.config.max_new_tokens, greedy=True)
+        responses = generate(self.method.student, prompts, ids, sampling, eos_id=eos_id(self.tokenizer))
+        decode = lambda tokens: self.tokenizer.decode(tokens, skip_special_tokens=True)
+        rows = [
+            {"prompt": decode(s.prompt), "student": decode(response), "reference": decode(s.response)} for s, response in zip(shown, responses)
+        ]
+        self.logger.log_samples(self.iteration, rows)
+
+    # ---- what is left behind
+
+    def _save(self) -> None:
+        save_checkpoint(
+            self.folder / "checkpoints",
+            self.iteration,
+            model=self.method.student,
+            optimizer=self.method.optimizer.optimizer,
+            extra_tensors=self.method.extra_tensors(),
+            source=self.folders.student,
+            run_config=self.folder / "config.yaml",
+        )
+
+    def _finish(self) -> None:
+        if is_rank_zero():
+            export_to_hf(self.folder / "checkpoints", self.folder / "hf")
+            plot_training(self.folder)
+        self.logger.close()
+        dist.barrier()
+
+
+def held_out_losses(method: Method, samples: Sequence[Sample], layout: ParallelLayout) -> dict[str, float]:
+    """Token means of the method's held-out losses, as `valid/<name>`."""
+    mine = deal(samples, layout.dp_size)[layout.dp_rank]
+    step = max(1, method.config.training.global_batch_size // layout.dp_size)
+    sums = sum(method.evaluate(mine[first : first + step]) for first in range(0, max(1, len(mine)), step))
+    *totals, tokens = layout.sum_over_data_parallel(sums).tolist()
+    return {name.replace("loss/", "valid/"): total / max(1, tokens) for name, total in zip(method.evaluation_names, totals)}
+
+
+def check_finite(metrics: dict[str, float], iteration: int) -> None:
+    """A loss that is not a number ends the run with its name; the last checkpoint is whole."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise ValueError(f"iteration {iteration}: {name} is {value}; lower --lr, or use --dtype fp32 to see whether precision is the reason")
+
+
+def peak_memory() -> int:
+    """Bytes: of the GPU's allocator, or of this process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,73 @@
+"""A Batch holds the labels and the mask of its samples, whatever the token values and whoever shares the row's batch."""
+
+import pytest
+import torch
+
+from megakd.data.batch import Sample, collate, micro_batches
+
+EOS = 9
+
+
+def samples_of(*lengths: tuple[int, int]) -> list[Sample]:
+    """Samples with prompts and responses of the given lengths; the response ends with EOS."""
+    return [
+        Sample(number, tuple(range(1, prompt + 1)), (*range(11, 10 + response), EOS))
+        for number, (prompt, response) in enumerate(lengths)
+    ]
+
+
+def test_the_mask_starts_at_the_last_prompt_token_and_ends_with_the_label_eos():
+    batch = collate([Sample(7, (1, 2, 3), (4, 5, EOS)), Sample(8, (1,), (EOS,))])
+    assert batch.tokens.tolist() == [[1, 2, 3, 4, 5], [1, 0, 0, 0, 0]]
+    assert batch.labels.tolist() == [[2, 3, 4, 5, EOS], [EOS, 0, 0, 0, 0]]
+    assert batch.loss_mask.tolist() == [[0, 0, 1, 1, 1], [1, 0, 0, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert batch.lengths.tolist() == [5, 1]
+    assert batch.sample_ids.tolist() == [7, 8]
+    assert batch.num_supervised == 4
+
+
+def test_eos_is_learnt_where_it_ends_a_response_even_if_padding_and_prompt_hold_the_same_id():
+    pad = 0
+    batch = collate([Sample(0, (pad, 5), (6, pad)), Sample(1, (5, 5, 5), (6, 6, 6, pad))])
+    assert batch.loss_mask.tolist() == [[0, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1]]
+
+
+def test_every_label_of_a_plain_text_counts():
+    batch = collate([Sample(0, (), (3, 4, 5, EOS))])
+    assert (batch.labels.tolist(), batch.loss_mask.tolist()) == ([[4, 5, EOS]], [[1, 1, 1]])
+
+
+def test_a_prompt_without_a_response_has_no_label():
+    batch = collate([Sample(0, (3, 4, 5), ())])
+    assert (batch.tokens.tolist(), batch.num_supervised) == ([[3, 4]], 0)
+
+
+def test_the_dtypes_are_those_of_embedding_and_loss():
+    batch = collate(samples_of((3, 2), (5, 5)))
+    assert {name: getattr(batch, name).dtype for name in ("tokens", "labels", "position_ids", "lengths", "sample_ids")} == {
+        name: torch.int64 for name in ("tokens", "labels", "position_ids", "lengths", "sample_ids")
+    }
+    assert batch.loss_mask.dtype == torch.float32
+    assert (batch.micro_batch_size, batch.seq_length) == (2, 9)
+    assert batch.to("cpu").tokens.is_contiguous() and batch.labels.is_contiguous()
+
+
+@pytest.mark.parametrize(("options", "width"), [({}, 9), ({"multiple_of": 4}, 12), ({"seq_length": 20}, 20)])
+def test_the_width_is_the_longest_row_rounded_up_or_as_asked(options, width):
+    batch = collate(samples_of((3, 2), (5, 5)), **options)
+    assert batch.seq_length == width
+    assert batch.num_supervised == 7
+
+
+def test_a_row_that_does_not_fit_names_the_flag():
+    with pytest.raises(ValueError, match="--seq-length 8 is too short for a row of 9 positions"):
+        collate(samples_of((5, 5)), seq_length=8)
+
+
+def test_micro_batches_hold_every_sample_once_and_rows_of_like_length_share_one():
+    samples = samples_of((3, 2), (9, 5), (1, 1), (8, 6), (3, 3), (2, 2))
+    batches = micro_batches(samples, 2)
+    assert [batch.sample_ids.tolist() for batch in batches] == [[1, 3], [4, 0], [5, 2]]
+    assert [batch.seq_length for batch in batches] == [13, 5, 3]
+    assert sum(batch.num_supervised for batch in batches) == collate(samples).num_supervised

@@ -1,0 +1,132 @@
+"""One iteration of each method equals an independent float64 computation, at every layout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from distributed import run_distributed
+from oracle import ADAM, Oracle, StateDictSource
+from tiny import tiny_config, tiny_model
+
+from megakd.config import Config
+from megakd.data.batch import Sample
+from megakd.data.dataloader import deal
+from megakd.methods import METHODS
+from megakd.methods.base import Cast
+from megakd.models.model_provider import build_model, load_weights, padded_vocab_size, parameter_mappings
+from megakd.optimizer import StudentOptimizer
+
+LR, WEIGHT_DECAY, CLIP, TOTAL_ITERS = 1e-2, 0.1, 0.5, 10
+PAIRS = {  # student, teacher
+    "gpt2": ({"family": "gpt2", "layers": 2}, {"family": "gpt2", "layers": 4, "hidden": 96}),
+    "opt": ({"family": "opt", "layers": 2}, {"family": "opt", "layers": 2, "hidden": 96}),
+    "llama": ({"family": "llama", "layers": 2}, {"family": "llama", "layers": 4, "num_key_value_heads": 1}),
+    "llama student of a gpt2": ({"family": "llama", "layers": 2, "tie_word_embeddings": True}, {"family": "gpt2", "layers": 2}),
+}
+LAYOUTS = [  # tp, pp, dp, sequence parallel, distributed optimizer, micro-batch size
+    pytest.param(1, 1, 1, False, False, 4, id="one rank, 2 micro-batches"),
+    pytest.param(1, 1, 1, False, False, 2, id="one rank, 4 micro-batches"),
+    pytest.param(2, 1, 1, False, False, 4, id="TP2, 2 micro-batches"),
+    pytest.param(1, 2, 1, False, False, 2, id="PP2, 4 micro-batches"),
+    pytest.param(2, 2, 1, True, False, 4, id="TP2 PP2 SP, 2 micro-batches"),
+    pytest.param(2, 2, 1, True, False, 2, id="TP2 PP2 SP, 4 micro-batches"),
+    pytest.param(1, 1, 2, False, True, 2, id="DP2 distributed optimizer, 2 micro-batches"),
+    pytest.param(1, 1, 2, False, True, 1, id="DP2 distributed optimizer, 4 micro-batches"),
+]
+
+
+def samples() -> list[Sample]:
+    generator = torch.Generator().manual_seed(5)
+    lengths = [(4, 9), (7, 3), (2, 12), (5, 5), (9, 1), (3, 7), (6, 2), (4, 6)]
+    draw = lambda n: tuple(torch.randint(2, 90, (n,), generator=generator).tolist())
+    return [Sample(i, draw(prompt), (*draw(response - 1), 0)) for i, (prompt, response) in enumerate(lengths)]
+
+
+def run_config(method: str, micro_batch_size: int, parallel: dict) -> Config:
+    config = Config(method=method)
+    training = replace(
+        config.training, micro_batch_size=micro_batch_size, global_batch_size=8, lr=LR, lr_decay_style="constant", weight_decay=WEIGHT_DECAY,
+        clip_grad=CLIP, adam_beta1=ADAM["betas"][0], adam_beta2=ADAM["betas"][1], adam_eps=ADAM["eps"],
+    )  # fmt: skip
+    return replace(config, training=training, parallel=replace(config.parallel, **parallel), generation=replace(config.generation, max_new_tokens=12))
+
+
+TOKENIZER = SimpleNamespace(encode=lambda text, add_special_tokens: [11, 12, 13], eos_token_id=0)
+
+
+def cast(layout, config, pair) -> Cast:
+    """Student and teacher from the same seeds that the oracle takes."""
+    specs = [tiny_config(**spec) for spec in pair]
+    width = padded_vocab_size([spec.vocab_size for spec in specs], layout.tp_size)
+    options = {"padded_vocab_size": width, "sequence_parallel": config.parallel.sequence_parallel}
+    student, teacher = (build_model(spec, layout, **options) for spec in specs)
+    load_weights(student, StateDictSource(tiny_model(specs[0], seed=1)))
+    load_weights(teacher, StateDictSource(tiny_model(specs[1], seed=2)))
+    teacher.eval().requires_grad_(False)
+    distributed = config.parallel.use_distributed_optimizer
+    optimizer = StudentOptimizer(student, config.training, total_iters=TOTAL_ITERS, distributed=distributed)
+    return Cast(student, optimizer, teacher if config.needs_teacher else None, TOKENIZER)
+
+
+def oracle(pair) -> Oracle:
+    student, teacher = (tiny_model(tiny_config(**spec), seed=seed) for seed, spec in enumerate(pair, start=1))
+    return Oracle(student, teacher, lr=LR, weight_decay=WEIGHT_DECAY, clip=CLIP)
+
+
+def check_one_iteration(layout, method_name, pairs, micro_batch_size, parallel):
+    config = run_config(method_name, micro_batch_size, parallel)
+    for name, pair in pairs.items():
+        method = METHODS[method_name](cast(layout, config, pair), config, total_iters=TOTAL_ITERS)
+        vectors = method.extra_tensors().get("vectors", torch.empty(0)).clone()
+        got = method.train(deal(samples(), layout.dp_size)[layout.dp_rank], 1)
+        reference = oracle(pair)
+        want = expected(reference, method_name, all_samples(method, layout), vectors)
+        for key, value in want.items():
+            if key in got:
+                assert got[key] == pytest.approx(float(value), rel=1e-6, abs=1e-6), (name, key)
+        check_weights(method.student, reference.student, name)
+        if method_name == "promptkd":
+            check_prompt(method, want, name)
+
+
+def expected(reference, method_name, rows, vectors):
+    if method_name == "sft":
+        return reference.sft(rows)
+    if method_name == "kd":
+        return reference.kd(rows, kd_ratio=0.5)
+    return reference.promptkd(rows, vectors, base_coef=1 - 1 / TOTAL_ITERS)
+
+
+def all_samples(method, layout):
+    """(prompt, response) of the global batch: the data's, or what the student wrote on all replicas."""
+    if not method.on_policy:
+        return [(s.prompt, s.response) for s in samples()]
+    rows = [None] * layout.dp_size
+    torch.distributed.all_gather_object(rows, [(s.prompt, s.response) for s in method.rollouts], group=layout.dp_group)
+    return [row for part in rows for row in part]
+
+
+def check_weights(student, reference, name):
+    """Every updated weight of this rank against the float64 update, through the same name table as a checkpoint."""
+    source = StateDictSource(reference)
+    for param, mapping in parameter_mappings(student):
+        want = mapping.read_shard(source, student.layout.tp_rank, student.layout.tp_size)
+        assert (param.double() - want).abs().max() <= 2e-6, (name, mapping)
+
+
+def check_prompt(method, want, name):
+    clipped = want["gradient"] * min(1.0, CLIP / want["gradient"].norm())
+    gradient = method.prompt.vectors.grad
+    assert (gradient.double() - clipped).abs().max() <= 1e-6 * max(1.0, clipped.abs().max()), name
+    assert (method.prompt.vectors.double() - want["vectors"]).abs().max() <= 2e-6, name
+    assert all(param.grad is None and not hasattr(param, "main_grad") for param in method.teacher.parameters()), "the teacher is frozen"
+
+
+@pytest.mark.parametrize("method_name", ["sft", "kd", "promptkd"])
+@pytest.mark.parametrize("tp, pp, dp, sp, zero, micro_batch_size", LAYOUTS)
+def test_one_iteration_equals_float64_transformers(method_name, tp, pp, dp, sp, zero, micro_batch_size):
+    parallel = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "sequence_parallel": sp, "use_distributed_optimizer": zero}
+    run_distributed(check_one_iteration, tp * pp * dp, method_name, PAIRS, micro_batch_size, parallel, tp=tp, pp=pp)

@@ -1,0 +1,132 @@
+"""A run's files hold every iteration once, whatever interrupted it; the figures show them; the FLOPs are the matrix products'."""
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megakd.reporting.flops import TransformerSizes, forward_flops_per_token, peak_flops, training_flops_per_token
+from megakd.reporting.logger import RunLogger, progress_line
+from megakd.reporting.plots import plot_comparison, plot_training
+
+
+def rows_of(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(folder, iterations, *, value=1.0, resumed_iteration=None, enabled=True):
+    logger = RunLogger(folder, total_iterations=9, enabled=enabled, resumed_iteration=resumed_iteration)
+    for iteration in iterations:
+        logger.log(iteration, {"loss/lm": value, "time/rollout": 0.5})
+        logger.log_samples(iteration, [{"prompt": "a", "response": "b"}])
+    logger.close()
+
+
+def events_of(folder) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(folder / "tensorboard")).Reload()
+    return [(event.step, event.value) for event in accumulator.Scalars("loss/lm")]
+
+
+def test_the_line_names_every_part_and_the_time_to_go():
+    metrics = {
+        "loss/reverse_kl": 0.41274,
+        "grad_norm": 0.912,
+        "lr": 4.8e-6,
+        "tokens_per_second": 38412.4,
+        "memory_gib": 41.23,
+        "time/rollout": 1.204,
+        "shared_ids": 50257,
+    }
+    assert progress_line(120, 5000, metrics, 3912.3) == (
+        "iteration  120/5000 | loss/reverse_kl 0.4127 | grad_norm 0.91 | lr 4.8e-06 | 38,412 tok/s | 41.2 GiB | "
+        "rollout 1.20 s | shared_ids 5.026e+04 | ETA 1:05:12"
+    )
+
+
+def test_a_resumed_run_has_every_iteration_once(tmp_path, capsys):
+    run(tmp_path, range(1, 7))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 7, "loss/l')  # killed while writing
+    run(tmp_path, range(5, 10), value=2.0, resumed_iteration=4)
+    expected = [(i, 1.0 if i <= 4 else 2.0) for i in range(1, 10)]
+    assert [(row["iteration"], row["loss/lm"]) for row in rows_of(tmp_path / "metrics.jsonl")] == expected
+    assert [row["iteration"] for row in rows_of(tmp_path / "samples.jsonl")] == list(range(1, 10))
+    assert events_of(tmp_path) == expected
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "iteration 1/9 | loss/lm 1.0000 | rollout 0.50 s"  # nothing to estimate from yet
+    assert lines[-1].endswith("| ETA 0:00:00")
+
+
+def test_a_new_run_starts_its_files_afresh(tmp_path):
+    run(tmp_path, range(0, 5))
+    run(tmp_path, range(1, 3), value=2.0)
+    assert [(row["iteration"], row["loss/lm"]) for row in rows_of(tmp_path / "metrics.jsonl")] == [(1, 2.0), (2, 2.0)]
+
+
+def test_other_ranks_write_nothing(tmp_path, capsys):
+    run(tmp_path / "run", range(1, 3), enabled=False)
+    assert (list(tmp_path.iterdir()), capsys.readouterr().out) == ([], "")
+
+
+def test_a_loss_that_is_not_a_number_is_null_in_the_file_and_nan_on_the_line(tmp_path, capsys):
+    run(tmp_path, [1], value=math.nan)
+    assert rows_of(tmp_path / "metrics.jsonl")[0]["loss/lm"] is None
+    assert "loss/lm nan" in capsys.readouterr().out
+
+
+def test_figures_come_with_their_numbers(tmp_path):
+    logger = RunLogger(tmp_path, total_iterations=60, enabled=True, log_interval=60)
+    for i in range(61):
+        held_out = {"valid/kl": 1 / (1 + i), "valid/novel": 3.0} if i % 20 == 0 else {}
+        logger.log(i, {"loss/lm": 2.0, "grad_norm": 1.0, "time/rollout": 0.1, "time/teacher": 0.2} | held_out)
+    logger.close()
+    picture, numbers = plot_training(tmp_path)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    table = list(csv.DictReader(numbers.open()))
+    assert (len(table), table[20]["valid/kl"], table[21]["valid/kl"]) == (61, str(1 / 21), "")
+
+    results = {"SFT": {"exact_match": 61.0, "exact_match_sd": 2.0}, "PromptKD": {"exact_match": 74.0}}
+    picture, numbers = plot_comparison(results, {"exact_match": "%"}, tmp_path / "comparison.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert numbers.read_text().split() == ["method,exact_match,exact_match_sd", "SFT,61.0,2.0", "PromptKD,74.0,"]
+
+
+def test_a_run_without_metrics_says_so(tmp_path):
+    with pytest.raises(ValueError, match=r"metrics.jsonl holds no iteration; give the --save folder of a run that has started"):
+        plot_training(tmp_path)
+
+
+def test_flops_are_those_torch_counts_but_for_the_causal_half_of_attention():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
+    )
+    sizes = TransformerSizes(
+        num_layers=3,
+        hidden_size=32,
+        ffn_hidden_size=80,
+        num_attention_heads=4,
+        num_query_groups=2,
+        head_dim=8,
+        vocab_size=96,
+        gated=True,
+    )
+    model = LlamaForCausalLM(config)
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(2, 24, dtype=torch.long))
+    attention = 3 * 2 * 24 * 32  # the half of the scores that a causal mask throws away
+    assert counter.get_total_flops() / (2 * 24) == forward_flops_per_token(sizes, 24) + attention
+    assert training_flops_per_token(sizes, 24) == 3 * forward_flops_per_token(sizes, 24)
+    assert forward_flops_per_token(sizes, 24) - forward_flops_per_token(sizes, 24, with_head=False) == 2 * 32 * 96
+
+
+def test_the_peak_is_known_for_the_gpus_of_the_table_only():
+    assert peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("NVIDIA GeForce RTX 3090") is None
