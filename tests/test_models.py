@@ -9,7 +9,7 @@ from distributed import run_distributed
 from tiny import tiny_config, tiny_folder, tiny_model
 
 from megakd.models.hf_checkpoint import HFCheckpoint
-from megakd.models.model_provider import build_model, check_layout, family_of, load_weights, padded_vocab_size
+from megakd.models.model_provider import build_model, check_layout, family_of, load_weights, padded_vocab_size, uneven_split
 from megakd.schedules import forward_only
 
 VARIANTS = {
@@ -85,8 +85,15 @@ def test_a_layout_that_does_not_divide_the_model_is_refused_with_the_sizes_that_
     xl = tiny_config("gpt2", n_head=25, hidden=1600, layers=48)
     with pytest.raises(ValueError, match=r"--tensor-model-parallel-size 2 does not divide the 25 attention heads.*use one of \[1, 5, 25\]"):
         check_layout(xl, 2, 1, name="gpt2-xl")
-    with pytest.raises(ValueError, match=r"--pipeline-model-parallel-size 3 does not divide the 4 layers.*use one of \[1, 2, 4\]"):
-        check_layout(tiny_config("llama"), 1, 3)
+    with pytest.raises(ValueError, match=r"--pipeline-model-parallel-size 5 is more than the 4 layers.*use 4 or fewer"):
+        check_layout(tiny_config("llama"), 1, 5)
+
+
+def test_layers_that_do_not_divide_by_the_stages_are_split_unevenly():
+    for layers, pp in [(5, 2), (7, 3), (10, 4), (13, 8)]:
+        first, last = uneven_split(layers, pp).values()
+        assert first >= last >= 1 and (layers - first - last) % max(pp - 2, 1) == 0
+    assert uneven_split(12, 4) == {}
 
 
 def test_models_that_cannot_be_run_say_why():

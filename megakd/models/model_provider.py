@@ -37,7 +37,7 @@ def family_of(hf: PretrainedConfig, *, flag: str = "--model", name: str = "") ->
 
 
 def check_layout(hf: PretrainedConfig, tp: int, pp: int, *, flag: str = "--model", name: str = "", prefix: str = "--") -> None:
-    """Refuse a layout that does not divide the model; `prefix` is `--teacher-` for a teacher with flags of its own.
+    """Refuse a layout that does not fit the model; `prefix` is `--teacher-` for a teacher with flags of its own.
 
     Raises:
         ValueError: TP or PP does not fit; the message lists the sizes that do.
@@ -50,10 +50,25 @@ def check_layout(hf: PretrainedConfig, tp: int, pp: int, *, flag: str = "--model
             f"{prefix}tensor-model-parallel-size {tp} does not divide the {heads} attention heads, {groups} key/value heads and "
             f"{ffn} feed-forward columns of {flag} {name}; use one of {fits}"
         )
-    layers = hf.num_hidden_layers
-    if layers % pp:
-        fits = [p for p in range(1, layers + 1) if layers % p == 0]
-        raise ValueError(f"{prefix}pipeline-model-parallel-size {pp} does not divide the {layers} layers of {flag} {name}; use one of {fits}")
+    if pp > hf.num_hidden_layers:
+        raise ValueError(
+            f"{prefix}pipeline-model-parallel-size {pp} is more than the {hf.num_hidden_layers} layers of {flag} {name}; "
+            f"use {hf.num_hidden_layers} or fewer"
+        )
+
+
+def uneven_split(layers: int, pp: int) -> dict[str, int]:
+    """megatron's arguments for layers that do not divide by the stages, none where they do.
+
+    Stages in the middle are equal; the first and the last, which hold the embedding and the head as well, share what is left.
+    """
+    if layers % pp == 0:
+        return {}
+    middle = math.ceil(layers / pp)
+    if layers - middle * (pp - 2) < 2:
+        middle -= 1
+    ends = layers - middle * (pp - 2)
+    return {"num_layers_in_first_pipeline_stage": ends - ends // 2, "num_layers_in_last_pipeline_stage": ends // 2}
 
 
 def padded_vocab_size(vocab_sizes: list[int], tp: int) -> int:
@@ -109,6 +124,7 @@ def transformer_config(hf, family: Family, layout: ParallelLayout, dtype, sequen
         "batch_p2p_comm": False,
         "variable_seq_lengths": layout.pp_size > 1,  # each micro-batch is cut to its own longest row
         "moe_token_dispatcher_type": "alltoall",  # megatron-core asks for it beside variable_seq_lengths, also without experts
+        **uneven_split(hf.num_hidden_layers, layout.pp_size),
     }
     return TransformerConfig(**common | family.transformer_config(hf) | overrides)
 

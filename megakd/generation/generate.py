@@ -1,0 +1,125 @@
+"""Responses of a model to prompts, over tensor, pipeline and data parallel ranks.
+
+Prompts are sorted by length and cut into groups of like lengths, so that little of a group is padding. A group's prompts are read
+at once (prefill), then it grows by one token a step; rows that have ended leave it. Under pipeline parallelism as many groups are
+under way as there are stages (ring.py). Weights are those of training, not a copy, and nothing of the model is changed:
+neither its mode nor its sequence parallelism.
+
+A response ends with EOS, after `max_new_tokens`, or where its row reaches the model's context (`max_position_embeddings`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from megakd.generation.ring import turn
+from megakd.generation.rows import Row, RowGroup, Voice
+from megakd.generation.sampling import Sampler, Sampling, Vocabulary
+from megakd.models.gpt_model import HiddenStateGPTModel
+
+
+@torch.no_grad()
+def generate(
+    model: HiddenStateGPTModel,
+    prompts: Sequence[Sequence[int]],
+    sample_ids: Sequence[int],
+    sampling: Sampling,
+    *,
+    eos_id: int,
+    batch_size: int | None = None,
+    soft_prompt: Tensor | None = None,
+    mix_with: Sequence[Voice] = (),
+    limits: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """Token ids of the responses in the prompts' order, EOS included where it was sampled; the same on every rank of the model.
+
+    The ranks of one model replica pass the same arguments; data-parallel replicas pass their own prompts, any number of them.
+
+    Args:
+        prompts: token ids, at least one each.
+        sample_ids: one integer a prompt, which picks its noise; two prompts with one id draw from the same noise.
+        batch_size: most rows under way at once, None for all: the cache holds as many.
+        soft_prompt: [P, H], stands before every prompt and takes positions 0..P-1.
+        mix_with: further models, of the same layout and vocabulary, whose next-token distributions are mixed in by their shares;
+            `model` has the rest. MiniLLM's (1 - α) q + α p is `mix_with=[Voice(teacher, α)]`.
+        limits: most response tokens of each row, below `max_new_tokens`.
+
+    Raises:
+        ValueError: an empty prompt, one that leaves no room for a response, or models that do not go together.
+    """
+    voices = [Voice(model, 1 - sum(voice.share for voice in mix_with), soft_prompt), *mix_with]
+    check_voices(voices)
+    limits = limits or [sampling.max_new_tokens] * len(prompts)
+    rows = [
+        Row(prompt, sample_id, min(limit, sampling.max_new_tokens, room(i, prompt, voices)), eos_id)
+        for i, (prompt, sample_id, limit) in enumerate(zip(prompts, sample_ids, limits))
+    ]
+    sampler = make_sampler(sampling, voices)
+    groups = split_by_length(rows, model.layout.pp_size, batch_size)
+    turn(iter([partial(RowGroup, group, voices, sampler) for group in groups]), model.layout)
+    return [row.response for row in rows]
+
+
+def room(i: int, prompt: Sequence[int], voices: Sequence[Voice]) -> int:
+    """Tokens that fit behind a prompt.
+
+    Raises:
+        ValueError: none do, or there is no prompt.
+    """
+    if not len(prompt):
+        raise ValueError(f"prompt {i} has no tokens; begin it with BOS or EOS")
+    voice = min(voices, key=lambda voice: voice.context - voice.soft_length)
+    left = voice.context - voice.soft_length - len(prompt)
+    if left < 1:
+        raise ValueError(
+            f"prompt {i} has {len(prompt)} tokens and the soft prompt {voice.soft_length}: no room for a response in the model's "
+            f"context of {voice.context} (max_position_embeddings); cut prompts to {len(prompt) + left - 1} tokens or fewer"
+        )
+    return left
+
+
+def check_voices(voices: Sequence[Voice]) -> None:
+    """Models that are mixed hold the same vocabulary columns on the same ranks.
+
+    Raises:
+        ValueError: they do not, or the shares are no distribution.
+    """
+    first = voices[0]
+    if not all(0 < voice.share <= 1 for voice in voices):
+        raise ValueError(f"shares {[voice.share for voice in voices]} of the mixed models: each must be above 0, with sum 1")
+    for voice in voices[1:]:
+        ours, theirs = ((v.model.layout.tp_size, v.model.layout.pp_size) for v in (first, voice))
+        if ours != theirs:
+            raise ValueError(
+                f"a model at TP {theirs[0]} × PP {theirs[1]} cannot be mixed with one at TP {ours[0]} × PP {ours[1]}: "
+                "they sample together, so give both the same layout"
+            )
+        if voice.model.real_vocab_size != first.model.real_vocab_size or voice.model.vocab_size != first.model.vocab_size:
+            raise ValueError(
+                f"vocabularies of {first.model.real_vocab_size} and {voice.model.real_vocab_size} tokens cannot be mixed; "
+                "use models with one tokenizer and one padded width"
+            )
+
+
+def make_sampler(sampling: Sampling, voices: Sequence[Voice]) -> Sampler:
+    model = voices[0].model
+    layout, columns = model.layout, model.vocab_size // model.layout.tp_size
+    vocabulary = Vocabulary(model.real_vocab_size, layout.tp_rank * columns, layout.tp_group)
+    return Sampler(sampling, vocabulary, [voice.share for voice in voices], columns, next(model.parameters()).device)
+
+
+def split_by_length(rows: Sequence[Row], stages: int, batch_size: int | None) -> list[list[Row]]:
+    """Groups of like lengths and even sizes, longest first: what takes most memory and time is not left for the end."""
+    if not rows:
+        return []
+    in_flight = min(batch_size or len(rows), len(rows))
+    count = math.ceil(len(rows) / math.ceil(in_flight / stages))
+    ordered = sorted(rows, key=lambda row: len(row.prompt), reverse=True)
+    bounds = [len(ordered) * i // count for i in range(count + 1)]
+    return [ordered[lo:hi] for lo, hi in pairwise(bounds)]

@@ -1,0 +1,120 @@
+"""A group of rows that are decoded together, as one pipeline stage sees it.
+
+From stage to stage travel the tokens sampled last, [B], and the hidden states of this step, [B, S, H]; from the last stage to the
+first the tokens alone. So every stage reads every token, knows the finished rows, and lets them leave without being told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megakd.generation.decoder import Decoder
+from megakd.generation.sampling import Sampler, noise_streams
+from megakd.models.gpt_model import HiddenStateGPTModel
+
+
+@dataclass
+class Row:
+    """A prompt and, token by token, its response."""
+
+    prompt: Sequence[int]
+    sample_id: int
+    limit: int  # most tokens of the response
+    eos_id: int
+    response: list[int] = field(default_factory=list)
+    finished: bool = False
+
+    def append(self, token: int) -> None:
+        """One more token, unless the response has ended."""
+        if not self.finished:
+            self.response.append(token)
+            self.finished = token == self.eos_id or len(self.response) == self.limit
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A model that has a say in the next token: Σ share · softmax(z / T), the shares of all voices summing to 1."""
+
+    model: HiddenStateGPTModel
+    share: float = 1.0
+    soft_prompt: Tensor | None = None  # [P, H], before every prompt, for this model alone
+
+    @property
+    def context(self) -> int:
+        return self.model.hf_config.max_position_embeddings
+
+    @property
+    def soft_length(self) -> int:
+        return 0 if self.soft_prompt is None else len(self.soft_prompt)
+
+
+class RowGroup:
+    def __init__(self, rows: list[Row], voices: Sequence[Voice], sampler: Sampler):
+        self.rows, self.sampler, self.layout = rows, sampler, voices[0].model.layout
+        prompts, longest = [row.prompt for row in rows], max(row.limit for row in rows)
+        self.decoders = [Decoder(voice.model, prompts, longest, voice.soft_prompt) for voice in voices]
+        self.device, self.width = self.decoders[0].device, self.decoders[0].width
+        self.streams_B = noise_streams(sampler.sampling.seed, [row.sample_id for row in rows], self.device)
+        self.seen_BK = torch.tensor([[-1] * (self.width - len(prompt)) + list(prompt) for prompt in prompts], device=self.device)
+        self.sampled = 0  # tokens of each unfinished response on this stage
+        self.prefilled = self.finished = False
+
+    def buffers(self) -> list[Tensor]:
+        """The first stage needs no message to begin; later it waits for tokens. Other stages wait for hidden states as well."""
+        tokens = [torch.empty(len(self.rows), dtype=torch.int64, device=self.device)] if self.prefilled else []
+        return tokens if self.layout.is_first_stage else tokens + self._hidden_buffers()
+
+    def _hidden_buffers(self) -> list[Tensor]:
+        return [decoder.hidden_buffer(len(self.rows), prefill=not self.prefilled) for decoder in self.decoders]
+
+    def advance(self, message: list[Tensor]) -> list[Tensor]:
+        """One column of every row through this stage (the first time, the prompts)."""
+        tokens, hidden = (message[:1], message[1:]) if self.prefilled else ([], message)
+        if tokens:
+            self.record(tokens[0])
+        if self.finished:  # the last tokens go round; nothing is left to compute
+            return [] if self.layout.is_last_stage else tokens + self._hidden_buffers()
+        if self.layout.pp_size == 1:
+            tokens = [x[self.drop_finished()] for x in tokens]
+        states = self.compute(tokens[0] if tokens else None, hidden)
+        self.prefilled = True
+        if self.layout.is_last_stage:
+            sampled = self.sampler(states, self.streams_B, torch.tensor(self.sampled, device=self.device), self.seen_BK)
+            return [sampled[self.drop_finished()]]
+        self.drop_finished()  # only now: the next stage does not know yet, and waits for all rows
+        return tokens + states
+
+    def compute(self, tokens_B: Tensor | None, hidden: list[Tensor]) -> list[Tensor]:
+        inputs = hidden or [None] * len(self.decoders)
+        if tokens_B is None:
+            return [decoder.prefill(self.seen_BK.clamp(min=0), x) for decoder, x in zip(self.decoders, inputs)]
+        step = torch.tensor(self.sampled - 1, device=self.device)
+        return [decoder.decode(tokens_B, step, self.width + self.sampled, x) for decoder, x in zip(self.decoders, inputs)]
+
+    def record(self, tokens_B: Tensor) -> None:
+        for row, token in zip(self.rows, tokens_B.tolist()):
+            row.append(token)
+        self.sampled += 1
+        self.finished = all(row.finished for row in self.rows)
+        if self.sampler.sampling.limits_repetition:
+            self.seen_BK = torch.cat([self.seen_BK, tokens_B[:, None]], 1)
+
+    def drop_finished(self) -> slice | list[int]:
+        """Let finished rows leave; returns where the rows that stay were before."""
+        live = [i for i, row in enumerate(self.rows) if not row.finished]
+        if len(live) == len(self.rows):
+            return slice(None)
+        gaps = [i for i in range(len(live)) if self.rows[i].finished]
+        movers = [i for i in live if i >= len(live)]
+        order = list(range(len(live)))
+        for gap, mover in zip(gaps, movers):
+            order[gap] = mover
+        for decoder in self.decoders:
+            decoder.keep(order, movers, gaps, self.width + self.sampled)
+        self.rows = [self.rows[i] for i in order]
+        self.streams_B, self.seen_BK = self.streams_B[order], self.seen_BK[order]
+        return order

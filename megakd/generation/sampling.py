@@ -1,0 +1,245 @@
+"""Next tokens by Gumbel-max, with noise that knows nothing of the layout.
+
+    token = argmax_v  z_v / T + g_v,    g_v = -log E_v,    E_v = -log(1 - u_v),    u_v = hash(seed, sample id, position, v)
+
+u_v is uniform in (0, 1), so g_v is a Gumbel variable and the token is a draw from softmax(z / T). The hash is a function of four
+integers and nothing else: a sample gets the same tokens at any TP × PP × DP, in any batch and in any company. A tensor-parallel
+rank makes the noise of its own columns, and ranks exchange one (score, token) pair a row; logits are gathered only where a whole
+row must be seen: top-k, top-p, repetition limits.
+
+B rows, V vocabulary, Vp columns on this rank (padded), K tokens seen by a row.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How next tokens are chosen. The two repetition limits are off; the names are those of transformers.
+
+    Raises:
+        ValueError: a setting is out of its range; the message names it.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int = 0  # 0: all tokens
+    top_p: float = 1.0
+    greedy: bool = False
+    seed: int = 1234
+    no_repeat_ngram_size: int = 0  # 0: off
+    repetition_penalty: float = 1.0  # 1: off
+
+    def __post_init__(self):
+        checks = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
+            "temperature": (self.temperature > 0, "above 0; for the most likely token set greedy"),
+            "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "no_repeat_ngram_size": (self.no_repeat_ngram_size >= 0, "0 (off) or more"),
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0; 1 is off"),
+        }
+        for name, (holds, rule) in checks.items():
+            if not holds:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: it must be {rule}")
+
+    @property
+    def limits_repetition(self) -> bool:
+        return self.no_repeat_ngram_size > 0 or self.repetition_penalty != 1
+
+    @property
+    def cuts_the_tail(self) -> bool:
+        return not self.greedy and (self.top_k > 0 or self.top_p < 1)
+
+    @property
+    def needs_whole_rows(self) -> bool:
+        return self.limits_repetition or self.cuts_the_tail
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The columns of the logits that this rank holds: token ids `first` and up, real below `size`; None: it holds them all."""
+
+    size: int
+    first: int = 0
+    tp_group: ProcessGroup | None = None
+
+    @property
+    def is_split(self) -> bool:
+        return self.tp_group is not None and self.tp_group.size() > 1
+
+    def without_padding(self, logits_BVp: Tensor) -> Tensor:
+        """Padded columns at -inf, in place."""
+        logits_BVp[:, max(self.size - self.first, 0) :] = -math.inf
+        return logits_BVp
+
+    def gather(self, logits_BVp: Tensor) -> Tensor:
+        """Whole rows, [B, V], on every rank."""
+        if not self.is_split:
+            return logits_BVp[:, : self.size]
+        return torch.cat(list(all_gather(logits_BVp, self.tp_group)), 1)[:, : self.size]
+
+    def log_softmax(self, logits_BVp: Tensor) -> Tensor:
+        """log_softmax over whole rows, of this rank's columns."""
+        if not self.is_split:
+            return logits_BVp.log_softmax(-1)
+        total = all_gather(logits_BVp.logsumexp(-1), self.tp_group).logsumexp(0)  # [B]
+        return logits_BVp - total[:, None]
+
+    def argmax(self, scores_BVp: Tensor) -> Tensor:
+        """Token ids [B] of the highest scores of whole rows, the lowest id among equals."""
+        score, column = scores_BVp.max(-1)
+        if not self.is_split:
+            return column + self.first
+        pair = torch.stack([score.double(), (column + self.first).double()], -1)  # [B, 2], exact in float64
+        pairs = all_gather(pair, self.tp_group)
+        winner = pairs[..., 0].argmax(0)
+        return pairs[..., 1].gather(0, winner[None])[0].long()
+
+
+def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
+    """[ranks, *x.shape]"""
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return torch.stack(parts)
+
+
+class Sampler:
+    """Chooses the next tokens of a group of rows from the logits of one model, or of several that are mixed.
+
+    `shares` are the weights of the mixture Σ share · softmax(z / T), one a model, with sum 1.
+    """
+
+    def __init__(self, sampling: Sampling, vocabulary: Vocabulary, shares: list[float], columns: int, device: torch.device):
+        self.sampling, self.vocabulary, self.shares = sampling, vocabulary, shares
+        self.whole = Vocabulary(vocabulary.size) if sampling.needs_whole_rows else vocabulary
+        columns = vocabulary.size if sampling.needs_whole_rows else columns
+        self.tokens = torch.arange(self.whole.first, self.whole.first + columns, dtype=torch.int32, device=device)
+
+    def __call__(self, logits: list[Tensor], streams_B: Tensor, position: Tensor, seen_BK: Tensor | None) -> Tensor:
+        """Token ids [B].
+
+        Args:
+            logits: [B, Vp] of each model.
+            streams_B: each row's stream of noise, from `noise_streams`.
+            position: number of tokens already sampled, an int64 scalar: the place in the stream.
+            seen_BK: prompt and response so far, -1 where a row is shorter; needed by repetition limits only.
+        """
+        z = self.mix([self.prepare(x, seen_BK) for x in logits])
+        if self.sampling.greedy:
+            return self.whole.argmax(z)
+        if self.sampling.top_k:
+            z = keep_top_k(z, self.sampling.top_k)
+        if self.sampling.top_p < 1:
+            z = keep_top_p(z, self.sampling.top_p)
+        return self.whole.argmax(gumbel(streams_B, position, self.tokens).add_(z))
+
+    def prepare(self, logits_BVp: Tensor, seen_BK: Tensor | None) -> Tensor:
+        """One model's logits in float32: padding out, repetition limited, divided by the temperature."""
+        z = self.vocabulary.without_padding(logits_BVp.float())
+        if self.sampling.needs_whole_rows:
+            z = self.vocabulary.gather(z)
+        if self.sampling.repetition_penalty != 1:
+            z = penalize(z, seen_BK, self.sampling.repetition_penalty)
+        if self.sampling.no_repeat_ngram_size:
+            z = z.masked_fill(ngram_ends(seen_BK, self.sampling.no_repeat_ngram_size, z.shape[1]), -math.inf)
+        return z if self.sampling.temperature == 1 else z / self.sampling.temperature
+
+    def mix(self, logits: list[Tensor]) -> Tensor:
+        """log Σ share · softmax(z); a single model's logits as they are."""
+        if len(logits) == 1:
+            return logits[0]
+        parts = [self.whole.log_softmax(z).add_(math.log(share)) for z, share in zip(logits, self.shares)]
+        return torch.stack(parts).logsumexp(0)
+
+
+def keep_top_k(logits_BV: Tensor, k: int) -> Tensor:
+    """All but the k highest of a row at -inf; equals of the k-th stay."""
+    kth = logits_BV.topk(min(k, logits_BV.shape[1])).values[:, -1:]
+    return logits_BV.masked_fill(logits_BV < kth, -math.inf)
+
+
+def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
+    """The shortest head of the sorted row whose probability reaches p; the rest at -inf."""
+    ordered = logits_BV.sort(-1, descending=True).values
+    probability = ordered.softmax(-1)
+    before = probability.cumsum(-1) - probability
+    last = ordered.masked_fill(before >= p, math.inf).amin(-1, keepdim=True)
+    return logits_BV.masked_fill(logits_BV < last, -math.inf)
+
+
+def penalize(logits_BV: Tensor, seen_BK: Tensor, penalty: float) -> Tensor:
+    """Tokens that a row has seen become less likely: positive logits are divided by the penalty, negative ones multiplied."""
+    lowered = torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
+    return torch.where(marked(seen_BK, logits_BV.shape[1]), lowered, logits_BV)
+
+
+def ngram_ends(seen_BK: Tensor, n: int, vocabulary_size: int) -> Tensor:
+    """[B, V]: tokens that would complete an n-gram which the row already holds."""
+    if seen_BK.shape[1] < n:
+        return marked(seen_BK[:, :0], vocabulary_size)
+    grams = seen_BK.unfold(1, n, 1)  # [B, K - n + 1, n]
+    tail = seen_BK[:, seen_BK.shape[1] - n + 1 :]
+    repeats = (grams[..., :-1] == tail[:, None]).all(-1)
+    return marked(grams[..., -1].masked_fill(~repeats, -1), vocabulary_size)
+
+
+def marked(tokens_BK: Tensor, vocabulary_size: int) -> Tensor:
+    """[B, V]: True at the tokens of each row; -1 marks nothing."""
+    marks = torch.zeros(tokens_BK.shape[0], vocabulary_size + 1, dtype=torch.bool, device=tokens_BK.device)
+    marks.scatter_(1, tokens_BK.masked_fill(tokens_BK < 0, vocabulary_size), True)
+    return marks[:, :vocabulary_size]
+
+
+# Noise. Rows and positions are told apart by a 64-bit mixer (splitmix64); within a row, the two halves of that key steer a 31-bit
+# mixer over the token ids, in int32 because it runs over the whole vocabulary. 31 bits: torch's >> on int32 copies the sign.
+
+MASK31 = 0x7FFFFFFF
+GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
+
+
+def noise_streams(seed: int, sample_ids: list[int], device: torch.device) -> Tensor:
+    """One int64 a sample: where its noise begins."""
+    ids_B = torch.tensor(sample_ids, dtype=torch.int64, device=device)
+    return mix64(mix64(torch.full_like(ids_B, seed)) + ids_B * GOLDEN_GAMMA)
+
+
+def gumbel(streams_B: Tensor, position: Tensor, tokens_V: Tensor) -> Tensor:
+    """Gumbel noise [B, V], float32, of token ids [V] (int32) at one position of each row's stream; 22.2 at most."""
+    u = uniform31(mix64(streams_B + (position + 1) * GOLDEN_GAMMA), tokens_V)
+    exponential = u.mul_(-(2.0**-31)).sub_(2.0**-32).log1p_().neg_()  # small u resolve best, and they win
+    return exponential.log_().neg_()
+
+
+def uniform31(keys_B: Tensor, tokens_V: Tensor) -> Tensor:
+    """Integers uniform in [0, 2^31), as float32 [B, V]."""
+    low, high = ((keys_B >> shift & MASK31).int()[:, None] for shift in (0, 31))
+    x = torch.bitwise_xor(tokens_V, low)
+    spare = torch.empty_like(x)
+    x = fold_(x, 16, spare).mul_(0x21F0AAAD).bitwise_and_(MASK31).bitwise_xor_(high)
+    x = fold_(x, 15, spare).mul_(0x735A2D97).bitwise_and_(MASK31)
+    return fold_(x, 15, spare).float()
+
+
+def fold_(x: Tensor, shift: int, spare: Tensor) -> Tensor:
+    """x ^= x >> shift, with `spare` to hold the shifted."""
+    return x.bitwise_xor_(torch.bitwise_right_shift(x, shift, out=spare))
+
+
+def mix64(x: Tensor) -> Tensor:
+    """splitmix64's finalizer on int64, which wraps as it should."""
+    x = (x ^ logical_shift(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ logical_shift(x, 27)) * (0x94D049BB133111EB - 2**64)
+    return x ^ logical_shift(x, 31)
+
+
+def logical_shift(x: Tensor, n: int) -> Tensor:
+    return x >> n & (1 << 64 - n) - 1
