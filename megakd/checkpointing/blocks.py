@@ -1,0 +1,39 @@
+"""Tensors travel in pieces of bounded size, so that a conversion needs the same memory whatever the model's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 32 * 2**20
+
+Index = tuple[slice, ...]
+
+
+def blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[Index]:
+    """Indices that tile `shape` in row-major order, each at most BLOCK_BYTES (or one row of the last axis)."""
+    row = math.prod(shape[1:]) * itemsize
+    if shape[0] * row <= BLOCK_BYTES:
+        yield tuple(slice(0, size) for size in shape)
+    elif row > BLOCK_BYTES:
+        for i in range(shape[0]):
+            for rest in blocks(shape[1:], itemsize):
+                yield (slice(i, i + 1), *rest)
+    else:
+        for lo, hi in split(0, shape[0], row):
+            yield (slice(lo, hi), *(slice(0, size) for size in shape[1:]))
+
+
+def split(lo: int, hi: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """Pieces of lo..hi, each at most BLOCK_BYTES (or one row)."""
+    step = max(1, BLOCK_BYTES // row_bytes)
+    for start in range(lo, hi, step):
+        yield start, min(start + step, hi)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, [..., last axis x itemsize]: equal bits and nothing less, NaNs and signed zeros too."""
+    return tensor.contiguous().view(torch.uint8)
