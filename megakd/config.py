@@ -49,21 +49,37 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class LengthConfig:
+    """How long a row of data may be."""
+
+    max_length: Annotated[int, alias("--seq-length")] = flag(512, "tokens of prompt and response together; longer responses are cut")
+    max_prompt_length: int = flag(256, "tokens of a prompt; rows with a longer one are left out")
+
+    def length_complaints(self) -> Iterator[str]:
+        if self.max_prompt_length >= self.max_length:
+            yield f"--max-prompt-length {self.max_prompt_length} leaves no room for a response in --max-length {self.max_length}; lower it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(LengthConfig):
     """jsonl with prompt/response, instruction/input/output or text."""
 
     train_data: Annotated[str, alias("--train-data-path", "--data-path")] = flag("", "jsonl or txt file to learn from")
     valid_data: Annotated[str, alias("--valid-data-path")] = flag("", "held-out jsonl or txt file; none: no evaluation")
-    max_length: Annotated[int, alias("--seq-length")] = flag(512, "tokens of prompt and response together; longer responses are cut")
-    max_prompt_length: int = flag(256, "tokens of a prompt; rows with a longer one are left out")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
+class LayoutConfig:
     """How a model is spread over ranks; what TP × PP leaves is data parallelism."""
 
     tensor_model_parallel_size: Annotated[int, alias("--tp")] = flag(1, "ranks that share one layer")
     pipeline_model_parallel_size: Annotated[int, alias("--pp")] = flag(1, "ranks that follow each other, each with some of the layers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(LayoutConfig):
+    """How a model is spread over ranks; what TP × PP leaves is data parallelism."""
+
     sequence_parallel: bool = flag(False, "split what is between tensor-parallel layers along the sequence too")
     use_distributed_optimizer: bool = flag(False, "split the optimizer's state over data-parallel ranks (ZeRO-1)")
 
@@ -221,12 +237,90 @@ class Config(BaseConfig):
             yield f"--train-iters {training.train_iters} and --epochs {training.epochs}: give exactly one of them"
         if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
             yield "--sequence-parallel needs --tensor-model-parallel-size of at least 2; leave it out"
-        if data.max_prompt_length >= data.max_length:
-            yield f"--max-prompt-length {data.max_prompt_length} leaves no room for a response in --max-length {data.max_length}; lower it"
+        yield from data.length_complaints()
         if self.method == "minillm" and self.minillm.num_rollouts % training.global_batch_size:
             yield f"--num-rollouts {self.minillm.num_rollouts} is not a multiple of --global-batch-size {training.global_batch_size}; make it one"
         if training.min_lr > training.lr:
             yield f"--min-lr {training.min_lr} is above --lr {training.lr}; lower it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnsweringConfig(BaseConfig):
+    """What the commands that let a model answer prompts share."""
+
+    model: Annotated[str, alias("--model-name-or-path", "--model-path")] = flag("", "Hugging Face folder or native checkpoint that answers")
+    dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "weights and activations; auto: bf16 on a GPU, fp32 on a CPU")
+    greedy: bool = flag(False, "the likeliest token each time, nothing random")
+    no_repeat_ngram_size: int = flag(0, "no token that would repeat this many tokens in a row; 0: no limit")
+    lengths: tyro.conf.OmitArgPrefixes[LengthConfig] = field(default_factory=LengthConfig)
+    generation: tyro.conf.OmitArgPrefixes[GenerationConfig] = field(default_factory=GenerationConfig)
+    parallel: tyro.conf.OmitArgPrefixes[LayoutConfig] = field(default_factory=LayoutConfig)
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.generation.max_new_tokens or self.lengths.max_length - self.lengths.max_prompt_length
+
+    def complaints(self):
+        lengths = self.lengths
+        if not self.model:
+            yield "--model is missing; give a Hugging Face folder or a native checkpoint"
+        yield from lengths.length_complaints()
+        if (room := lengths.max_length - lengths.max_prompt_length) < self.max_new_tokens:
+            yield (
+                f"--max-new-tokens {self.max_new_tokens} after --max-prompt-length {lengths.max_prompt_length} is more than "
+                f"--max-length {lengths.max_length}; use --max-new-tokens {room} or less"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(AnsweringConfig):
+    """Scores of a model on data sets: Rouge-L, exact match, LM loss, and beside a teacher held-out KL and exposure bias.
+
+    torchrun --nproc_per_node 2 scripts/evaluate.py --model MODEL --teacher-model TEACHER --data dolly=dolly/valid.jsonl
+    vicuna=vicuna/valid.jsonl --seeds 10 20 30 40 50 --save evaluation/model
+    """
+
+    teacher_model: Annotated[str, alias("--teacher-model-name-or-path", "--teacher-model-path")] = flag("", "a folder to compare with")
+    data: tuple[str, ...] = flag((), "jsonl files with right answers, each as name=path or path")
+    gsm8k: str = flag("", "GSM8K jsonl (question, answer with ####): accuracy of the number")
+    seeds: tuple[int, ...] = flag((10, 20, 30, 40, 50), "one pass over the data each; scores are their mean")
+    exposure_bias: bool = flag(False, "R(l), lε(l) and ExAccErr(l) between the model and --teacher-model")
+    exposure_bias_samples: int = flag(1, "responses per prompt of each model, with the first of --seeds")
+    exposure_bias_skip_first: bool = flag(False, "leave out the first token of a response, as MiniLLM's code does")
+    add_bos: bool = flag(False, "put the tokenizer's beginning-of-text before prompts, as MiniLLM's evaluation does")
+    micro_batch_size: Annotated[int, alias("--mbs")] = flag(8, "rows of one forward pass on one rank, for losses and KL")
+    save: Annotated[str, alias("--output-dir")] = flag("", "folder for results.json, answers.jsonl and figures; none: only print")
+
+    def complaints(self):
+        yield from super().complaints()
+        if not (self.data or self.gsm8k):
+            yield "--data is missing; give jsonl files with prompt and response, or --gsm8k"
+        if not self.seeds:
+            yield "--seeds is empty; give one number or more"
+        if self.exposure_bias and not self.teacher_model:
+            yield "--exposure-bias needs --teacher-model; give the folder to compare with"
+        if self.exposure_bias_samples > len(self.seeds):
+            yield f"--exposure-bias-samples {self.exposure_bias_samples} is more than the {len(self.seeds)} --seeds; give as many seeds"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(AnsweringConfig):
+    """Answers to the prompts of a jsonl file, into a jsonl file that can be trained on as it is. The same command continues it.
+
+    torchrun --nproc_per_node 2 scripts/generate.py --model TEACHER --data train.jsonl --save seqkd.jsonl
+    """
+
+    data: str = flag("", "jsonl file with prompt, or with instruction and input")
+    save: Annotated[str, alias("--output")] = flag("", "jsonl file to write: the fields of --data, and response")
+    seed: int = flag(1234, "of sampling; no result depends on the layout or the batch size")
+    token_ids: bool = flag(False, "write prompt_ids and response_ids too")
+
+    def complaints(self):
+        yield from super().complaints()
+        if not self.data:
+            yield "--data is missing; give a jsonl file with prompts"
+        if not self.save:
+            yield "--save is missing; name the jsonl file to write"
 
 
 POSITIVE = (
@@ -235,7 +329,7 @@ POSITIVE = (
     "eval_interval", "eval_iters", "log_interval", "lr", "kd_temperature",
     "num_rollouts", "ppo_epochs", "reward_scaling", "cliprange", "cliprange_reward",
 )  # fmt: skip
-NOT_NEGATIVE = ("lm_coef", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "base_coef", "top_k", "teacher_lr", "adam_eps")
+NOT_NEGATIVE = ("lm_coef", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "base_coef", "top_k", "teacher_lr", "adam_eps", "no_repeat_ngram_size")
 FRACTIONS = ("teacher_mixed_alpha", "gamma", "kd_ratio", "on_policy_ratio", "beta", "skew_alpha", "top_p", "adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout")
 
 
@@ -304,6 +398,8 @@ def as_words(name: str, value: Any) -> list[str]:
     """A YAML entry as the words of a command line, so that it meets the same checks."""
     if isinstance(value, bool):
         return [flag_name(name if value else f"no_{name}")]
+    if isinstance(value, list):
+        return [flag_name(name), *map(str, value)]
     return [flag_name(name), str(value)]
 
 
