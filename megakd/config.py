@@ -49,23 +49,13 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LengthConfig:
-    """How long a row of data may be."""
-
-    max_length: Annotated[int, alias("--seq-length")] = flag(512, "tokens of prompt and response together; longer responses are cut")
-    max_prompt_length: int = flag(256, "tokens of a prompt; rows with a longer one are left out")
-
-    def length_complaints(self) -> Iterator[str]:
-        if self.max_prompt_length >= self.max_length:
-            yield f"--max-prompt-length {self.max_prompt_length} leaves no room for a response in --max-length {self.max_length}; lower it"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig(LengthConfig):
+class DataConfig:
     """jsonl with prompt/response, instruction/input/output or text."""
 
     train_data: Annotated[str, alias("--train-data-path", "--data-path")] = flag("", "jsonl or txt file to learn from")
     valid_data: Annotated[str, alias("--valid-data-path")] = flag("", "held-out jsonl or txt file; none: no evaluation")
+    max_length: Annotated[int, alias("--seq-length")] = flag(512, "tokens of prompt and response together; longer responses are cut")
+    max_prompt_length: int = flag(256, "tokens of a prompt; rows with a longer one are left out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,13 +137,19 @@ class MiniLLMConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationConfig:
-    """How the student writes its responses (on-policy methods)."""
+class SamplingConfig:
+    """How tokens are drawn."""
 
-    max_new_tokens: int | None = flag(None, "longest response; default: --max-length minus --max-prompt-length")
     temperature: float = flag(1.0, "of sampling alone, never of a loss")
     top_k: int = flag(0, "sample among the k likeliest tokens; 0: all")
     top_p: float = flag(1.0, "sample among the likeliest tokens that hold this probability; 1: all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig(SamplingConfig):
+    """How the student writes its responses (on-policy methods)."""
+
+    max_new_tokens: int | None = flag(None, "longest response; default: --max-length minus --max-prompt-length")
     rollout_batch_size: int = flag(64, "rows decoded together")
 
 
@@ -237,7 +233,8 @@ class Config(BaseConfig):
             yield f"--train-iters {training.train_iters} and --epochs {training.epochs}: give exactly one of them"
         if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
             yield "--sequence-parallel needs --tensor-model-parallel-size of at least 2; leave it out"
-        yield from data.length_complaints()
+        if data.max_prompt_length >= data.max_length:
+            yield f"--max-prompt-length {data.max_prompt_length} leaves no room for a response in --max-length {data.max_length}; lower it"
         if self.method == "minillm" and self.minillm.num_rollouts % training.global_batch_size:
             yield f"--num-rollouts {self.minillm.num_rollouts} is not a multiple of --global-batch-size {training.global_batch_size}; make it one"
         if training.min_lr > training.lr:
@@ -245,31 +242,28 @@ class Config(BaseConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnsweringConfig(BaseConfig):
-    """What the commands that let a model answer prompts share."""
+class ResponseConfig(SamplingConfig):
+    """How prompts are answered."""
 
-    model: Annotated[str, alias("--model-name-or-path", "--model-path")] = flag("", "Hugging Face folder or native checkpoint that answers")
-    dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "weights and activations; auto: bf16 on a GPU, fp32 on a CPU")
+    max_prompt_length: int = flag(256, "tokens of a prompt; rows with a longer one are left out")
+    max_new_tokens: int = flag(256, "longest response")
     greedy: bool = flag(False, "the likeliest token each time, nothing random")
-    no_repeat_ngram_size: int = flag(0, "no token that would repeat this many tokens in a row; 0: no limit")
-    lengths: tyro.conf.OmitArgPrefixes[LengthConfig] = field(default_factory=LengthConfig)
-    generation: tyro.conf.OmitArgPrefixes[GenerationConfig] = field(default_factory=GenerationConfig)
+    no_repeat_ngram_size: int = flag(0, "no token that completes a run of so many tokens a second time; 0: no limit")
+    batch_size: int = flag(64, "rows answered together on one replica")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnsweringConfig(BaseConfig):
+    """What the commands share that let a model answer prompts."""
+
+    model: Annotated[str, alias("--model-name-or-path", "--model-path")] = flag("", "folder or native checkpoint that answers")
+    dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "weights and activations; auto: bf16 on a GPU, fp32 on a CPU")
+    responses: tyro.conf.OmitArgPrefixes[ResponseConfig] = field(default_factory=ResponseConfig)
     parallel: tyro.conf.OmitArgPrefixes[LayoutConfig] = field(default_factory=LayoutConfig)
 
-    @property
-    def max_new_tokens(self) -> int:
-        return self.generation.max_new_tokens or self.lengths.max_length - self.lengths.max_prompt_length
-
     def complaints(self):
-        lengths = self.lengths
         if not self.model:
             yield "--model is missing; give a Hugging Face folder or a native checkpoint"
-        yield from lengths.length_complaints()
-        if (room := lengths.max_length - lengths.max_prompt_length) < self.max_new_tokens:
-            yield (
-                f"--max-new-tokens {self.max_new_tokens} after --max-prompt-length {lengths.max_prompt_length} is more than "
-                f"--max-length {lengths.max_length}; use --max-new-tokens {room} or less"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +274,7 @@ class EvaluateConfig(AnsweringConfig):
     vicuna=vicuna/valid.jsonl --seeds 10 20 30 40 50 --save evaluation/model
     """
 
-    teacher_model: Annotated[str, alias("--teacher-model-name-or-path", "--teacher-model-path")] = flag("", "a folder to compare with")
+    teacher_model: Annotated[str, alias("--teacher-model-name-or-path", "--teacher-model-path")] = flag("", "to compare with")
     data: tuple[str, ...] = flag((), "jsonl files with right answers, each as name=path or path")
     gsm8k: str = flag("", "GSM8K jsonl (question, answer with ####): accuracy of the number")
     seeds: tuple[int, ...] = flag((10, 20, 30, 40, 50), "one pass over the data each; scores are their mean")
@@ -300,7 +294,7 @@ class EvaluateConfig(AnsweringConfig):
         if self.exposure_bias and not self.teacher_model:
             yield "--exposure-bias needs --teacher-model; give the folder to compare with"
         if self.exposure_bias_samples > len(self.seeds):
-            yield f"--exposure-bias-samples {self.exposure_bias_samples} is more than the {len(self.seeds)} --seeds; give as many seeds"
+            yield f"--exposure-bias-samples {self.exposure_bias_samples} is more than the {len(self.seeds)} --seeds; add seeds"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,10 +320,13 @@ class GenerateConfig(AnsweringConfig):
 POSITIVE = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size", "global_batch_size", "train_iters", "epochs",
     "max_length", "max_prompt_length", "max_new_tokens", "rollout_batch_size", "prompt_len", "temperature", "save_interval",
-    "eval_interval", "eval_iters", "log_interval", "lr", "kd_temperature",
+    "eval_interval", "eval_iters", "log_interval", "lr", "kd_temperature", "batch_size", "exposure_bias_samples",
     "num_rollouts", "ppo_epochs", "reward_scaling", "cliprange", "cliprange_reward",
 )  # fmt: skip
-NOT_NEGATIVE = ("lm_coef", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "base_coef", "top_k", "teacher_lr", "adam_eps", "no_repeat_ngram_size")
+NOT_NEGATIVE = (
+    "lm_coef", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "base_coef", "top_k", "teacher_lr", "adam_eps",
+    "no_repeat_ngram_size",
+)  # fmt: skip
 FRACTIONS = ("teacher_mixed_alpha", "gamma", "kd_ratio", "on_policy_ratio", "beta", "skew_alpha", "top_p", "adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout")
 
 
