@@ -63,9 +63,9 @@ def check_batch(config: Config, dp: int) -> None:
 
 def check_tokenizers(student: ModelFolder, teacher: ModelFolder | None) -> None:
     """Both models spell text alike, and every id has a row in both embeddings."""
-    tokenizer = load_tokenizer(student.tokenizer_folder)
+    tokenizer = load_tokenizer(student.hf_folder)
     if teacher is not None:
-        check_same_tokenizer(tokenizer, load_tokenizer(teacher.tokenizer_folder))
+        check_same_tokenizer(tokenizer, load_tokenizer(teacher.hf_folder))
     for folder in filter(None, (student, teacher)):
         if max(tokenizer.get_vocab().values()) >= folder.config.vocab_size:
             raise ValueError(

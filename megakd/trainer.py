@@ -14,8 +14,10 @@ import torch.distributed as dist
 import yaml
 
 from megakd import preflight
-from megakd.checkpointing import export_to_hf, load_checkpoint, load_model_weights, read_latest, save_checkpoint
+from megakd.checkpointing.export_hf import native_to_hf
 from megakd.checkpointing.model_folder import ModelFolder
+from megakd.checkpointing.native import is_native
+from megakd.checkpointing.training import load_checkpoint, save_checkpoint
 from megakd.config import Config
 from megakd.data.batch import Sample
 from megakd.data.dataloader import DataLoader, deal
@@ -77,7 +79,8 @@ class Trainer:
     def __init__(self, config: Config, folders: Folders, layout: ParallelLayout):
         self.config, self.folders, self.layout = config, folders, layout
         self.folder = Path(config.output.save)
-        self.tokenizer = load_tokenizer(folders.student.tokenizer_folder)
+        self.checkpoints = self.folder / "checkpoints"
+        self.tokenizer = load_tokenizer(folders.student.hf_folder)
         self._open_data()
         self.total_iters = config.training.train_iters or config.training.epochs * self.loader.iterations_per_epoch
         self.method = self._build_method()
@@ -147,7 +150,7 @@ class Trainer:
             sequence_parallel=self.config.parallel.sequence_parallel,
             **options,
         )
-        load_model_weights(model, folder)
+        folder.load_into(model)
         return model
 
     def _student_options(self) -> dict:
@@ -160,13 +163,16 @@ class Trainer:
 
     def _resume(self) -> int:
         """The iteration of the run's last checkpoint, loaded; 0 where there is none."""
-        checkpoints = self.folder / "checkpoints"
-        iteration = read_latest(checkpoints)
-        if iteration is None:
+        if not is_native(self.checkpoints):
             return 0
-        tensors = load_checkpoint(checkpoints, iteration, model=self.method.student, optimizer=self.method.optimizer.optimizer)
-        self.method.load_extra_tensors(tensors)
-        return iteration
+        description = load_checkpoint(
+            self.checkpoints,
+            model=self.method.student,
+            optimizer=self.method.optimizer.optimizer,
+            extra_tensors=self.method.extra_tensors(),
+            flag="--save",
+        )
+        return description.iteration
 
     def _open_rollouts(self) -> JsonLines | None:
         if not (self.config.output.save_rollouts and is_rank_zero()):
@@ -234,18 +240,18 @@ class Trainer:
 
     def _save(self) -> None:
         save_checkpoint(
-            self.folder / "checkpoints",
+            self.checkpoints,
             self.iteration,
             model=self.method.student,
             optimizer=self.method.optimizer.optimizer,
+            hf_folder=self.folders.student.hf_folder,
             extra_tensors=self.method.extra_tensors(),
-            source=self.folders.student,
-            run_config=self.folder / "config.yaml",
+            run_config=yaml.safe_dump(self.config.flat(), sort_keys=False),
         )
 
     def _finish(self) -> None:
         if is_rank_zero():
-            export_to_hf(self.folder / "checkpoints", self.folder / "hf")
+            native_to_hf(self.checkpoints, self.folder / "hf", force=True)
             plot_training(self.folder)
         self.logger.close()
         dist.barrier()

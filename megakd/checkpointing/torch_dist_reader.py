@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import math
 import mmap
-import struct
-import zipfile
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -24,8 +22,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from megakd.checkpointing.blocks import Index
 from megakd.checkpointing.safe_metadata import read_metadata
 
-LOCAL_HEADER_NAME_LENGTHS = struct.Struct("<26x2H")  # of a zip entry: how long its name and its extra field are
-LOCAL_HEADER_SIZE = 30
+TENSOR_DATA = "data/0"  # the name of the first storage in torch.save's zip file
 
 
 @dataclass(frozen=True)
@@ -137,22 +134,19 @@ def map_chunk(chunk: StoredChunk, dtype: torch.dtype) -> Tensor:
     return flat.view(*chunk.sizes[:-1], chunk.sizes[-1] * dtype.itemsize)
 
 
-@lru_cache(maxsize=None)
+@cache
 def data_offset(chunk: StoredChunk, nbytes: int) -> int:
     """Where in its file the chunk's tensor begins.
 
     Raises:
-        ValueError: not the zip file that torch.save writes of one contiguous tensor of this size.
+        ValueError: not the zip file that torch.save writes of one tensor of this size.
     """
     try:
         with chunk.file.open("rb") as file:
-            view = _create_file_view(file, chunk.start, chunk.length)
-            with zipfile.ZipFile(view) as archive:
-                (entry,) = [entry for entry in archive.infolist() if "/data/" in entry.filename]
-            view.seek(entry.header_offset)
-            name, extra = LOCAL_HEADER_NAME_LENGTHS.unpack(view.read(LOCAL_HEADER_SIZE))
-    except (zipfile.BadZipFile, ValueError, struct.error) as error:
+            archive = torch._C.PyTorchFileReader(_create_file_view(file, chunk.start, chunk.length))
+            offset = archive.get_record_offset(TENSOR_DATA)
+    except RuntimeError as error:
         raise ValueError(f"{chunk.file}: damaged at byte {chunk.start:,}; copy the checkpoint again") from error
-    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != nbytes:
-        raise ValueError(f"{chunk.file}: {entry.file_size:,} bytes at byte {chunk.start:,}, but the index describes {nbytes:,}; it is damaged")
-    return chunk.start + entry.header_offset + LOCAL_HEADER_SIZE + name + extra
+    if offset + nbytes > chunk.length:
+        raise ValueError(f"{chunk.file}: too few bytes at byte {chunk.start:,}; it is damaged, copy the checkpoint again")
+    return chunk.start + offset
