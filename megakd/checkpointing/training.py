@@ -86,7 +86,7 @@ def load_checkpoint(
     state = sharded_state(model, optimizer, extra_tensors or {}, is_loading=True)
     dict_list_map_inplace(without_objects, state)
     check_complete(native, state, flag=flag)
-    loaded = dist_checkpointing.load(state, str(native.folder), common_strategy=LoadCommonWithoutPickle("torch", 1))
+    loaded = dist_checkpointing.load(state, str(native.folder), common_strategy=LoadCommonWithoutPickle())
     model.load_state_dict(loaded["model"])
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
