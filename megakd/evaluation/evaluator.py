@@ -46,7 +46,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     config.check()
     began = time.perf_counter()
     folders = open_folders(config, config.teacher_model)
-    tokenizer = load_tokenizer(folders[0].tokenizer_folder)
+    tokenizer = load_tokenizer(folders[0].hf_folder)
     sets = open_sets(config, tokenizer)
     layout = start(config)
     report = Report(config.save if is_rank_zero() else "")

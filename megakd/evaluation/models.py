@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-from megakd.checkpointing import load_model_weights
 from megakd.checkpointing.model_folder import ModelFolder
 from megakd.config import AnsweringConfig
 from megakd.models.gpt_model import HiddenStateGPTModel
@@ -59,6 +58,6 @@ def load_models(folders: list[ModelFolder], layout: ParallelLayout, dtype: str) 
     width = padded_vocab_size([folder.config.vocab_size for folder in folders], layout.tp_size)
     models = [build_model(folder.config, layout, padded_vocab_size=width, dtype=resolve_dtype(dtype)) for folder in folders]
     for model, folder in zip(models, folders):
-        load_model_weights(model, folder)
+        folder.load_into(model)
         model.eval().requires_grad_(False)
     return models
