@@ -59,11 +59,17 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
+class LayoutConfig:
     """How a model is spread over ranks; what TP × PP leaves is data parallelism."""
 
     tensor_model_parallel_size: Annotated[int, alias("--tp")] = flag(1, "ranks that share one layer")
     pipeline_model_parallel_size: Annotated[int, alias("--pp")] = flag(1, "ranks that follow each other, each with some of the layers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(LayoutConfig):
+    """How a model is spread over ranks; what TP × PP leaves is data parallelism."""
+
     sequence_parallel: bool = flag(False, "split what is between tensor-parallel layers along the sequence too")
     use_distributed_optimizer: bool = flag(False, "split the optimizer's state over data-parallel ranks (ZeRO-1)")
 
@@ -131,13 +137,19 @@ class MiniLLMConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationConfig:
-    """How the student writes its responses (on-policy methods)."""
+class SamplingConfig:
+    """How tokens are drawn."""
 
-    max_new_tokens: int | None = flag(None, "longest response; default: --max-length minus --max-prompt-length")
     temperature: float = flag(1.0, "of sampling alone, never of a loss")
     top_k: int = flag(0, "sample among the k likeliest tokens; 0: all")
     top_p: float = flag(1.0, "sample among the likeliest tokens that hold this probability; 1: all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig(SamplingConfig):
+    """How the student writes its responses (on-policy methods)."""
+
+    max_new_tokens: int | None = flag(None, "longest response; default: --max-length minus --max-prompt-length")
     rollout_batch_size: int = flag(64, "rows decoded together")
 
 
@@ -229,13 +241,92 @@ class Config(BaseConfig):
             yield f"--min-lr {training.min_lr} is above --lr {training.lr}; lower it"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ResponseConfig(SamplingConfig):
+    """How prompts are answered."""
+
+    max_prompt_length: int = flag(256, "tokens of a prompt; rows with a longer one are left out")
+    max_new_tokens: int = flag(256, "longest response")
+    greedy: bool = flag(False, "the likeliest token each time, nothing random")
+    no_repeat_ngram_size: int = flag(0, "no token that completes a run of so many tokens a second time; 0: no limit")
+    batch_size: int = flag(64, "rows answered together on one replica")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnsweringConfig(BaseConfig):
+    """What the commands share that let a model answer prompts."""
+
+    model: Annotated[str, alias("--model-name-or-path", "--model-path")] = flag("", "folder or native checkpoint that answers")
+    dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "weights and activations; auto: bf16 on a GPU, fp32 on a CPU")
+    responses: tyro.conf.OmitArgPrefixes[ResponseConfig] = field(default_factory=ResponseConfig)
+    parallel: tyro.conf.OmitArgPrefixes[LayoutConfig] = field(default_factory=LayoutConfig)
+
+    def complaints(self):
+        if not self.model:
+            yield "--model is missing; give a Hugging Face folder or a native checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(AnsweringConfig):
+    """Scores of a model on data sets: Rouge-L, exact match, LM loss, and beside a teacher held-out KL and exposure bias.
+
+    torchrun --nproc_per_node 2 scripts/evaluate.py --model MODEL --teacher-model TEACHER --data dolly=dolly/valid.jsonl
+    vicuna=vicuna/valid.jsonl --seeds 10 20 30 40 50 --save evaluation/model
+    """
+
+    teacher_model: Annotated[str, alias("--teacher-model-name-or-path", "--teacher-model-path")] = flag("", "to compare with")
+    data: tuple[str, ...] = flag((), "jsonl files with right answers, each as name=path or path")
+    gsm8k: str = flag("", "GSM8K jsonl (question, answer with ####): accuracy of the number")
+    seeds: tuple[int, ...] = flag((10, 20, 30, 40, 50), "one pass over the data each; scores are their mean")
+    exposure_bias: bool = flag(False, "R(l), lε(l) and ExAccErr(l) between the model and --teacher-model")
+    exposure_bias_samples: int = flag(1, "responses per prompt of each model, with the first of --seeds")
+    exposure_bias_skip_first: bool = flag(False, "leave out the first token of a response, as MiniLLM's code does")
+    add_bos: bool = flag(False, "put the tokenizer's beginning-of-text before prompts, as MiniLLM's evaluation does")
+    micro_batch_size: Annotated[int, alias("--mbs")] = flag(8, "rows of one forward pass on one rank, for losses and KL")
+    save: Annotated[str, alias("--output-dir")] = flag("", "folder for results.json, answers.jsonl and figures; none: only print")
+
+    def complaints(self):
+        yield from super().complaints()
+        if not (self.data or self.gsm8k):
+            yield "--data is missing; give jsonl files with prompt and response, or --gsm8k"
+        if not self.seeds:
+            yield "--seeds is empty; give one number or more"
+        if self.exposure_bias and not self.teacher_model:
+            yield "--exposure-bias needs --teacher-model; give the folder to compare with"
+        if self.exposure_bias_samples > len(self.seeds):
+            yield f"--exposure-bias-samples {self.exposure_bias_samples} is more than the {len(self.seeds)} --seeds; add seeds"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(AnsweringConfig):
+    """Answers to the prompts of a jsonl file, into a jsonl file that can be trained on as it is. The same command continues it.
+
+    torchrun --nproc_per_node 2 scripts/generate.py --model TEACHER --data train.jsonl --save seqkd.jsonl
+    """
+
+    data: str = flag("", "jsonl file with prompt, or with instruction and input")
+    save: Annotated[str, alias("--output")] = flag("", "jsonl file to write: the fields of --data, and response")
+    seed: int = flag(1234, "of sampling; no result depends on the layout or the batch size")
+    token_ids: bool = flag(False, "write prompt_ids and response_ids too")
+
+    def complaints(self):
+        yield from super().complaints()
+        if not self.data:
+            yield "--data is missing; give a jsonl file with prompts"
+        if not self.save:
+            yield "--save is missing; name the jsonl file to write"
+
+
 POSITIVE = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size", "global_batch_size", "train_iters", "epochs",
     "max_length", "max_prompt_length", "max_new_tokens", "rollout_batch_size", "prompt_len", "temperature", "save_interval",
-    "eval_interval", "eval_iters", "log_interval", "lr", "kd_temperature",
+    "eval_interval", "eval_iters", "log_interval", "lr", "kd_temperature", "batch_size", "exposure_bias_samples",
     "num_rollouts", "ppo_epochs", "reward_scaling", "cliprange", "cliprange_reward",
 )  # fmt: skip
-NOT_NEGATIVE = ("lm_coef", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "base_coef", "top_k", "teacher_lr", "adam_eps")
+NOT_NEGATIVE = (
+    "lm_coef", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "base_coef", "top_k", "teacher_lr", "adam_eps",
+    "no_repeat_ngram_size",
+)  # fmt: skip
 FRACTIONS = ("teacher_mixed_alpha", "gamma", "kd_ratio", "on_policy_ratio", "beta", "skew_alpha", "top_p", "adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout")
 
 
@@ -304,6 +395,8 @@ def as_words(name: str, value: Any) -> list[str]:
     """A YAML entry as the words of a command line, so that it meets the same checks."""
     if isinstance(value, bool):
         return [flag_name(name if value else f"no_{name}")]
+    if isinstance(value, list):
+        return [flag_name(name), *map(str, value)]
     return [flag_name(name), str(value)]
 
 
