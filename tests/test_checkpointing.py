@@ -18,7 +18,6 @@ from megakd.checkpointing import (
     NativeCheckpoint,
     export_to_hf,
     load_checkpoint,
-    load_model_weights,
     read_latest,
     save_checkpoint,
 )
@@ -48,7 +47,7 @@ class Run:
         self.layout, self.source = layout, ModelFolder.open(folder)
         width = padded_vocab_size([VOCABULARY], layout.tp_size)
         self.model = build_model(self.source.config, layout, padded_vocab_size=width, dtype=dtype)
-        load_model_weights(self.model, self.source)
+        self.source.load_into(self.model)
         config = TrainingConfig(lr=1e-2, micro_batch_size=1, global_batch_size=4, train_iters=4)
         self.student = StudentOptimizer(self.model, config, total_iters=4, distributed=distributed)
 
