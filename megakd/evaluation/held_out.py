@@ -21,7 +21,7 @@ MICRO_BATCHES_PER_PASS = 8  # hidden states of a pass are kept; more fill the pi
 
 
 def held_out_losses(
-    model: HiddenStateGPTModel, teacher: HiddenStateGPTModel | None, samples: Sequence[Sample], *, micro_batch_size: int
+    model: HiddenStateGPTModel, teacher: HiddenStateGPTModel | None = None, *, samples: Sequence[Sample], micro_batch_size: int
 ) -> dict[str, float]:
     """The means by name, and the number of `tokens`, on every rank. Without a teacher only `lm_loss`."""
     layout = model.layout
