@@ -9,13 +9,21 @@ from pathlib import Path
 
 from tool import Parser, add_layout, add_safety, run
 
-ALIASES = {"--hf-model": "--model", "--hf-checkpoint": "--model", "--hf-model-path": "--model", "--input-path": "--model", "--megatron-path": "--save"}
+ALIASES = {
+    "--hf-model": "--model",
+    "--hf-checkpoint": "--model",
+    "--hf-model-path": "--model",
+    "--input-path": "--model",
+    "--megatron-path": "--save",
+}
 
 
 def parser() -> Parser:
     flags = Parser("Convert a Hugging Face folder (GPT-2, OPT, Llama) to a native checkpoint.", ALIASES)
     folders = flags.add_argument_group("folders")
-    folders.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="Hugging Face folder with safetensors weights")
+    folders.add_argument(
+        "--model", type=Path, required=True, metavar="HF_DIR", help="Hugging Face folder with safetensors weights"
+    )
     folders.add_argument("--save", type=Path, required=True, metavar="DIR", help="checkpoint folder to write; iteration 0")
     add_layout(flags)
     add_safety(flags)

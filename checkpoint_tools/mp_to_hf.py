@@ -24,7 +24,9 @@ def size(text: str) -> int:
 
 
 def parser() -> Parser:
-    flags = Parser("Convert any iteration of a native checkpoint to a Hugging Face folder; optimizer state is left behind.", ALIASES)
+    flags = Parser(
+        "Convert any iteration of a native checkpoint to a Hugging Face folder; optimizer state is left behind.", ALIASES
+    )
     folders = flags.add_argument_group("folders")
     folders.add_argument("--load", type=Path, required=True, metavar="DIR", help="native checkpoint, or one iter_* folder of it")
     folders.add_argument("--iteration", type=int, metavar="N", help="iteration to convert; the latest by default")
@@ -35,10 +37,10 @@ def parser() -> Parser:
 
 
 def convert(args) -> Path:
-    from megakd.checkpointing.export_hf import native_to_hf
+    from megakd.checkpointing.export_hf import export_to_hf
 
     options = {"iteration": args.iteration, "max_shard_size": args.max_shard_size}
-    return native_to_hf(args.load, args.save, **options, verify=not args.no_verify, force=args.force)
+    return export_to_hf(args.load, args.save, **options, verify=not args.no_verify, force=args.force)
 
 
 if __name__ == "__main__":

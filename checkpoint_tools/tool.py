@@ -20,7 +20,14 @@ SPELLINGS = {  # Megatron-LM's, PromptKD's, MiniLLM's, Megatron-Bridge's -> ours
     "--output-path": "--save",
     "--exist-ok": "--force",
 }
-UNNEEDED = ("--model-type", "--source-mp-size", "--source-tensor-parallel-size", "--source-pipeline-parallel-size", "--loader", "--saver")
+UNNEEDED = (
+    "--model-type",
+    "--source-mp-size",
+    "--source-tensor-parallel-size",
+    "--source-pipeline-parallel-size",
+    "--loader",
+    "--saver",
+)
 EPILOG = (
     "Underscores work like dashes, and so do --tp, --pp, --load-dir, --save-dir, --target-tensor-parallel-size, "
     "--target-pipeline-parallel-size, --target-mp-size, --output-path, --exist-ok. What old command lines say besides is in the folder "
@@ -32,7 +39,9 @@ class Parser(argparse.ArgumentParser):
     """A wrong flag is one line; `spellings` are this tool's own aliases."""
 
     def __init__(self, description: str, spellings: dict[str, str]):
-        super().__init__(description=description, epilog=EPILOG, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+        super().__init__(
+            description=description, epilog=EPILOG, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+        )
         self.spellings = SPELLINGS | spellings
         self.unneeded = self.add_argument_group("accepted and not used")
         for flag in UNNEEDED:
@@ -55,7 +64,9 @@ class Parser(argparse.ArgumentParser):
 def add_layout(parser: Parser) -> None:
     layout = parser.add_argument_group("layout to write")
     layout.add_argument("--tensor-model-parallel-size", type=positive, default=1, metavar="TP", help="ranks that share one layer")
-    layout.add_argument("--pipeline-model-parallel-size", type=positive, default=1, metavar="PP", help="stages that follow each other")
+    layout.add_argument(
+        "--pipeline-model-parallel-size", type=positive, default=1, metavar="PP", help="stages that follow each other"
+    )
 
 
 def add_safety(parser: Parser) -> None:

@@ -14,9 +14,9 @@ import torch.distributed as dist
 import yaml
 
 from megakd import preflight
-from megakd.checkpointing.export_hf import native_to_hf
+from megakd.checkpointing.export_hf import export_to_hf
 from megakd.checkpointing.model_folder import ModelFolder
-from megakd.checkpointing.native import is_native
+from megakd.checkpointing.native import read_latest
 from megakd.checkpointing.training import load_checkpoint, save_checkpoint
 from megakd.config import Config
 from megakd.data.batch import Sample
@@ -163,16 +163,14 @@ class Trainer:
 
     def _resume(self) -> int:
         """The iteration of the run's last checkpoint, loaded; 0 where there is none."""
-        if not is_native(self.checkpoints):
+        iteration = read_latest(self.checkpoints)
+        if iteration is None:
             return 0
-        description = load_checkpoint(
-            self.checkpoints,
-            model=self.method.student,
-            optimizer=self.method.optimizer.optimizer,
-            extra_tensors=self.method.extra_tensors(),
-            flag="--save",
-        )
-        return description.iteration
+        method = self.method
+        saved = load_checkpoint(self.checkpoints, iteration, model=method.student, optimizer=method.optimizer.optimizer, flag="--save")
+        for name, tensor in method.extra_tensors().items():
+            tensor.copy_(saved[name])
+        return iteration
 
     def _open_rollouts(self) -> JsonLines | None:
         if not (self.config.output.save_rollouts and is_rank_zero()):
@@ -244,14 +242,14 @@ class Trainer:
             self.iteration,
             model=self.method.student,
             optimizer=self.method.optimizer.optimizer,
-            hf_folder=self.folders.student.hf_folder,
+            source=self.folders.student,
             extra_tensors=self.method.extra_tensors(),
-            run_config=yaml.safe_dump(self.config.flat(), sort_keys=False),
+            run_config=self.folder / "config.yaml",
         )
 
     def _finish(self) -> None:
         if is_rank_zero():
-            native_to_hf(self.checkpoints, self.folder / "hf", force=True)
+            export_to_hf(self.checkpoints, self.folder / "hf")
             plot_training(self.folder)
         self.logger.close()
         dist.barrier()

@@ -6,7 +6,6 @@ import json
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import megakd
 
@@ -24,14 +23,13 @@ def layout_dict(tp: int, pp: int, dp: int = 1) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """`layout` is the layout it was written at (it loads at any other), `values` what the trainer wants back: samples seen, ..."""
+    """`layout` is the layout it was written at; it loads at any other."""
 
     iteration: int
     vocab_size: int
     padded_vocab_size: int
     layout: dict[str, int]
     teacher_layout: dict[str, int] | None = None
-    values: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=versions)
     format_version: int = FORMAT_VERSION
 
@@ -46,7 +44,9 @@ class Description:
         """
         file = folder / FILE
         if not file.is_file():
-            raise ValueError(f"{file}: missing, so this is not a megakd checkpoint; give a folder that megakd or hf_to_mp.py wrote")
+            raise ValueError(
+                f"{file}: missing, so this is not a megakd checkpoint; give a folder that megakd or hf_to_mp.py wrote"
+            )
         try:
             fields = json.loads(file.read_text())
             newer = fields["format_version"] > FORMAT_VERSION
@@ -54,5 +54,7 @@ class Description:
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{file}: damaged ({error}); copy the checkpoint again") from error
         if newer:
-            raise ValueError(f"{file}: format version {fields['format_version']}, this megakd reads up to {FORMAT_VERSION}; use a newer megakd")
+            raise ValueError(
+                f"{file}: format version {fields['format_version']}, this megakd reads up to {FORMAT_VERSION}; use a newer megakd"
+            )
         return found

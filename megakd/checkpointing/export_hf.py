@@ -27,8 +27,16 @@ REPORT = "megakd_export.json"
 DTYPE_FIELDS = ("dtype", "torch_dtype")  # transformers 5 writes the first, older ones the second
 
 
-def native_to_hf(load: Path, save: Path, *, iteration: int | None = None, max_shard_size: int = 5 * 10**9, verify: bool = True, force: bool = False) -> Path:
-    """Write the Hugging Face folder `save` from one iteration of `load`; optimizer state is not read.
+def export_to_hf(
+    load: Path,
+    save: Path,
+    *,
+    iteration: int | None = None,
+    max_shard_size: int = 5 * 10**9,
+    verify: bool = True,
+    force: bool = True,
+) -> Path:
+    """Write the Hugging Face folder `save` from one iteration of `load`; optimizer state is not read. `force` replaces an earlier export.
 
     Raises:
         ValueError: the checkpoint cannot be read or `save` is in use; nothing was written.

@@ -102,7 +102,9 @@ def write_parameters(folder: Path, source: HFCheckpoint, plan: list[PlannedParam
             for rank, lo, hi in grid.ranges(item.parameter, item.shape, item.dtype.itemsize):
                 offsets, sizes = item.parameter.place(item.shape, lo, hi)
                 data = item.parameter.mapping.read(source, lo, hi).contiguous()
-                writer.add_chunk(rank, item.parameter.key, grid.stored_shape(item.parameter, item.shape), offsets, data.view(sizes))
+                writer.add_chunk(
+                    rank, item.parameter.key, grid.stored_shape(item.parameter, item.shape), offsets, data.view(sizes)
+                )
                 bar.update(data.nbytes)
         add_extra_states(writer, [item.parameter for item in plan], grid)
     torch.save({}, folder / COMMON)

@@ -1,7 +1,7 @@
 """A native checkpoint on disk, opened without torch.distributed.
 
-    ROOT/latest_checkpointed_iteration.txt
-    ROOT/iter_0000100/   torch_dist files, megakd_checkpoint.json, huggingface/, run_config.yaml where a run wrote it
+ROOT/latest_checkpointed_iteration.txt
+ROOT/iter_0000100/   torch_dist files, megakd_checkpoint.json, huggingface/, run_config.yaml where a run wrote it
 """
 
 from __future__ import annotations
@@ -82,22 +82,25 @@ def find_iteration(path: Path, iteration: int | None = None, *, flag: str = "--l
         raise ValueError(f"{flag} {path}: no such folder; give a checkpoint folder, or one iter_* folder in it")
     if iteration is None and (path / FILE).is_file():
         return path
-    folder = iteration_folder(path, read_latest(path, flag=flag) if iteration is None else iteration)
+    number = read_latest(path, flag=flag) if iteration is None else iteration
+    if number is None:
+        raise ValueError(f"{flag} {path}: no {LATEST}, so it is not a native checkpoint; give the folder that --save named")
+    folder = iteration_folder(path, number)
     if not folder.is_dir():
         there = ", ".join(sorted(found.name for found in path.glob("iter_*"))) or "none"
         raise ValueError(f"{flag} {path}: holds no {folder.name} (there: {there}); choose one with --iteration")
     return folder
 
 
-def read_latest(root: str | Path, *, flag: str = "--load") -> int:
-    """The last iteration that was saved completely.
+def read_latest(root: str | Path, *, flag: str = "--load") -> int | None:
+    """The last iteration that was saved completely, None where none was.
 
     Raises:
-        ValueError: no latest_checkpointed_iteration.txt, or no number in it.
+        ValueError: latest_checkpointed_iteration.txt does not hold a number.
     """
     file = Path(root) / LATEST
     if not file.is_file():
-        raise ValueError(f"{flag} {root}: no {LATEST}, so it is not a native checkpoint; give the folder that --save named")
+        return None
     text = file.read_text().strip()
     if not text.isdecimal():
         raise ValueError(f"{flag} {root}: {LATEST} says {text[:40]!r}, which is no iteration; choose one with --iteration")

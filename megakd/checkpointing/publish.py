@@ -73,4 +73,6 @@ def check_target(target: Path, *, force: bool, ours: Callable[[Path], bool], wha
     if not force:
         raise ValueError(f"--save {target}: exists and is not empty; give another folder, or --force to replace it")
     if not ours(target):
-        raise ValueError(f"--save {target}: holds something else than {what}, which --force does not replace; give another folder")
+        raise ValueError(
+            f"--save {target}: holds something else than {what}, which --force does not replace; give another folder"
+        )

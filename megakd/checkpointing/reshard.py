@@ -30,7 +30,9 @@ from megakd.models.param_mapping import Vocabulary
 RUN_CONFIG = "run_config.yaml"
 
 
-def reshard(load: Path, save: Path, *, tp: int, pp: int, iteration: int | None = None, verify: bool = True, force: bool = False) -> Path:
+def reshard(
+    load: Path, save: Path, *, tp: int, pp: int, iteration: int | None = None, verify: bool = True, force: bool = False
+) -> Path:
     """Write the same iteration under `save` at TP x PP and return its folder.
 
     Raises:

@@ -26,7 +26,12 @@ CLASSES = {
         "TensorStorageMetadata",
         "_MEM_FORMAT_ENCODING",
     },
-    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},  # megatron keeps its plans
+    "torch.distributed.checkpoint.planner": {
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },  # megatron keeps its plans
 }
 
 
@@ -57,7 +62,9 @@ def read_metadata(folder: Path) -> Metadata:
         with file.open("rb") as stream:
             metadata = MetadataUnpickler(stream).load()
     except ForbiddenGlobal as error:
-        raise ValueError(f"{file}: names {error}, which a checkpoint index never needs and which could run code; do not trust it") from error
+        raise ValueError(
+            f"{file}: names {error}, which a checkpoint index never needs and which could run code; do not trust it"
+        ) from error
     except Exception as error:  # a damaged pickle raises nearly anything
         raise ValueError(f"{file}: damaged or cut off ({type(error).__name__}); copy the checkpoint again") from error
     if not isinstance(metadata, Metadata):

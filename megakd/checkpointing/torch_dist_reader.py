@@ -88,7 +88,11 @@ class TorchDistReader:
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
         entries = self.metadata.state_dict_metadata.items()
-        return {key: StoredTensor(key, entry, self._chunks(key, entry)) for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
+        return {
+            key: StoredTensor(key, entry, self._chunks(key, entry))
+            for key, entry in entries
+            if isinstance(entry, TensorStorageMetadata)
+        }
 
     def _chunks(self, key: str, entry: TensorStorageMetadata) -> list[StoredChunk]:
         return [self._chunk(key, chunk) for chunk in entry.chunks]
@@ -103,7 +107,9 @@ class TorchDistReader:
             if Path(name).name != name or not file.is_file():
                 raise ValueError(f"{file}: the index names this file, but it is not there; copy the checkpoint again")
             if (size := file.stat().st_size) < end:
-                raise ValueError(f"{file}: {size:,} bytes, but the index describes {end:,}; it is truncated, copy the checkpoint again")
+                raise ValueError(
+                    f"{file}: {size:,} bytes, but the index describes {end:,}; it is truncated, copy the checkpoint again"
+                )
 
 
 def file_ends(metadata: Metadata) -> dict[str, int]:

@@ -1,10 +1,11 @@
-"""Save and load a run: weights, optimizer, soft prompt, and what the trainer wants back. Loads at another TP x PP x DP than it was saved at.
+"""Save and load a run: weights, optimizer, soft prompt; what was saved at one TP x PP x DP loads at any other.
 
 Random state is not saved: the trainer seeds anew from (seed, iteration), which means the same at every layout.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from megakd.checkpointing.description import Description, layout_dict
 from megakd.checkpointing.hf_files import write_hf_folder
+from megakd.checkpointing.model_folder import ModelFolder
 from megakd.checkpointing.native import NativeCheckpoint, iteration_folder, write_latest
 from megakd.checkpointing.parameters import HEAD
 from megakd.checkpointing.publish import hidden, published
@@ -31,7 +33,7 @@ from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.runtime.parallel_layout import ParallelLayout
 
 OPTIMIZER_SHARDING = "fully_reshardable"  # megatron-core's default kind cannot be saved at all in 0.16.1
-EXTRA = "extra."
+EXTRA, SCALAR = "extra.", "extra.scalar."  # torch_dist knows no tensors without axes
 
 
 def save_checkpoint(
@@ -39,60 +41,56 @@ def save_checkpoint(
     iteration: int,
     *,
     model: HiddenStateGPTModel,
-    hf_folder: str | Path,
+    source: ModelFolder,
     optimizer: MegatronOptimizer | None = None,
     extra_tensors: dict[str, Tensor] | None = None,
-    extra_values: dict[str, Any] | None = None,
-    run_config: str | None = None,
+    run_config: Path | None = None,
     teacher_layout: ParallelLayout | None = None,
 ) -> Path:
     """Write ROOT/iter_<iteration> from all ranks and make it the latest; returns its folder.
 
     Args:
-        model: this rank's stage, without DDP around it.
-        hf_folder: where config.json and the tokenizer come from (`weights.hf_folder_of` of what --model named).
-        extra_tensors: small tensors, the same on every rank that passes them, rank 0 among these (the soft prompt, its Adam moments).
-        extra_values: what JSON can hold; comes back from `load_checkpoint` as `Description.values`.
-        run_config: the text of run_config.yaml.
+        model: this rank's stage, without DistributedDataParallel around it.
+        source: where the model came from: its config and tokenizer go into the checkpoint.
+        extra_tensors: small tensors by name, alike on all ranks (the soft prompt and its moments); rank 0's are written.
+        run_config: the run's config.yaml.
     """
     target = iteration_folder(Path(root), iteration)
     with published_by_rank_zero(target) as folder:
-        state = sharded_state(model, optimizer, extra_tensors or {}, is_loading=False)
+        state = sharded_state(model, optimizer, is_loading=False)
+        state["extra"] = {name: replicated(name, tensor) for name, tensor in (extra_tensors or {}).items()}
         kinds = {"distrib_optim_sharding_type": OPTIMIZER_SHARDING}
         dist_checkpointing.save(state, str(folder), SynchronousSave(), content_metadata=kinds)
         if dist.get_rank() == 0:
-            describe(model, iteration, extra_values or {}, teacher_layout).write(folder)
-            write_hf_folder(Path(hf_folder), folder)
+            describe(model, iteration, teacher_layout).write(folder)
+            write_hf_folder(source.hf_folder, folder)
             if run_config is not None:
-                (folder / RUN_CONFIG).write_text(run_config)
+                shutil.copyfile(run_config, folder / RUN_CONFIG)
     return target
 
 
 def load_checkpoint(
-    path: str | Path,
+    root: str | Path,
+    iteration: int | None = None,
     *,
     model: HiddenStateGPTModel,
     optimizer: MegatronOptimizer | None = None,
-    extra_tensors: dict[str, Tensor] | None = None,
-    iteration: int | None = None,
     flag: str = "--load",
-) -> Description:
-    """Fill model, optimizer and `extra_tensors` in place, on all ranks; returns what the checkpoint says about itself.
+) -> dict[str, Tensor]:
+    """Fill model and optimizer in place, on all ranks; returns the extra tensors, on the CPU, on every rank.
 
     Raises:
         ValueError: no such checkpoint, an untrusted or damaged one, or it lacks something that is asked for.
     """
-    native = NativeCheckpoint(path, iteration=iteration, flag=flag)
-    state = sharded_state(model, optimizer, extra_tensors or {}, is_loading=True)
+    native = NativeCheckpoint(root, iteration=iteration, flag=flag)
+    state = sharded_state(model, optimizer, is_loading=True)
     dict_list_map_inplace(without_objects, state)
     check_complete(native, state, flag=flag)
     loaded = dist_checkpointing.load(state, str(native.folder), common_strategy=LoadCommonWithoutPickle())
     model.load_state_dict(loaded["model"])
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
-    for name, tensor in (extra_tensors or {}).items():
-        tensor.data.copy_(loaded["extra"][name].view_as(tensor))
-    return native.description
+    return read_extra_tensors(native)
 
 
 @contextmanager
@@ -108,20 +106,28 @@ def published_by_rank_zero(target: Path) -> Iterator[Path]:
     dist.barrier()
 
 
-def sharded_state(model: HiddenStateGPTModel, optimizer: MegatronOptimizer | None, extra: dict[str, Tensor], *, is_loading: bool) -> dict:
+def sharded_state(model: HiddenStateGPTModel, optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
     """What megatron-core saves and loads, with the shard of each tensor that this rank holds."""
     metadata = {"dp_cp_group": model.layout.groups.dp_cp, "distrib_optim_sharding_type": OPTIMIZER_SHARDING}
     weights = model.sharded_state_dict(metadata=metadata)
     if HEAD in weights:
         weights[HEAD].allow_shape_mismatch = True  # padded for another TP size; megatron allows it for embeddings only
-    state = {"model": weights, "extra": {name: replicated(name, tensor) for name, tensor in extra.items()}}
+    state = {"model": weights}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
     return state
 
 
 def replicated(name: str, tensor: Tensor) -> ShardedTensor:
-    return ShardedTensor.from_rank_offsets(EXTRA + name, torch.atleast_1d(tensor.detach()), replica_id=dist.get_rank())
+    key = (EXTRA if tensor.ndim else SCALAR) + name
+    return ShardedTensor.from_rank_offsets(key, torch.atleast_1d(tensor.detach()), replica_id=dist.get_rank())
+
+
+def read_extra_tensors(native: NativeCheckpoint) -> dict[str, Tensor]:
+    whole = lambda key: native.read(key, tuple(slice(0, size) for size in native.shape(key)))
+    extras = {key.removeprefix(SCALAR).removeprefix(EXTRA): whole(key) for key in native.keys if key.startswith(EXTRA)}
+    scalars = {key.removeprefix(SCALAR) for key in native.keys if key.startswith(SCALAR)}
+    return {name: tensor.view(()) if name in scalars else tensor for name, tensor in extras.items()}
 
 
 def without_objects(value: Any) -> Any:
@@ -144,14 +150,13 @@ class LoadCommonWithoutPickle(TorchCommonLoadStrategy):
         return torch.load(Path(checkpoint_dir) / COMMON_STATE_FNAME, map_location="cpu", weights_only=True)
 
 
-def describe(model: HiddenStateGPTModel, iteration: int, values: dict[str, Any], teacher_layout: ParallelLayout | None) -> Description:
+def describe(model: HiddenStateGPTModel, iteration: int, teacher_layout: ParallelLayout | None) -> Description:
     return Description(
         iteration=iteration,
         vocab_size=model.real_vocab_size,
         padded_vocab_size=model.vocab_size,
         layout=sizes(model.layout),
         teacher_layout=teacher_layout and sizes(teacher_layout),
-        values=values,
     )
 
 

@@ -39,7 +39,9 @@ def check_equal(written: Tensors, source: Tensors, dtypes: dict[str, torch.dtype
     with progress(stored_bytes(source, dtypes), "verifying") as bar:
         for name, dtype in dtypes.items():
             if tuple(written.shape(name)) != tuple(source.shape(name)):
-                raise RuntimeError(f"verification: {name} has shape {tuple(written.shape(name))}, its source {tuple(source.shape(name))}")
+                raise RuntimeError(
+                    f"verification: {name} has shape {tuple(written.shape(name))}, its source {tuple(source.shape(name))}"
+                )
             compare_blocks(name, pairs(written, source, name, dtype), bar)
 
 

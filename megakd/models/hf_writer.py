@@ -30,7 +30,9 @@ class TensorPlan:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_weights(folder: Path, plans: list[TensorPlan], blocks: Callable[[TensorPlan], Iterable[Tensor]], *, max_shard_size: int) -> list[Path]:
+def write_weights(
+    folder: Path, plans: list[TensorPlan], blocks: Callable[[TensorPlan], Iterable[Tensor]], *, max_shard_size: int
+) -> list[Path]:
     """model.safetensors, or shards and their index; `blocks` yields a tensor's data in row-major order, [..., rows, ...].
 
     Returns the weight files.
