@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from megakd.checkpointing.description import versions
 from megakd.config import EvaluateConfig
 from megakd.data.tokenizer import eos_id, load_tokenizer
-from megakd.evaluation.answers import answer, gather_by_index, sampling_of
+from megakd.evaluation.answers import Writer, gather_by_index, response_text, sampling_of
 from megakd.evaluation.evaluation_set import EvaluationSet, open_sets
 from megakd.evaluation.exposure_bias import accumulated, exposure_bias, token_divergences
 from megakd.evaluation.held_out import held_out_losses
@@ -30,7 +30,6 @@ from megakd.evaluation.models import load_models, open_folders, start
 from megakd.evaluation.progress import Progress
 from megakd.evaluation.report import Report, print_table
 from megakd.generation.sampling import Sampling
-from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.runtime.initialize import is_rank_zero
 from megakd.runtime.parallel_layout import ParallelLayout
 
@@ -50,8 +49,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     sets = open_sets(config, tokenizer)
     layout = start(config)
     report = Report(config.save if is_rank_zero() else "")
-    models = dict(zip(("student", "teacher"), load_models(folders, layout, config.dtype)))
-    scores = Evaluator(config, sets, tokenizer, models, report).run()
+    models = load_models(folders, layout, config.dtype)
+    writers = [Writer(model, eos_id(tokenizer), config.responses.batch_size) for model in models]
+    scores = Evaluator(config, sets, tokenizer, dict(zip(("student", "teacher"), writers)), report).run()
     results = {**describe(config, layout), "seconds": time.perf_counter() - began, **scores}
     if is_rank_zero():
         report.finish(results)
@@ -67,24 +67,25 @@ def describe(config: EvaluateConfig, layout: ParallelLayout) -> dict[str, Any]:
 
 
 class Evaluator:
-    """One run on this rank. `models` holds the student and, where there is one, the teacher."""
+    """One run on this rank. `writers` are the student and, where there is one, the teacher."""
 
     def __init__(
         self,
         config: EvaluateConfig,
         sets: Sequence[EvaluationSet],
         tokenizer: PreTrainedTokenizerBase,
-        models: dict[str, HiddenStateGPTModel],
+        writers: dict[str, Writer],
         report: Report,
     ) -> None:
-        self.config, self.sets, self.tokenizer, self.models, self.report = config, sets, tokenizer, models, report
+        self.config, self.sets, self.tokenizer, self.writers, self.report = config, sets, tokenizer, writers, report
+        self.models = [writer.model for writer in writers.values()]
         settings = config.responses
         seeds = config.seeds[:1] if settings.greedy else config.seeds  # a greedy answer is the same for every seed
         self.scored = {seed: sampling_of(settings, seed) for seed in seeds}
         bias_seeds = config.seeds[: config.exposure_bias_samples] if config.exposure_bias else ()
         self.drawn = {seed: Sampling(max_new_tokens=settings.max_new_tokens, seed=seed) for seed in bias_seeds}
         passes = {("student", sampling) for sampling in self.scored.values()}
-        passes |= {(writer, sampling) for writer in models for sampling in self.drawn.values()}
+        passes |= {(writer, sampling) for writer in writers for sampling in self.drawn.values()}
         self.progress = Progress(len(passes) * sum(map(len, sets)))
         self._written: dict[tuple[str, Sampling], list[list[int]]] = {}  # of the set in hand
 
@@ -104,16 +105,13 @@ class Evaluator:
 
     def losses(self, data: EvaluationSet) -> dict[str, float]:
         """On the gold responses."""
-        return held_out_losses(
-            self.models["student"], self.models.get("teacher"), list(data), micro_batch_size=self.config.micro_batch_size
-        )
+        return held_out_losses(*self.models, samples=list(data), micro_batch_size=self.config.micro_batch_size)
 
     def responses(self, data: EvaluationSet, writer: str, sampling: Sampling) -> list[list[int]]:
         """One response a sample, in the order of the file, on every rank. None is written twice."""
         if (writer, sampling) not in self._written:
             responses = self._written[writer, sampling] = []
-            options = {"eos_id": eos_id(self.tokenizer), "batch_size": self.config.responses.batch_size}
-            for chunk in answer(self.models[writer], data.questions(), sampling, **options):
+            for chunk in self.writers[writer].answer(data.questions(), sampling):
                 responses += chunk
                 self.progress.advance(len(chunk), f"{data.name}, {writer}, seed {sampling.seed}")
         return self._written[writer, sampling]
@@ -121,7 +119,7 @@ class Evaluator:
     def scores(self, data: EvaluationSet, seed: int) -> dict[str, float]:
         """Means over the set of one pass of answers."""
         responses = self.responses(data, "student", self.scored[seed])
-        answers = [self.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in responses]
+        answers = [response_text(self.tokenizer, sample.prompt, tokens).strip() for sample, tokens in zip(data, responses)]
         rows = score_on_all_ranks(data, answers)
         for row, tokens in zip(rows, responses):
             row["response_length"] = len(tokens) - (tokens[-1] == eos_id(self.tokenizer))
@@ -132,7 +130,7 @@ class Evaluator:
         """Curves over the response length."""
         length, skip_first = self.config.responses.max_new_tokens, self.config.exposure_bias_skip_first
         curves = []
-        for writer in self.models:
+        for writer in self.writers:
             draws = [self.divergences(data, writer, seed) for seed in self.drawn]
             curves.append(np.stack([accumulated(rows, length, skip_first=skip_first) for rows in zip(*draws)]))
         return exposure_bias(*curves)
@@ -141,7 +139,7 @@ class Evaluator:
         """KL(p‖q) at every token of what `writer` draws."""
         responses = self.responses(data, writer, self.drawn[seed])
         samples = [replace(sample, response=tuple(response)) for sample, response in zip(data.questions(), responses)]
-        rows = token_divergences(*self.models.values(), samples, micro_batch_size=self.config.micro_batch_size)
+        rows = token_divergences(*self.models, samples, micro_batch_size=self.config.micro_batch_size)
         self.report.add_divergences(data, writer, seed, samples, rows)
         return rows
 

@@ -21,8 +21,8 @@ import torch
 from megakd.data.batch import Batch, Sample, micro_batches
 from megakd.data.dataloader import deal
 from megakd.evaluation.answers import gather_by_index
-from megakd.evaluation.held_out import passes, shared_vocabulary
-from megakd.losses.distillation import Divergence
+from megakd.evaluation.held_out import passes
+from megakd.losses.distillation import Divergence, VocabularySplit
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.schedules import supervised_hidden
 
@@ -47,7 +47,7 @@ def replica_divergences(
 ) -> dict[int, np.ndarray]:
     """The same by sample id for one replica's batches, on each of its ranks."""
     pairs = zip(supervised_hidden(model, batches), supervised_hidden(teacher, batches))  # the last stage alone has any
-    vocabulary, kl = shared_vocabulary(model, teacher), Divergence("forward_kl")
+    vocabulary, kl = VocabularySplit(model.real_vocab_size, model.layout.tp_group), Divergence("forward_kl")
     total = sum(batch.num_supervised for batch in batches)
     values = torch.zeros(total, dtype=torch.double, device=torch.cuda.current_device())
     with torch.no_grad():

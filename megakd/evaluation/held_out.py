@@ -21,7 +21,7 @@ MICRO_BATCHES_PER_PASS = 8  # hidden states of a pass are kept; more fill the pi
 
 
 def held_out_losses(
-    model: HiddenStateGPTModel, teacher: HiddenStateGPTModel | None, samples: Sequence[Sample], *, micro_batch_size: int
+    model: HiddenStateGPTModel, teacher: HiddenStateGPTModel | None = None, *, samples: Sequence[Sample], micro_batch_size: int
 ) -> dict[str, float]:
     """The means by name, and the number of `tokens`, on every rank. Without a teacher only `lm_loss`."""
     layout = model.layout
@@ -43,19 +43,14 @@ def sums_of(model, teacher, samples: Sequence[Sample], names: Sequence[str], mic
     """Sums of `names` and the token count over some samples, on every stage."""
     batches = micro_batches(samples, micro_batch_size)
     teacher_hidden = supervised_hidden(teacher, batches) if teacher else []
-    own = VocabularySplit(model.real_vocab_size, model.layout.tp_group)
+    vocabulary = VocabularySplit(model.real_vocab_size, model.layout.tp_group)
 
     def loss(hidden_NH, batch, number):
         student = (hidden_NH, model.output_weight())
-        values = {"lm_loss": sft_loss(student, supervised_labels(batch), own)["loss/lm"]}
+        values = {"lm_loss": sft_loss(student, supervised_labels(batch), vocabulary)["loss/lm"]}
         if teacher:
-            other, shared = (teacher_hidden[number], teacher.output_weight()), shared_vocabulary(model, teacher)
-            values |= {name: Divergence(name)(student, other, shared) for name in ("reverse_kl", "forward_kl")}
+            other = (teacher_hidden[number], teacher.output_weight())
+            values |= {name: Divergence(name)(student, other, vocabulary) for name in ("reverse_kl", "forward_kl")}
         return values
 
     return evaluate_loss(model, batches, loss, names)
-
-
-def shared_vocabulary(model: HiddenStateGPTModel, teacher: HiddenStateGPTModel) -> VocabularySplit:
-    """The token ids that both models have: their tokenizer is one, their embeddings may be padded differently."""
-    return VocabularySplit(min(model.real_vocab_size, teacher.real_vocab_size), model.layout.tp_group)

@@ -54,10 +54,12 @@ def start(config: AnsweringConfig) -> ParallelLayout:
 
 
 def load_models(folders: list[ModelFolder], layout: ParallelLayout, dtype: str) -> list[HiddenStateGPTModel]:
-    """All folders in one layout, their vocabularies padded to one width."""
-    width = padded_vocab_size([folder.config.vocab_size for folder in folders], layout.tp_size)
+    """All folders in one layout, over one vocabulary: an id that only one model has is no token of their common tokenizer."""
+    sizes = [folder.config.vocab_size for folder in folders]
+    width = padded_vocab_size(sizes, layout.tp_size)
     models = [build_model(folder.config, layout, padded_vocab_size=width, dtype=resolve_dtype(dtype)) for folder in folders]
     for model, folder in zip(models, folders):
         folder.load_into(model)
+        model.real_vocab_size = min(sizes)
         model.eval().requires_grad_(False)
     return models
