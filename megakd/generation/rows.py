@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -53,6 +54,8 @@ class Voice:
 
 
 class RowGroup:
+    """Rows in the order longest prompt first."""
+
     def __init__(self, rows: list[Row], voices: Sequence[Voice], sampler: Sampler):
         self.rows, self.sampler, self.layout = rows, sampler, voices[0].model.layout
         prompts, longest = [row.prompt for row in rows], max(row.limit for row in rows)
@@ -60,7 +63,7 @@ class RowGroup:
         self.device, self.width = self.decoders[0].device, self.decoders[0].width
         self.streams_B = noise_streams(sampler.sampling.seed, [row.sample_id for row in rows], self.device)
         self.seen_BK = torch.tensor([[-1] * (self.width - len(prompt)) + list(prompt) for prompt in prompts], device=self.device)
-        self.sampled = 0  # tokens of each unfinished response on this stage
+        self.read = 0  # response tokens that this stage has read
         self.prefilled = self.finished = False
 
     def buffers(self) -> list[Tensor]:
@@ -69,36 +72,46 @@ class RowGroup:
         return tokens if self.layout.is_first_stage else tokens + self._hidden_buffers()
 
     def _hidden_buffers(self) -> list[Tensor]:
-        return [decoder.hidden_buffer(len(self.rows), prefill=not self.prefilled) for decoder in self.decoders]
+        return [x for decoder in self.decoders for x in decoder.buffers(len(self.rows), prefill=not self.prefilled)]
 
     def advance(self, message: list[Tensor]) -> list[Tensor]:
-        """One column of every row through this stage (the first time, the prompts)."""
-        tokens, hidden = (message[:1], message[1:]) if self.prefilled else ([], message)
-        if tokens:
-            self.record(tokens[0])
+        """One column of every row through this stage; the first time, the prompts."""
+        if not self.prefilled:
+            out = self.prefill(message)
+            self.prefilled = True
+            return out
+        tokens_B, *hidden = message
+        self.record(tokens_B)
         if self.finished:  # the last tokens go round; nothing is left to compute
-            return [] if self.layout.is_last_stage else tokens + self._hidden_buffers()
+            return [] if self.layout.is_last_stage else [tokens_B, *self._hidden_buffers()]
         if self.layout.pp_size == 1:
-            tokens = [x[self.drop_finished()] for x in tokens]
-        states = self.compute(tokens[0] if tokens else None, hidden)
-        self.prefilled = True
-        if self.layout.is_last_stage:
-            sampled = self.sampler(states, self.streams_B, torch.tensor(self.sampled, device=self.device), self.seen_BK)
-            return [sampled[self.drop_finished()]]
-        self.drop_finished()  # only now: the next stage does not know yet, and waits for all rows
-        return tokens + states
+            tokens_B = tokens_B[self.drop_finished()]
+        out = self.decode(tokens_B, torch.tensor(self.read - 1, device=self.device), *hidden)
+        stay = self.drop_finished()  # the next stage does not know yet and waits for all rows; the first stage has dropped them
+        return [out[0][stay]] if self.layout.is_last_stage else [tokens_B, *out]
 
-    def compute(self, tokens_B: Tensor | None, hidden: list[Tensor]) -> list[Tensor]:
-        inputs = hidden or [None] * len(self.decoders)
-        if tokens_B is None:
-            return [decoder.prefill(self.seen_BK.clamp(min=0), x) for decoder, x in zip(self.decoders, inputs)]
-        step = torch.tensor(self.sampled - 1, device=self.device)
-        return [decoder.decode(tokens_B, step, self.width + self.sampled, x) for decoder, x in zip(self.decoders, inputs)]
+    def prefill(self, hidden: list[Tensor]) -> list[Tensor]:
+        """The prompts, or their hidden states: hidden states for the next stage, or on the last the first tokens."""
+        tokens_BW, given, states = self.seen_BK.clamp(min=0), iter(hidden), []
+        for decoder in self.decoders:
+            states += decoder.prefill(tokens_BW, list(islice(given, len(decoder.slices))))
+        return self._sample(states, torch.zeros((), dtype=torch.int64, device=self.device))
+
+    def decode(self, tokens_B: Tensor, step: Tensor, *hidden: Tensor) -> list[Tensor]:
+        """The `step`-th tokens of the responses, or their hidden states: hidden states, or on the last stage the next tokens."""
+        filled = self.width + self.read
+        states = [decoder.decode(tokens_B, step, filled, *x) for decoder, *x in zip(self.decoders, *([hidden] if hidden else []))]
+        return self._sample(states, step + 1)
+
+    def _sample(self, states: list[Tensor], position: Tensor) -> list[Tensor]:
+        if not self.layout.is_last_stage:
+            return states
+        return [self.sampler(states, self.streams_B, position, self.seen_BK)]
 
     def record(self, tokens_B: Tensor) -> None:
         for row, token in zip(self.rows, tokens_B.tolist()):
             row.append(token)
-        self.sampled += 1
+        self.read += 1
         self.finished = all(row.finished for row in self.rows)
         if self.sampler.sampling.limits_repetition:
             self.seen_BK = torch.cat([self.seen_BK, tokens_B[:, None]], 1)
@@ -114,7 +127,7 @@ class RowGroup:
         for gap, mover in zip(gaps, movers):
             order[gap] = mover
         for decoder in self.decoders:
-            decoder.keep(order, movers, gaps, self.width + self.sampled)
+            decoder.keep(order, movers, gaps, self.width + self.read)
         self.rows = [self.rows[i] for i in order]
         self.streams_B, self.seen_BK = self.streams_B[order], self.seen_BK[order]
         return order
