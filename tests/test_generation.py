@@ -1,4 +1,4 @@
-"""Generation: greedy tokens are transformers', samples follow the softmax, and both are the same on every layout and in every batch."""
+"""Greedy tokens are those of transformers, samples follow the softmax; both are the same on every layout and in every batch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tiny import tiny_config, tiny_folder, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megakd.generation import rows
 from megakd.generation.decoder import slices_of_like_length
 from megakd.generation.generate import generate
 from megakd.generation.rows import Voice
@@ -140,7 +141,7 @@ def replica_responses(layout, folder):
 @pytest.mark.parametrize("replicas", [2, 3])
 def test_replicas_sample_what_one_rank_samples(folders, responses, replicas):
     parts = run_distributed(replica_responses, replicas, folders["llama"])
-    assert sum(parts, []) == responses[1, 1][0]["llama"]["sampled"]
+    assert [response for part in parts for response in part] == responses[1, 1][0]["llama"]["sampled"]
 
 
 def test_rows_that_end_early_leave_the_batch(folders):
@@ -158,6 +159,47 @@ def test_rows_that_end_early_leave_the_batch(folders):
 
     for pp in (1, 2):
         assert run_distributed(check, pp, pp=pp)[0] > 8
+
+
+class EagerStep:
+    """Stands for CapturedStep where there is no GPU: the same fixed inputs, computed anew."""
+
+    def __init__(self, step, *inputs):
+        self.step, self.inputs = step, [x.clone() for x in inputs]
+
+    def __call__(self, *inputs):
+        for fixed, new in zip(self.inputs, inputs):
+            fixed.copy_(new)
+        return self.step(*self.inputs)
+
+
+def test_the_step_of_fixed_shape_gives_the_same_tokens(folders, monkeypatch):
+    """What a GPU captures, run without capture: whole cache, rows that leave by halves, one of them at the end of its context."""
+
+    def check(layout, limits):
+        model, teacher = load(layout, folders["gpt2"]), load(layout, folders["llama"])
+        options = {"eos_id": 6, "mix_with": [Voice(teacher, 0.4, soft_prompt())], "limits": limits}
+        given = [*prompts(), list(range(2, 62))], [*IDS, 1], Sampling(max_new_tokens=30)
+        expected = generate(model, *given, **options)
+        monkeypatch.setattr(rows, "is_capturable", lambda device, sampling: True)
+        monkeypatch.setattr(rows, "CapturedStep", EagerStep)
+        assert generate(model, *given, **options) == expected
+
+    for pp in (1, 2):
+        run_distributed(check, pp, [30, 3, 4, 9, 12, 25, 30, 30], pp=pp)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_captured_step_gives_the_same_tokens(folders, monkeypatch):
+    """In a fork no GPU can be used: this process is the one rank."""
+    from megakd.runtime.initialize import initialize, process_group_closed_at_exit
+
+    with process_group_closed_at_exit():
+        model = load(initialize(), folders["llama"])
+        captured = generate(model, prompts(), IDS, SAMPLED, eos_id=EOS)
+        monkeypatch.setattr(rows, "is_capturable", lambda device, sampling: False)
+        assert captured == generate(model, prompts(), IDS, SAMPLED, eos_id=EOS)
 
 
 @pytest.mark.parametrize("tp, pp", LAYOUTS)
@@ -236,8 +278,9 @@ def test_noise_is_uniform_over_tokens_rows_positions_and_seeds():
         assert abs(chi_square_deviations(torch.histc(flat, 1000, 0, 1), torch.full((1000,), len(flat) / 1000))) < 4
         pairs = torch.histc((flat[:-1] * 30).floor() * 30 + (flat[1:] * 30).floor(), 900, 0, 900)
         assert abs(chi_square_deviations(pairs, torch.full((900,), len(flat) / 900))) < 5, "neighbours are not independent"
+    stream = noise_streams(9, [3], torch.device("cpu"))
     for first, second in ((0, 1), (1, 2), (0, 2**40)):
-        a, b = (gumbel(noise_streams(9, [3], torch.device("cpu")), torch.tensor(position), tokens) for position in (first, second))
+        a, b = (gumbel(stream, torch.tensor(position), tokens) for position in (first, second))
         assert abs(torch.corrcoef(torch.cat([a, b]))[0, 1]) < 4 / math.sqrt(len(tokens))
     g = gumbel(keys, torch.tensor(0), tokens)
     assert g.mean().item() == pytest.approx(0.577216, abs=3e-3) and g.var().item() == pytest.approx(math.pi**2 / 6, abs=1e-2)
@@ -252,7 +295,7 @@ def test_a_response_ends_where_the_context_ends(folders):
         long = list(range(2, 60))
         responses = generate(model, [long, [5]], [0, 1], Sampling(max_new_tokens=100), eos_id=-1, soft_prompt=soft_prompt())
         assert [len(response) for response in responses] == [64 - 58 - 3, 64 - 1 - 3]
-        with pytest.raises(ValueError, match=r"prompt 1 has 62 tokens and the soft prompt 3.*context of 64.*to 60 tokens or fewer"):
+        with pytest.raises(ValueError, match=r"prompt 1 has 62 tokens.*soft prompt 3.*context of 64.*to 60 tokens or fewer"):
             generate(model, [[1], [1] * 62], [0, 1], GREEDY, eos_id=EOS, soft_prompt=soft_prompt())
         with pytest.raises(ValueError, match="prompt 0 has no tokens"):
             generate(model, [[]], [0], GREEDY, eos_id=EOS)

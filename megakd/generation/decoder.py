@@ -91,6 +91,7 @@ class Decoder:
         """The `step`-th response token (from 0) of each row, on later stages its hidden state: to a hidden state, or logits."""
         columns_S = self.soft_length + self.width + step[None]
         positions_BS = (self.soft_length + self.lengths_B + step)[:, None]
+        positions_BS = positions_BS.clamp(max=self.model.max_sequence_length - 1)  # a row that has ended may not have left yet
         if hidden is None:
             hidden = self.embed(tokens_B[:, None], positions_BS)
         return self.run(hidden, positions_BS, columns_S, slice(0, len(tokens_B)), self.soft_length + filled)
