@@ -1,15 +1,10 @@
 """Vocabulary-parallel distillation losses, from logits or straight from hidden states. Knows torch and Triton only."""
 
 from .cross_entropy import cross_entropy
+from .fused_linear_kl import fused_linear_cross_entropy, fused_linear_kl, fused_linear_promptkd_loss
 from .kl_div import kl_div
 from .promptkd_loss import promptkd_loss
-from .reference import (
-    OBJECTIVES,
-    fused_linear_cross_entropy,
-    fused_linear_kl,
-    fused_linear_promptkd_loss,
-    prompt_embedding,
-)
+from .reference import OBJECTIVES, prompt_embedding
 
 __all__ = [
     "OBJECTIVES",

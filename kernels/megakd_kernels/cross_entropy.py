@@ -3,53 +3,49 @@
     loss = lse(z) - z[label]            dz = softmax(z) - [v = label]
 
 Three floats a row (maximum A, sum of e^(z - A), the label's z - A on the rank that holds it) merge with one all-gather; backward
-writes the gradient from the logits and their log-sum-exp. N rows (tokens), Vp columns on this rank.
+writes the gradient from the logits and their log-sum-exp.
 """
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import ClassVar
+
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from . import launch, reference
-from .kl_div import check_unspent, clear_padding, gradient_like, weights_for
+from .from_logits import LossFromLogits
 from .shards import VocabShard
 
 
-def merge(stats_P3N: Tensor) -> tuple[Tensor, Tensor]:
-    """(log-sum-exp, loss), each [N], of all parts of the vocabulary; a label that nobody holds costs 1e30."""
-    A, total, label = stats_P3N.unbind(1)
-    top = A.amax(0)
-    log_total = ((A - top).exp() * total).sum(0).log()
-    return top + log_total, log_total - (label + (A - top)).amax(0)
+@dataclass(frozen=True)
+class LabelLoss:
+    """A RowLoss of one model's logits; `labels_N` count from this shard's first column."""
+
+    outputs: ClassVar[int] = 1
+    labels_N: Tensor
+    shard: VocabShard
+    kernels: ModuleType
+
+    def of_rows(self, rows: slice | Tensor) -> LabelLoss:
+        return replace(self, labels_N=self.labels_N[rows])
+
+    def evaluate(self, logits_NV, weights_N):
+        stats_P3N = self.shard.all_gather(self.kernels.statistics(logits_NV[0], self.labels_N, weights_N))
+        top, total, label = stats_P3N.unbind(1)
+        row_max = top.amax(0)
+        log_total = ((top - row_max).exp() * total).sum(0).log()
+        return (log_total - (label + (top - row_max)).amax(0),), (row_max + log_total,)
+
+    def differentiate(self, logits_NV, state, scale_N, grads_NV):
+        self.kernels.gradient(logits_NV[0], self.labels_N, state[0], scale_N, grads_NV[0])
 
 
-class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor | None, shard: VocabShard, inplace: bool) -> Tensor:
-        kernels = launch.kernels(logits_NV, "cross_entropy")
-        weights_N = weights_for(weights_N, logits_NV)
-        labels_N = labels_N - shard.start(logits_NV.shape[1])
-        lse_N, loss_N = merge(shard.all_gather(kernels.statistics(*shard.cut(logits_NV), labels_N, weights_N)))
-        ctx.save_for_backward(logits_NV, labels_N, weights_N, lse_N)
-        ctx.settings = kernels, shard, inplace
-        ctx.spent = False
-        return loss_N if weights_N is None else loss_N * weights_N
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_N: Tensor):
-        check_unspent(ctx)
-        kernels, shard, inplace = ctx.settings
-        logits_NV, labels_N, weights_N, lse_N = ctx.saved_tensors
-        (z_NV,) = shard.cut(logits_NV)
-        grad_NV = gradient_like(logits_NV, inplace)
-        scale_N = grad_N if weights_N is None else grad_N * weights_N
-        kernels.gradient(z_NV, labels_N, lse_N, scale_N, grad_NV[:, : z_NV.shape[1]])
-        clear_padding(grad_NV, z_NV.shape[1])
-        return grad_NV, None, None, None, None
+def label_loss(x: Tensor, labels_N: Tensor, width: int, shard: VocabShard) -> LabelLoss:
+    """The loss for tensors like x, on a shard `width` columns wide."""
+    return LabelLoss(labels_N - shard.start(width), shard, launch.kernels(x, "cross_entropy"))
 
 
 def cross_entropy(logits: Tensor, labels_N: Tensor, *, weights: Tensor | None = None, valid_vocab: int | None = None,
@@ -62,4 +58,5 @@ def cross_entropy(logits: Tensor, labels_N: Tensor, *, weights: Tensor | None = 
     if launch.implementation(logits) == "reference":
         return reference.cross_entropy(logits, labels_N, weights=weights, valid_vocab=valid_vocab, vocab_start=vocab_start,
                                        tp_group=tp_group)
-    return _CrossEntropy.apply(logits, labels_N, weights, VocabShard(valid_vocab, vocab_start, tp_group), inplace)
+    loss = label_loss(logits, labels_N, logits.shape[1], VocabShard(valid_vocab, vocab_start, tp_group))
+    return LossFromLogits.apply(loss, weights, inplace, logits)[0]
