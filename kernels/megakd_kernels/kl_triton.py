@@ -204,6 +204,16 @@ def merge_kernel(
 
 
 @triton.jit
+def _clear(grad_a, grad_b, start, lo, hi, WANT_A: tl.constexpr, WANT_B: tl.constexpr, BLOCK: tl.constexpr):
+    for tile in range(start, hi, BLOCK):
+        offs = tl.multiple_of(tile, 8) + tl.arange(0, BLOCK)
+        if WANT_A:
+            _store(grad_a, offs, tl.zeros((BLOCK,), tl.float32), lo, hi, True)
+        if WANT_B:
+            _store(grad_b, offs, tl.zeros((BLOCK,), tl.float32), lo, hi, True)
+
+
+@triton.jit
 def _gradient_tile(a, b, c, grad_a, grad_b, offs, lo, hi, k, lse_a, lse_b, lse_c, divergence, coef, scale,
                    HAS_C: tl.constexpr, DIFFERENCE: tl.constexpr, WANT_A: tl.constexpr, WANT_B: tl.constexpr,
                    MASKED: tl.constexpr):
@@ -246,12 +256,7 @@ def gradient_kernel(
     lane = tl.arange(0, BLOCK)
     scale = tl.load(scale_ptr + row)
     if scale == 0.0:
-        for tile in range(start, hi, BLOCK):
-            offs = tl.multiple_of(tile, 8) + lane
-            if WANT_A:
-                _store(grad_a, offs, tl.zeros((BLOCK,), tl.float32), lo, hi, True)
-            if WANT_B:
-                _store(grad_b, offs, tl.zeros((BLOCK,), tl.float32), lo, hi, True)
+        _clear(grad_a, grad_b, start, lo, hi, WANT_A, WANT_B, BLOCK)
         return
     lse_a = tl.load(lse_a_ptr + row)
     lse_b = tl.load(lse_b_ptr + row)
@@ -288,6 +293,37 @@ def _mixture(q, p, offs, lo, hi, k, lse_q, lse_p, log_share, log_rest, OP: tl.co
 
 
 @triton.jit
+def _mixture_terms(q, p, offs, lo, hi, k, lse_q, lse_p, log_share, log_rest, OP: tl.constexpr, MASKED: tl.constexpr):
+    eq, ep, log_q_m, log_p_m, r = _mixture(q, p, offs, lo, hi, k, lse_q, lse_p, log_share, log_rest, OP, MASKED)
+    if OP == _TVD:
+        return tl.where(eq > ep, eq, 0.0), tl.where(eq > ep, ep, 0.0)
+    elif OP == _JSD:
+        return ep * (log_p_m * LN2), eq * (log_q_m * LN2)
+    else:
+        return ep * (log_p_m * LN2), r
+
+
+@triton.jit
+def _mixture_gradient_tile(q, p, grad_q, grad_p, offs, lo, hi, k, lse_q, lse_p, share, log_share, log_rest, x, y, scale,
+                           OP: tl.constexpr, WANT_Q: tl.constexpr, WANT_P: tl.constexpr, MASKED: tl.constexpr):
+    eq, ep, log_q_m, log_p_m, r = _mixture(q, p, offs, lo, hi, k, lse_q, lse_p, log_share, log_rest, OP, MASKED)
+    if OP == _TVD:
+        more = tl.where(eq > ep, 1.0, 0.0)
+        dq = eq * (more - x)
+        dp = ep * (y - more)
+    elif OP == _JSD:
+        dq = (1.0 - share) * eq * (log_q_m * LN2 - y)
+        dp = share * ep * (log_p_m * LN2 - x)
+    else:
+        dq = (1.0 - share) * (eq * y - r)
+        dp = ep * (log_p_m * LN2 - x) + (1.0 - share) * (r - ep * y)
+    if WANT_Q:
+        _store(grad_q, offs, dq * scale, lo, hi, MASKED)
+    if WANT_P:
+        _store(grad_p, offs, dp * scale, lo, hi, MASKED)
+
+
+@triton.jit
 def mixture_sums_kernel(
     q_ptr, p_ptr,              # [N, V]: the roles of `kl_rows` (exchanged by the caller for skew_reverse_kl)
     lse_q_ptr, lse_p_ptr,      # [N] float32, base 2
@@ -313,16 +349,12 @@ def mixture_sums_kernel(
     y = tl.zeros((BLOCK,), tl.float32)
     for tile in range(start, hi, BLOCK):
         offs = tl.multiple_of(tile, 8) + tl.arange(0, BLOCK)
-        eq, ep, log_q_m, log_p_m, r = _mixture(q, p, offs, lo, hi, k, lse_q, lse_p, log_share, log_rest, OP, True)
-        if OP == _TVD:
-            x += tl.where(eq > ep, eq, 0.0)
-            y += tl.where(eq > ep, ep, 0.0)
+        if (tile >= lo) & (tile + BLOCK <= hi):
+            dx, dy = _mixture_terms(q, p, offs, lo, hi, k, lse_q, lse_p, log_share, log_rest, OP, False)
         else:
-            x += ep * (log_p_m * LN2)
-            if OP == _JSD:
-                y += eq * (log_q_m * LN2)
-            else:
-                y += r
+            dx, dy = _mixture_terms(q, p, offs, lo, hi, k, lse_q, lse_p, log_share, log_rest, OP, True)
+        x += dx
+        y += dy
     tl.store(out, tl.sum(x, 0))
     tl.store(out + rows, tl.sum(y, 0))
 
@@ -343,30 +375,21 @@ def mixture_gradient_kernel(
     grad_p = _row_start(grad_p_ptr, row, stride_grad_p, ALIGNED)
     start, lo, hi = _slice(row, stride_q, tl.program_id(1), columns, split_columns, ALIGNED)
     scale = tl.load(scale_ptr + row)
+    if scale == 0.0:
+        _clear(grad_q, grad_p, start, lo, hi, WANT_Q, WANT_P, BLOCK)
+        return
     lse_q = tl.load(lse_q_ptr + row)
     lse_p = tl.load(lse_p_ptr + row)
     x = tl.load(x_ptr + row)
     y = tl.load(y_ptr + row)
     for tile in range(start, hi, BLOCK):
         offs = tl.multiple_of(tile, 8) + tl.arange(0, BLOCK)
-        dq = tl.zeros((BLOCK,), tl.float32)
-        dp = tl.zeros((BLOCK,), tl.float32)
-        if scale != 0.0:
-            eq, ep, log_q_m, log_p_m, r = _mixture(q, p, offs, lo, hi, k, lse_q, lse_p, log_share, log_rest, OP, True)
-            if OP == _TVD:
-                more = tl.where(eq > ep, 1.0, 0.0)
-                dq = eq * (more - x)
-                dp = ep * (y - more)
-            elif OP == _JSD:
-                dq = (1.0 - share) * eq * (log_q_m * LN2 - y)
-                dp = share * ep * (log_p_m * LN2 - x)
-            else:
-                dq = (1.0 - share) * (eq * y - r)
-                dp = ep * (log_p_m * LN2 - x) + (1.0 - share) * (r - ep * y)
-        if WANT_Q:
-            _store(grad_q, offs, dq * scale, lo, hi, True)
-        if WANT_P:
-            _store(grad_p, offs, dp * scale, lo, hi, True)
+        if (tile >= lo) & (tile + BLOCK <= hi):
+            _mixture_gradient_tile(q, p, grad_q, grad_p, offs, lo, hi, k, lse_q, lse_p, share, log_share, log_rest, x, y, scale,
+                                   OP, WANT_Q, WANT_P, False)
+        else:
+            _mixture_gradient_tile(q, p, grad_q, grad_p, offs, lo, hi, k, lse_q, lse_p, share, log_share, log_rest, x, y, scale,
+                                   OP, WANT_Q, WANT_P, True)
 
 
 # ------------------------------------------------------------------------------------------------------------ launches
@@ -375,6 +398,8 @@ def mixture_gradient_kernel(
 def aligned(*tensors_NV: Tensor | None) -> bool:
     """Whether all rows of the same index start at the same place between two 16-byte boundaries."""
     given = [x for x in tensors_NV if x is not None]
+    if any(x.stride(1) != 1 for x in given if x.shape[1] > 1):
+        raise ValueError("the logits of one row must lie side by side in memory: pass logits.contiguous()")
     return len({x.stride(0) % 8 for x in given}) == 1 and all(x.data_ptr() % 16 == 0 for x in given)
 
 

@@ -1,4 +1,4 @@
-"""Which implementation runs: `rows` on a CPU, Triton on a CUDA device, the reference on a CUDA device without Triton.
+"""Which implementation runs: `rows` on a CPU, Triton on a CUDA device, the reference there without Triton or in float64.
 
 Triton is imported at the first call on a CUDA device, never with the package: its interpreter switch (TRITON_INTERPRET) is read
 when a kernel is defined, and a machine without a GPU has no use for it. `use` names an implementation for a block of code.
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -40,11 +41,11 @@ def implementation(x: Tensor) -> str:
         return _chosen
     if x.device.type == "cpu":
         return "rows"
-    return "triton" if _triton_found() else "reference"
+    return "triton" if x.dtype != torch.float64 and _triton_found() else "reference"
 
 
 def kernels(x: Tensor, operator: str) -> ModuleType:
-    """The module that holds an operator's row functions for tensors like x: megakd_kernels.<operator>_rows or _triton."""
+    """The module that holds an operator's functions for tensors like x: megakd_kernels.<operator>_rows or _triton."""
     return importlib.import_module(f".{operator}_{implementation(x)}", __package__)
 
 
