@@ -3,7 +3,7 @@
     loss = lse(z) - z[label]            dz = softmax(z) - [v = label]
 
 Three floats a row (maximum A, sum of e^(z - A), the label's z - A on the rank that holds it) merge with one all-gather; backward
-writes the gradient from the logits and their log-sum-exp.
+writes the gradient from the logits, the maximum and the sum.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class LabelLoss:
         stats_P3N = self.shard.all_gather(self.kernels.statistics(logits_NV[0], self.labels_N, weights_N))
         top, total, label = stats_P3N.unbind(1)
         row_max = top.amax(0)
-        log_total = ((top - row_max).exp() * total).sum(0).log()
-        return (log_total - (label + (top - row_max)).amax(0),), (row_max + log_total,)
+        total_N = ((top - row_max).exp() * total).sum(0)
+        return (total_N.log() - (label + (top - row_max)).amax(0),), (row_max, total_N)
 
     def differentiate(self, logits_NV, state, scale_N, grads_NV):
-        self.kernels.gradient(logits_NV[0], self.labels_N, state[0], scale_N, grads_NV[0])
+        self.kernels.gradient(logits_NV[0], self.labels_N, *state, scale_N, grads_NV[0])
 
 
 def label_loss(x: Tensor, labels_N: Tensor, width: int, shard: VocabShard) -> LabelLoss:

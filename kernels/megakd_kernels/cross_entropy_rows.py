@@ -24,11 +24,11 @@ def statistics(logits_NV: Tensor, labels_N: Tensor, weights: Tensor | None) -> T
     return stats_3N[None]
 
 
-def gradient(logits_NV: Tensor, labels_N: Tensor, lse_N: Tensor, scale_N: Tensor, grad_NV: Tensor) -> None:
+def gradient(logits_NV: Tensor, labels_N: Tensor, top_N: Tensor, sum_N: Tensor, scale_N: Tensor, grad_NV: Tensor) -> None:
     """Write scale (softmax - one-hot) into grad_NV, which may be the logits themselves."""
     active_N = scale_N != 0
     for rows in row_chunks(logits_NV, active_N):
-        p = scaled(logits_NV, rows, 1.0).sub_(lse_N[rows, None]).exp_()
+        p = scaled(logits_NV, rows, 1.0).sub_(top_N[rows, None]).exp_().div_(sum_N[rows, None])
         here_R, column_R = _own(labels_N[rows], p.shape[1])
         if p.shape[1]:
             p.scatter_add_(1, column_R[:, None], -here_R.to(p.dtype)[:, None])

@@ -68,15 +68,15 @@ def label_statistics_kernel(
 
 
 @triton.jit
-def _label_gradient_tile(logits, grad, offs, lo, hi, lse, column, scale, MASKED: tl.constexpr):
-    p = tl.exp2((_load(logits, offs, lo, hi, MASKED) - lse) * _LOG2E)
-    _store(grad, offs, (p - tl.where(offs == column, 1.0, 0.0)) * scale, lo, hi, MASKED)
+def _label_gradient_tile(logits, grad, offs, lo, hi, top, scale_p, column, scale, MASKED: tl.constexpr):
+    e = tl.exp2((_load(logits, offs, lo, hi, MASKED) - top) * _LOG2E)
+    _store(grad, offs, e * scale_p - tl.where(offs == column, scale, 0.0), lo, hi, MASKED)
 
 
 @triton.jit
 def label_gradient_kernel(
     logits_ptr, labels_ptr,    # as above
-    lse_ptr,                   # [N] float32, nats, of the whole vocabulary
+    top_ptr, sum_ptr,          # [N] float32, nats, of the whole vocabulary: maximum, sum of exponentials less it
     scale_ptr,                 # [N] float32; a row of scale 0 is not read and gets zeros
     grad_ptr,                  # [N, V]; may be the logits themselves
     stride, stride_grad, columns, split_columns, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
@@ -86,7 +86,8 @@ def label_gradient_kernel(
     grad = _row_start(grad_ptr, row, stride_grad, ALIGNED)
     start, lo, hi = _slice(row, stride, tl.program_id(1), columns, split_columns, ALIGNED)
     scale = tl.load(scale_ptr + row)
-    lse = tl.load(lse_ptr + row)
+    top = tl.load(top_ptr + row)
+    scale_p = scale / tl.load(sum_ptr + row)
     column = _label_column(labels_ptr, row, stride, ALIGNED)
     if scale == 0.0:
         _clear(grad, grad, start, lo, hi, True, False, BLOCK)
@@ -94,9 +95,9 @@ def label_gradient_kernel(
     for tile in range(start, hi, BLOCK):
         offs = tl.multiple_of(tile, 8) + tl.arange(0, BLOCK)
         if (tile >= lo) & (tile + BLOCK <= hi):
-            _label_gradient_tile(logits, grad, offs, lo, hi, lse, column, scale, False)
+            _label_gradient_tile(logits, grad, offs, lo, hi, top, scale_p, column, scale, False)
         else:
-            _label_gradient_tile(logits, grad, offs, lo, hi, lse, column, scale, True)
+            _label_gradient_tile(logits, grad, offs, lo, hi, top, scale_p, column, scale, True)
 
 
 def statistics(logits_NV: Tensor, labels_N: Tensor, weights: Tensor | None) -> Tensor:
@@ -121,17 +122,17 @@ def _(logits, labels, weights):
     return logits.new_empty(splits, 3, logits.shape[0], dtype=torch.float32)
 
 
-def gradient(logits_NV: Tensor, labels_N: Tensor, lse_N: Tensor, scale_N: Tensor, grad_NV: Tensor) -> None:
+def gradient(logits_NV: Tensor, labels_N: Tensor, top_N: Tensor, sum_N: Tensor, scale_N: Tensor, grad_NV: Tensor) -> None:
     """Write scale (softmax - one-hot) into grad_NV; see `cross_entropy_rows.gradient`."""
-    _gradient_op(logits_NV, labels_N, lse_N, scale_N.float().contiguous(), grad_NV)
+    _gradient_op(logits_NV, labels_N, top_N, sum_N, scale_N.float().contiguous(), grad_NV)
 
 
 @torch.library.custom_op("megakd_kernels::label_gradient", mutates_args=("grad",))
-def _gradient_op(logits: Tensor, labels: Tensor, lse: Tensor, scale: Tensor, grad: Tensor) -> None:
+def _gradient_op(logits: Tensor, labels: Tensor, top: Tensor, total: Tensor, scale: Tensor, grad: Tensor) -> None:
     rows, columns = logits.shape
     splits, split_columns = split_over(rows, columns, BLOCK)
     label_gradient_kernel[(rows, splits)](
-        logits, labels, lse, scale, grad, logits.stride(0), grad.stride(0), columns, split_columns,
+        logits, labels, top, total, scale, grad, logits.stride(0), grad.stride(0), columns, split_columns,
         ALIGNED=aligned(logits, grad), BLOCK=BLOCK, num_warps=WARPS)
 
 

@@ -51,10 +51,10 @@ class Divergence:
         options = {"weights": weights_N, "temperature": self.temperature}
         merged = self.kernels.merge(self.shard.all_gather(self.kernels.statistics(a_NV, b_NV, **options)))
         if not self.is_mixture:
-            return (merged.kl_ab,), merged[:3]
+            return (merged.kl_ab,), merged[:5]
         mixture = {"objective": self.objective, "share": self.share}
         sums_2N = self.shard.all_reduce(self.kernels.mixture_sums(a_NV, b_NV, merged, **mixture, **options))
-        return (mixture_loss(sums_2N, **mixture),), (*merged[:3], sums_2N)
+        return (mixture_loss(sums_2N, **mixture),), (*merged[:5], sums_2N)
 
     def differentiate(self, logits_NV, state, scale_N, grads_NV):
         scale_N = scale_N / self.temperature

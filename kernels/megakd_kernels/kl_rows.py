@@ -6,9 +6,11 @@ With u = a/T - A, v = b/T - B, w = c/T - C, each centred on its own maximum over
     statistics   A, SA = sum e^u, D = sum e^u (u - v), B, SB = sum e^v   (third tensor: E = sum e^u (u - w), C, SC = sum e^w)
     merge        A* = max A, D* = sum e^(A - A*) (D + ((A - A*) - (B - B*)) SA);      KL(a || b) = D*/SA* - log SA* + log SB*
     gradient     da = g p_a (log p_a - log p_b - KL_ab + coef (log p_a - log p_c - KL_ac)) / T,      db = g (p_b - p_a) / T
+                 where p_a = e^u / SA* and log p_a - log p_b - KL_ab = u - v - D*/SA*, centred on A* and B*
 
-D is centred on both maxima: a common offset between two models would otherwise cost all its digits. The same five (or eight)
-numbers merge over vocabulary splits and over tensor-parallel ranks, in one all-gather. A mixture m needs both normalisers first
+D is centred on both maxima, and maximum and sum are never added into one log-sum-exp: an offset between two models, or logits of
+30,000, would cost the digits that matter. The same five (or eight) numbers merge over vocabulary splits and over tensor-parallel
+ranks, in one all-gather. A mixture m needs both normalisers first
 and then two more sums, x and y below (q student, p teacher, r = p q / m):
 
     jsd              m = beta p + (1 - beta) q       x = sum p log p/m,  y = sum q log q/m        loss = beta x + (1 - beta) y
@@ -35,13 +37,22 @@ CHUNK_NUMBERS = 2**19  # of one scratch tensor: 2 MB in float32, about a core's 
 
 
 class Merged(NamedTuple):
-    """What a row's gradient needs: log-sum-exps over the whole vocabulary and divergences, each [N], in nats."""
+    """A row's statistics over the whole vocabulary, each [N]: maxima, sums of exponentials less the maximum, divergences."""
 
-    lse_a: Tensor
-    lse_b: Tensor
+    top_a: Tensor
+    sum_a: Tensor
+    top_b: Tensor
+    sum_b: Tensor
     kl_ab: Tensor
-    lse_c: Tensor | None = None
+    top_c: Tensor | None = None
+    sum_c: Tensor | None = None
     kl_ac: Tensor | None = None
+
+    def row_constant(self, coef: float | Tensor) -> Tensor:
+        """[N] nats: what the gradient subtracts from u - v + coef (u - w)."""
+        log_a = self.sum_a.log()
+        constant_N = self.kl_ab + (log_a - self.sum_b.log())
+        return constant_N if self.kl_ac is None else constant_N + coef * (self.kl_ac + (log_a - self.sum_c.log()))
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -83,13 +94,13 @@ def merge(stats_PKN: Tensor) -> Merged:
     def divergence(D: Tensor, B: Tensor, top_b: Tensor, sum_b: Tensor) -> Tensor:
         return (scale_a * (D + ((A - top_a) - (B - top_b)) * SA)).sum(0) / sum_a - sum_a.log() + sum_b.log()
 
-    merged = Merged(top_a + sum_a.log(), top_b + sum_b.log(), divergence(D, B, top_b, sum_b))
+    merged = Merged(top_a, sum_a, top_b, sum_b, divergence(D, B, top_b, sum_b))
     if not third:
         return merged
     E, C, SC = third
     top_c = C.amax(0)
     sum_c = ((C - top_c).exp() * SC).sum(0)
-    return merged._replace(lse_c=top_c + sum_c.log(), kl_ac=divergence(E, C, top_c, sum_c))
+    return merged._replace(top_c=top_c, sum_c=sum_c, kl_ac=divergence(E, C, top_c, sum_c))
 
 
 def gradient(a_NV: Tensor, b_NV: Tensor, c_NV: Tensor | None, merged: Merged, scale_N: Tensor, *, temperature: float = 1.0,
@@ -97,21 +108,21 @@ def gradient(a_NV: Tensor, b_NV: Tensor, c_NV: Tensor | None, merged: Merged, sc
              grad_b: Tensor | None = None) -> None:
     """Write the gradients times scale_N (upstream, weight and 1/T) into grad_a and grad_b, which may be a and b themselves."""
     active_N = scale_N != 0
+    constant_N, scale_a, scale_b = merged.row_constant(coef), scale_N / merged.sum_a, scale_N / merged.sum_b
     for rows in row_chunks(a_NV, active_N):
-        at = lambda x_N, rows=rows: x_N[rows, None]
-        log_a = scaled(a_NV, rows, temperature).sub_(at(merged.lse_a)).clamp_min_(FLOOR)
-        log_b = scaled(b_NV, rows, temperature).sub_(at(merged.lse_b)).clamp_min_(FLOOR)
-        log_c = None
+        u = scaled(a_NV, rows, temperature).sub_(merged.top_a[rows, None]).clamp_min_(FLOOR)
+        v = scaled(b_NV, rows, temperature).sub_(merged.top_b[rows, None]).clamp_min_(FLOOR)
+        w = None
         if c_NV is not None:
-            log_c = _third(a_NV, c_NV, rows, temperature, difference).sub_(at(merged.lse_c)).clamp_min_(FLOOR)
-        p_a = log_a.exp()
+            w = _third(a_NV, c_NV, rows, temperature, difference).sub_(merged.top_c[rows, None]).clamp_min_(FLOOR)
+        scaled_p_a = u.exp().mul_(scale_a[rows, None])
         if grad_b is not None:
-            grad_b[rows] = (log_b.exp() - p_a).mul_(at(scale_N)).to(grad_b.dtype)
+            grad_b[rows] = v.exp().mul_(scale_b[rows, None]).sub_(scaled_p_a).to(grad_b.dtype)
         if grad_a is not None:
-            ratio = log_b.neg_().add_(log_a).sub_(at(merged.kl_ab))
-            if log_c is not None:
-                ratio += log_c.neg_().add_(log_a).sub_(at(merged.kl_ac)).mul_(coef)
-            grad_a[rows] = ratio.mul_(p_a).mul_(at(scale_N)).to(grad_a.dtype)
+            ratio = torch.sub(u, v, out=v)
+            if w is not None:
+                ratio += torch.sub(u, w, out=w).mul_(coef)
+            grad_a[rows] = ratio.sub_(constant_N[rows, None]).mul_(scaled_p_a).to(grad_a.dtype)
     clear_inactive(active_N, grad_a, grad_b)
 
 
@@ -173,8 +184,9 @@ def _log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
 
 
 def _log_probs(q_NV: Tensor, p_NV: Tensor, merged: Merged, rows: slice | Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    return (scaled(q_NV, rows, temperature).sub_(merged.lse_a[rows, None]).clamp_min_(FLOOR),
-            scaled(p_NV, rows, temperature).sub_(merged.lse_b[rows, None]).clamp_min_(FLOOR))
+    parts = ((q_NV, merged.top_a, merged.sum_a), (p_NV, merged.top_b, merged.sum_b))
+    return tuple(scaled(x_NV, rows, temperature).sub_(top_N[rows, None]).sub_(sum_N[rows, None].log()).clamp_min_(FLOOR)
+                 for x_NV, top_N, sum_N in parts)
 
 
 def scaled(x_NV: Tensor, rows: slice | Tensor, temperature: float) -> Tensor:

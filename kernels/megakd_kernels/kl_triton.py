@@ -29,6 +29,7 @@ STATISTICS_TILE = {5: (4, 1024, 4), 8: (4, 2048, 8)}  # K: R, L, warps; R = 8 sp
 GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 8
 MIXTURE_BLOCK, MIXTURE_WARPS = 2048, 8
 SKEW, JSD, TVD = 0, 1, 2
+OPS = {"jsd": JSD, "tvd": TVD}  # of an objective; the others are skewed KLs
 _SKEW, _JSD, _TVD = tl.constexpr(SKEW), tl.constexpr(JSD), tl.constexpr(TVD)
 
 
@@ -161,7 +162,7 @@ def statistics_kernel(
 @triton.jit
 def merge_kernel(
     stats_ptr,  # [P, K, N] float32, of all splits of all ranks
-    out_ptr,    # [3 or 5, N] float32: lse_a, lse_b (base 2), KL_ab (nats) (, lse_c, KL_ac)
+    out_ptr,    # [K, N] float32: A, SA, B, SB (base 2), KL_ab (nats) (, C, SC, KL_ac)
     rows, parts, HAS_C: tl.constexpr, BLOCK: tl.constexpr,
 ):
     K: tl.constexpr = 8 if HAS_C else 5
@@ -195,12 +196,15 @@ def merge_kernel(
             sum_c += tl.exp2(shift_c) * tl.load(stats + 7 * rows, mask=ok, other=1.0)
             E += scale * (tl.load(stats + 5 * rows, mask=ok, other=0.0) + (shift_a - shift_c) * SA)
     out = out_ptr + row
-    tl.store(out, top_a + tl.log2(sum_a), mask=ok)
-    tl.store(out + rows, top_b + tl.log2(sum_b), mask=ok)
-    tl.store(out + 2 * rows, (D / sum_a - tl.log2(sum_a) + tl.log2(sum_b)) * LN2, mask=ok)
+    tl.store(out, top_a, mask=ok)
+    tl.store(out + rows, sum_a, mask=ok)
+    tl.store(out + 2 * rows, top_b, mask=ok)
+    tl.store(out + 3 * rows, sum_b, mask=ok)
+    tl.store(out + 4 * rows, (D / sum_a - tl.log2(sum_a) + tl.log2(sum_b)) * LN2, mask=ok)
     if HAS_C:
-        tl.store(out + 3 * rows, top_c + tl.log2(sum_c), mask=ok)
-        tl.store(out + 4 * rows, (E / sum_a - tl.log2(sum_a) + tl.log2(sum_c)) * LN2, mask=ok)
+        tl.store(out + 5 * rows, top_c, mask=ok)
+        tl.store(out + 6 * rows, sum_c, mask=ok)
+        tl.store(out + 7 * rows, (E / sum_a - tl.log2(sum_a) + tl.log2(sum_c)) * LN2, mask=ok)
 
 
 @triton.jit
@@ -214,34 +218,34 @@ def _clear(grad_a, grad_b, start, lo, hi, WANT_A: tl.constexpr, WANT_B: tl.const
 
 
 @triton.jit
-def _gradient_tile(a, b, c, grad_a, grad_b, offs, lo, hi, k, lse_a, lse_b, lse_c, divergence, coef, scale,
+def _gradient_tile(a, b, c, grad_a, grad_b, offs, lo, hi, k, top_a, top_b, top_c, constant, coef, scale_a, scale_b,
                    HAS_C: tl.constexpr, DIFFERENCE: tl.constexpr, WANT_A: tl.constexpr, WANT_B: tl.constexpr,
                    MASKED: tl.constexpr):
     x = _load(a, offs, lo, hi, MASKED)
-    u = tl.maximum(tl.fma(x, k, -lse_a), NEG)
-    v = tl.maximum(tl.fma(_load(b, offs, lo, hi, MASKED), k, -lse_b), NEG)
-    p = tl.exp2(u)
+    u = tl.maximum(tl.fma(x, k, -top_a), NEG)
+    v = tl.maximum(tl.fma(_load(b, offs, lo, hi, MASKED), k, -top_b), NEG)
+    scaled_p = tl.exp2(u) * scale_a
     if HAS_C:
         z = _load(c, offs, lo, hi, MASKED)
         if DIFFERENCE:
             z = x - z
-        w = tl.maximum(tl.fma(z, k, -lse_c), NEG)
+        w = tl.maximum(tl.fma(z, k, -top_c), NEG)
     if WANT_A:
         ratio = u - v
         if HAS_C:
             ratio = tl.fma(u - w, coef, ratio)
-        _store(grad_a, offs, (p * scale) * tl.fma(ratio, LN2, -divergence), lo, hi, MASKED)
+        _store(grad_a, offs, scaled_p * tl.fma(ratio, LN2, -constant), lo, hi, MASKED)
     if WANT_B:
-        _store(grad_b, offs, (tl.exp2(v) - p) * scale, lo, hi, MASKED)
+        _store(grad_b, offs, tl.exp2(v) * scale_b - scaled_p, lo, hi, MASKED)
 
 
 @triton.jit
 def gradient_kernel(
-    a_ptr, b_ptr, c_ptr,                                      # [N, V] as in statistics_kernel
-    lse_a_ptr, lse_b_ptr, kl_ab_ptr, lse_c_ptr, kl_ac_ptr,    # [N] float32, of the whole vocabulary
-    scale_ptr,                                                # [N] float32; a row of scale 0 is not read and gets zeros
-    coef_ptr,                                                 # one float32: the factor of KL_ac
-    grad_a_ptr, grad_b_ptr,                                   # [N, V]; may be a and b themselves
+    a_ptr, b_ptr, c_ptr,                   # [N, V] as in statistics_kernel
+    top_a_ptr, sum_a_ptr, top_b_ptr, sum_b_ptr, kl_ab_ptr, top_c_ptr, sum_c_ptr, kl_ac_ptr,    # [N] float32, from merge_kernel
+    scale_ptr,                             # [N] float32; a row of scale 0 is not read and gets zeros
+    coef_ptr,                              # one float32: the factor of KL_ac
+    grad_a_ptr, grad_b_ptr,                # [N, V]; may be a and b themselves
     stride_a, stride_b, stride_c, stride_grad_a, stride_grad_b, columns, split_columns, k,
     HAS_C: tl.constexpr, DIFFERENCE: tl.constexpr, WANT_A: tl.constexpr, WANT_B: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -258,33 +262,37 @@ def gradient_kernel(
     if scale == 0.0:
         _clear(grad_a, grad_b, start, lo, hi, WANT_A, WANT_B, BLOCK)
         return
-    lse_a = tl.load(lse_a_ptr + row)
-    lse_b = tl.load(lse_b_ptr + row)
-    divergence = tl.load(kl_ab_ptr + row)
-    lse_c = 0.0
+    top_a = tl.load(top_a_ptr + row)
+    top_b = tl.load(top_b_ptr + row)
+    sum_a = tl.load(sum_a_ptr + row)
+    sum_b = tl.load(sum_b_ptr + row)
+    scale_a = scale / sum_a
+    scale_b = scale / sum_b
+    constant = tl.load(kl_ab_ptr + row) + (tl.log2(sum_a) - tl.log2(sum_b)) * LN2
+    top_c = 0.0
     coef = 0.0
     if HAS_C:
-        lse_c = tl.load(lse_c_ptr + row)
+        top_c = tl.load(top_c_ptr + row)
         coef = tl.load(coef_ptr)
-        divergence = tl.fma(tl.load(kl_ac_ptr + row), coef, divergence)
+        constant += coef * (tl.load(kl_ac_ptr + row) + (tl.log2(sum_a) - tl.log2(tl.load(sum_c_ptr + row))) * LN2)
     if lo > start:
-        _gradient_tile(a, b, c, grad_a, grad_b, start + lane, lo, hi, k, lse_a, lse_b, lse_c, divergence, coef, scale,
-                       HAS_C, DIFFERENCE, WANT_A, WANT_B, True)
+        _gradient_tile(a, b, c, grad_a, grad_b, start + lane, lo, hi, k, top_a, top_b, top_c, constant, coef, scale_a,
+                       scale_b, HAS_C, DIFFERENCE, WANT_A, WANT_B, True)
         start += BLOCK
     for tile in range(start, hi - BLOCK + 1, BLOCK):
-        _gradient_tile(a, b, c, grad_a, grad_b, tl.multiple_of(tile, 8) + lane, lo, hi, k, lse_a, lse_b, lse_c, divergence, coef,
-                       scale, HAS_C, DIFFERENCE, WANT_A, WANT_B, False)
+        _gradient_tile(a, b, c, grad_a, grad_b, tl.multiple_of(tile, 8) + lane, lo, hi, k, top_a, top_b, top_c, constant, coef,
+                       scale_a, scale_b, HAS_C, DIFFERENCE, WANT_A, WANT_B, False)
     rest = start + tl.maximum((hi - start) // BLOCK, 0) * BLOCK
     if rest < hi:
-        _gradient_tile(a, b, c, grad_a, grad_b, rest + lane, lo, hi, k, lse_a, lse_b, lse_c, divergence, coef, scale,
-                       HAS_C, DIFFERENCE, WANT_A, WANT_B, True)
+        _gradient_tile(a, b, c, grad_a, grad_b, rest + lane, lo, hi, k, top_a, top_b, top_c, constant, coef, scale_a,
+                       scale_b, HAS_C, DIFFERENCE, WANT_A, WANT_B, True)
 
 
 @triton.jit
-def _mixture(q, p, offs, lo, hi, k, lse_q, lse_p, log_share, log_rest, OP: tl.constexpr, MASKED: tl.constexpr):
+def _mixture(q, p, offs, lo, hi, k, top_q, log_q, top_p, log_p, log_share, log_rest, OP: tl.constexpr, MASKED: tl.constexpr):
     """q, p, log2 q/m, log2 p/m and p q / m, of which TVD needs the first two only."""
-    u = tl.maximum(tl.fma(_load(q, offs, lo, hi, MASKED), k, -lse_q), NEG)
-    v = tl.maximum(tl.fma(_load(p, offs, lo, hi, MASKED), k, -lse_p), NEG)
+    u = tl.maximum(tl.fma(_load(q, offs, lo, hi, MASKED), k, -top_q) - log_q, NEG)
+    v = tl.maximum(tl.fma(_load(p, offs, lo, hi, MASKED), k, -top_p) - log_p, NEG)
     m = v
     if OP != _TVD:
         top = tl.maximum(v + log_share, u + log_rest)
@@ -293,8 +301,9 @@ def _mixture(q, p, offs, lo, hi, k, lse_q, lse_p, log_share, log_rest, OP: tl.co
 
 
 @triton.jit
-def _mixture_terms(q, p, offs, lo, hi, k, lse_q, lse_p, log_share, log_rest, OP: tl.constexpr, MASKED: tl.constexpr):
-    eq, ep, log_q_m, log_p_m, r = _mixture(q, p, offs, lo, hi, k, lse_q, lse_p, log_share, log_rest, OP, MASKED)
+def _mixture_terms(q, p, offs, lo, hi, k, top_q, log_q, top_p, log_p, log_share, log_rest,
+                   OP: tl.constexpr, MASKED: tl.constexpr):
+    eq, ep, log_q_m, log_p_m, r = _mixture(q, p, offs, lo, hi, k, top_q, log_q, top_p, log_p, log_share, log_rest, OP, MASKED)
     if OP == _TVD:
         return tl.where(eq > ep, eq, 0.0), tl.where(eq > ep, ep, 0.0)
     elif OP == _JSD:
@@ -304,9 +313,9 @@ def _mixture_terms(q, p, offs, lo, hi, k, lse_q, lse_p, log_share, log_rest, OP:
 
 
 @triton.jit
-def _mixture_gradient_tile(q, p, grad_q, grad_p, offs, lo, hi, k, lse_q, lse_p, share, log_share, log_rest, x, y, scale,
-                           OP: tl.constexpr, WANT_Q: tl.constexpr, WANT_P: tl.constexpr, MASKED: tl.constexpr):
-    eq, ep, log_q_m, log_p_m, r = _mixture(q, p, offs, lo, hi, k, lse_q, lse_p, log_share, log_rest, OP, MASKED)
+def _mixture_gradient_tile(q, p, grad_q, grad_p, offs, lo, hi, k, top_q, log_q, top_p, log_p, share, log_share, log_rest,
+                           x, y, scale, OP: tl.constexpr, WANT_Q: tl.constexpr, WANT_P: tl.constexpr, MASKED: tl.constexpr):
+    eq, ep, log_q_m, log_p_m, r = _mixture(q, p, offs, lo, hi, k, top_q, log_q, top_p, log_p, log_share, log_rest, OP, MASKED)
     if OP == _TVD:
         more = tl.where(eq > ep, 1.0, 0.0)
         dq = eq * (more - x)
@@ -326,7 +335,7 @@ def _mixture_gradient_tile(q, p, grad_q, grad_p, offs, lo, hi, k, lse_q, lse_p, 
 @triton.jit
 def mixture_sums_kernel(
     q_ptr, p_ptr,              # [N, V]: the roles of `kl_rows` (exchanged by the caller for skew_reverse_kl)
-    lse_q_ptr, lse_p_ptr,      # [N] float32, base 2
+    top_q_ptr, sum_q_ptr, top_p_ptr, sum_p_ptr,    # [N] float32, from merge_kernel
     weights_ptr,               # [N] float32
     out_ptr,                   # [P, 2, N] float32, nats: x and y
     stride_q, stride_p, rows, columns, split_columns, k, log_share, log_rest,
@@ -343,16 +352,18 @@ def mixture_sums_kernel(
     q = _row_start(q_ptr, row, stride_q, ALIGNED)
     p = _row_start(p_ptr, row, stride_p, ALIGNED)
     start, lo, hi = _slice(row, stride_q, split, columns, split_columns, ALIGNED)
-    lse_q = tl.load(lse_q_ptr + row)
-    lse_p = tl.load(lse_p_ptr + row)
+    top_q = tl.load(top_q_ptr + row)
+    top_p = tl.load(top_p_ptr + row)
+    log_q = tl.log2(tl.load(sum_q_ptr + row))
+    log_p = tl.log2(tl.load(sum_p_ptr + row))
     x = tl.zeros((BLOCK,), tl.float32)
     y = tl.zeros((BLOCK,), tl.float32)
     for tile in range(start, hi, BLOCK):
         offs = tl.multiple_of(tile, 8) + tl.arange(0, BLOCK)
         if (tile >= lo) & (tile + BLOCK <= hi):
-            dx, dy = _mixture_terms(q, p, offs, lo, hi, k, lse_q, lse_p, log_share, log_rest, OP, False)
+            dx, dy = _mixture_terms(q, p, offs, lo, hi, k, top_q, log_q, top_p, log_p, log_share, log_rest, OP, False)
         else:
-            dx, dy = _mixture_terms(q, p, offs, lo, hi, k, lse_q, lse_p, log_share, log_rest, OP, True)
+            dx, dy = _mixture_terms(q, p, offs, lo, hi, k, top_q, log_q, top_p, log_p, log_share, log_rest, OP, True)
         x += dx
         y += dy
     tl.store(out, tl.sum(x, 0))
@@ -361,10 +372,10 @@ def mixture_sums_kernel(
 
 @triton.jit
 def mixture_gradient_kernel(
-    q_ptr, p_ptr, lse_q_ptr, lse_p_ptr,    # as in mixture_sums_kernel
-    x_ptr, y_ptr,                          # [N] float32, of the whole vocabulary
-    scale_ptr,                             # [N] float32; a row of scale 0 is not read and gets zeros
-    grad_q_ptr, grad_p_ptr,                # [N, V]; may be q and p themselves
+    q_ptr, p_ptr, top_q_ptr, sum_q_ptr, top_p_ptr, sum_p_ptr,    # as in mixture_sums_kernel
+    x_ptr, y_ptr,              # [N] float32, of the whole vocabulary
+    scale_ptr,                 # [N] float32; a row of scale 0 is not read and gets zeros
+    grad_q_ptr, grad_p_ptr,    # [N, V]; may be q and p themselves
     stride_q, stride_p, stride_grad_q, stride_grad_p, columns, split_columns, k, share, log_share, log_rest,
     OP: tl.constexpr, WANT_Q: tl.constexpr, WANT_P: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):
@@ -378,18 +389,20 @@ def mixture_gradient_kernel(
     if scale == 0.0:
         _clear(grad_q, grad_p, start, lo, hi, WANT_Q, WANT_P, BLOCK)
         return
-    lse_q = tl.load(lse_q_ptr + row)
-    lse_p = tl.load(lse_p_ptr + row)
+    top_q = tl.load(top_q_ptr + row)
+    top_p = tl.load(top_p_ptr + row)
+    log_q = tl.log2(tl.load(sum_q_ptr + row))
+    log_p = tl.log2(tl.load(sum_p_ptr + row))
     x = tl.load(x_ptr + row)
     y = tl.load(y_ptr + row)
     for tile in range(start, hi, BLOCK):
         offs = tl.multiple_of(tile, 8) + tl.arange(0, BLOCK)
         if (tile >= lo) & (tile + BLOCK <= hi):
-            _mixture_gradient_tile(q, p, grad_q, grad_p, offs, lo, hi, k, lse_q, lse_p, share, log_share, log_rest, x, y, scale,
-                                   OP, WANT_Q, WANT_P, False)
+            _mixture_gradient_tile(q, p, grad_q, grad_p, offs, lo, hi, k, top_q, log_q, top_p, log_p, share, log_share,
+                                   log_rest, x, y, scale, OP, WANT_Q, WANT_P, False)
         else:
-            _mixture_gradient_tile(q, p, grad_q, grad_p, offs, lo, hi, k, lse_q, lse_p, share, log_share, log_rest, x, y, scale,
-                                   OP, WANT_Q, WANT_P, True)
+            _mixture_gradient_tile(q, p, grad_q, grad_p, offs, lo, hi, k, top_q, log_q, top_p, log_p, share, log_share,
+                                   log_rest, x, y, scale, OP, WANT_Q, WANT_P, True)
 
 
 # ------------------------------------------------------------------------------------------------------------ launches
@@ -437,21 +450,21 @@ def _(a, b, c, weights, temperature, difference):
 
 
 def merge(stats_PKN: Tensor) -> Merged:
-    """The statistics of all parts of the vocabulary as one; the log-sum-exps are in base 2 here."""
+    """The statistics of all parts of the vocabulary as one; maxima in base 2, divergences in nats."""
     return Merged(*_merge_op(stats_PKN).unbind(0))
 
 
 @torch.library.custom_op("megakd_kernels::kl_merge", mutates_args=())
 def _merge_op(stats: Tensor) -> Tensor:
     parts, K, rows = stats.shape
-    out = stats.new_empty(3 if K == 5 else 5, rows)
+    out = stats.new_empty(K, rows)
     merge_kernel[(triton.cdiv(rows, 128),)](stats, out, rows, parts, HAS_C=K == 8, BLOCK=128, num_warps=4)
     return out
 
 
 @_merge_op.register_fake
 def _(stats):
-    return stats.new_empty(3 if stats.shape[1] == 5 else 5, stats.shape[2])
+    return stats.new_empty(stats.shape[1:])
 
 
 def gradient(a_NV: Tensor, b_NV: Tensor, c_NV: Tensor | None, merged: Merged, scale_N: Tensor, *, temperature: float = 1.0,
@@ -464,18 +477,18 @@ def gradient(a_NV: Tensor, b_NV: Tensor, c_NV: Tensor | None, merged: Merged, sc
 
 
 @torch.library.custom_op("megakd_kernels::kl_gradient", mutates_args=("grad_a", "grad_b"))
-def _gradient_op(a: Tensor, b: Tensor, c: Tensor | None, lse_a: Tensor, lse_b: Tensor, kl_ab: Tensor, lse_c: Tensor | None,
-                 kl_ac: Tensor | None, scale: Tensor, coef: Tensor, temperature: float, difference: bool,
-                 grad_a: Tensor | None, grad_b: Tensor | None) -> None:
+def _gradient_op(a: Tensor, b: Tensor, c: Tensor | None, top_a: Tensor, sum_a: Tensor, top_b: Tensor, sum_b: Tensor,
+                 kl_ab: Tensor, top_c: Tensor | None, sum_c: Tensor | None, kl_ac: Tensor | None, scale: Tensor, coef: Tensor,
+                 temperature: float, difference: bool, grad_a: Tensor | None, grad_b: Tensor | None) -> None:
     rows, columns = a.shape
     splits, split_columns = split_over(rows, columns, GRADIENT_BLOCK)
-    c_, lse_c, kl_ac = (a, lse_a, kl_ab) if c is None else (c, lse_c, kl_ac)
+    third = (a, top_a, sum_a, kl_ab) if c is None else (c, top_c, sum_c, kl_ac)
     ga, gb = (a if g is None else g for g in (grad_a, grad_b))
     gradient_kernel[(rows, splits)](
-        a, b, c_, lse_a, lse_b, kl_ab, lse_c, kl_ac, scale, coef, ga, gb, a.stride(0), b.stride(0), c_.stride(0), ga.stride(0),
-        gb.stride(0), columns, split_columns, LOG2E / temperature, HAS_C=c is not None, DIFFERENCE=difference,
-        WANT_A=grad_a is not None, WANT_B=grad_b is not None, ALIGNED=aligned(a, b, c, grad_a, grad_b), BLOCK=GRADIENT_BLOCK,
-        num_warps=GRADIENT_WARPS)
+        a, b, third[0], top_a, sum_a, top_b, sum_b, kl_ab, *third[1:], scale, coef, ga, gb, a.stride(0), b.stride(0),
+        third[0].stride(0), ga.stride(0), gb.stride(0), columns, split_columns, LOG2E / temperature, HAS_C=c is not None,
+        DIFFERENCE=difference, WANT_A=grad_a is not None, WANT_B=grad_b is not None,
+        ALIGNED=aligned(a, b, c, grad_a, grad_b), BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS)
 
 
 @_gradient_op.register_fake
@@ -488,29 +501,33 @@ def _mixture_roles(student, teacher, objective: str) -> tuple:
     return (teacher, student) if objective == "skew_reverse_kl" else (student, teacher)
 
 
+def _mixture_rows(merged: Merged, objective: str) -> tuple[Tensor, ...]:
+    q, p = _mixture_roles((merged.top_a, merged.sum_a), (merged.top_b, merged.sum_b), objective)
+    return (*q, *p)
+
+
 def mixture_sums(q_NV: Tensor, p_NV: Tensor, merged: Merged, *, objective: str, share: float, weights: Tensor | None = None,
                  temperature: float = 1.0) -> Tensor:
     """[2, N]: x and y of this shard; see `kl_rows.mixture_sums`."""
     q_NV, p_NV = _mixture_roles(q_NV, p_NV, objective)
-    lse_q, lse_p = _mixture_roles(merged.lse_a, merged.lse_b, objective)
-    return _mixture_sums_op(q_NV, p_NV, lse_q, lse_p, weights, {"jsd": JSD, "tvd": TVD}.get(objective, SKEW), share, temperature)
+    return _mixture_sums_op(q_NV, p_NV, *_mixture_rows(merged, objective), weights, OPS.get(objective, SKEW), share, temperature)
 
 
 @torch.library.custom_op("megakd_kernels::mixture_sums", mutates_args=())
-def _mixture_sums_op(q: Tensor, p: Tensor, lse_q: Tensor, lse_p: Tensor, weights: Tensor | None, op: int, share: float,
-                     temperature: float) -> Tensor:
+def _mixture_sums_op(q: Tensor, p: Tensor, top_q: Tensor, sum_q: Tensor, top_p: Tensor, sum_p: Tensor, weights: Tensor | None,
+                     op: int, share: float, temperature: float) -> Tensor:
     rows, columns = q.shape
     splits, split_columns = split_over(rows, columns, MIXTURE_BLOCK)
     out = q.new_empty(splits, 2, rows, dtype=torch.float32)
     mixture_sums_kernel[(rows, splits)](
-        q, p, lse_q, lse_p, out if weights is None else weights, out, q.stride(0), p.stride(0), rows, columns, split_columns,
-        LOG2E / temperature, math.log2(share), math.log2(1 - share), OP=op, HAS_WEIGHTS=weights is not None,
+        q, p, top_q, sum_q, top_p, sum_p, out if weights is None else weights, out, q.stride(0), p.stride(0), rows, columns,
+        split_columns, LOG2E / temperature, math.log2(share), math.log2(1 - share), OP=op, HAS_WEIGHTS=weights is not None,
         ALIGNED=aligned(q, p), BLOCK=MIXTURE_BLOCK, num_warps=MIXTURE_WARPS)
     return out.sum(0)
 
 
 @_mixture_sums_op.register_fake
-def _(q, p, lse_q, lse_p, weights, op, share, temperature):
+def _(q, p, top_q, sum_q, top_p, sum_p, weights, op, share, temperature):
     return q.new_empty(2, q.shape[0], dtype=torch.float32)
 
 
@@ -518,21 +535,21 @@ def mixture_gradient(q_NV: Tensor, p_NV: Tensor, merged: Merged, sums_2N: Tensor
                      share: float, temperature: float = 1.0, grad_q: Tensor | None = None, grad_p: Tensor | None = None) -> None:
     """Write the gradients into grad_q (student) and grad_p (teacher); see `kl_rows.mixture_gradient`."""
     q_NV, p_NV = _mixture_roles(q_NV, p_NV, objective)
-    lse_q, lse_p = _mixture_roles(merged.lse_a, merged.lse_b, objective)
     grad_q, grad_p = _mixture_roles(grad_q, grad_p, objective)
-    _mixture_gradient_op(q_NV, p_NV, lse_q, lse_p, *sums_2N.unbind(0), scale_N.float().contiguous(),
-                         {"jsd": JSD, "tvd": TVD}.get(objective, SKEW), share, temperature, grad_q, grad_p)
+    _mixture_gradient_op(q_NV, p_NV, *_mixture_rows(merged, objective), *sums_2N.unbind(0), scale_N.float().contiguous(),
+                         OPS.get(objective, SKEW), share, temperature, grad_q, grad_p)
 
 
 @torch.library.custom_op("megakd_kernels::mixture_gradient", mutates_args=("grad_q", "grad_p"))
-def _mixture_gradient_op(q: Tensor, p: Tensor, lse_q: Tensor, lse_p: Tensor, x: Tensor, y: Tensor, scale: Tensor, op: int,
-                         share: float, temperature: float, grad_q: Tensor | None, grad_p: Tensor | None) -> None:
+def _mixture_gradient_op(q: Tensor, p: Tensor, top_q: Tensor, sum_q: Tensor, top_p: Tensor, sum_p: Tensor, x: Tensor,
+                         y: Tensor, scale: Tensor, op: int, share: float, temperature: float, grad_q: Tensor | None,
+                         grad_p: Tensor | None) -> None:
     rows, columns = q.shape
     splits, split_columns = split_over(rows, columns, MIXTURE_BLOCK)
     gq, gp = (q if g is None else g for g in (grad_q, grad_p))
     mixture_gradient_kernel[(rows, splits)](
-        q, p, lse_q, lse_p, x, y, scale, gq, gp, q.stride(0), p.stride(0), gq.stride(0), gp.stride(0), columns, split_columns,
-        LOG2E / temperature, share, math.log2(share), math.log2(1 - share), OP=op, WANT_Q=grad_q is not None,
+        q, p, top_q, sum_q, top_p, sum_p, x, y, scale, gq, gp, q.stride(0), p.stride(0), gq.stride(0), gp.stride(0), columns,
+        split_columns, LOG2E / temperature, share, math.log2(share), math.log2(1 - share), OP=op, WANT_Q=grad_q is not None,
         WANT_P=grad_p is not None, ALIGNED=aligned(q, p, grad_q, grad_p), BLOCK=MIXTURE_BLOCK, num_warps=MIXTURE_WARPS)
 
 
