@@ -18,17 +18,20 @@ def models(dtype=torch.float32, rows=N):
 
 
 class Watch(TorchDispatchMode):
-    """The largest tensor made, and the shapes of the matrix products."""
+    """Bytes of the largest tensor that an operation returned, of the largest that it made, and the matrix products' shapes."""
 
     def __init__(self):
         super().__init__()
-        self.largest, self.products = 0, []
+        self.largest, self.largest_new, self.products = 0, 0, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {x.untyped_storage().data_ptr() for x in (*args, *(kwargs or {}).values()) if isinstance(x, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
         for x in out if isinstance(out, tuple | list) else (out,):
             if isinstance(x, torch.Tensor):
                 self.largest = max(self.largest, x.untyped_storage().nbytes())
+                if x.untyped_storage().data_ptr() not in given:
+                    self.largest_new = max(self.largest_new, x.untyped_storage().nbytes())
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
             self.products.append(tuple(out.shape))
         return out

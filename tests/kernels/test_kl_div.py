@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from cases import NAN_ROW, WEIGHTS, assert_close, device_of, dtypes, error, implementations, logits, upstream
-from megakd_kernels import OBJECTIVES, kl_div, launch, reference
+from megakd_kernels import OBJECTIVES, kl_div, kl_rows, launch, reference
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
@@ -149,6 +149,22 @@ def test_close_models_with_far_offsets_keep_their_digits(implementation):
     exact = plain("reverse_kl", s, t)
     assert exact.max() < 1e-3
     assert ((loss_N.double().cpu() - exact).abs() / exact).max() <= 0.02
+
+
+def test_a_cpu_makes_nothing_of_the_logits_size(monkeypatch):
+    from test_fused_linear_kl import Watch
+
+    monkeypatch.setattr(kl_rows, "CHUNK_NUMBERS", 2000)
+    for objective in ("reverse_kl", "jsd"):
+        s, t = torch.randn(400, 500).requires_grad_(), torch.randn(400, 500)
+        z = s * 1
+        with Watch() as watch:
+            loss_N = kl_div(z, t, objective=objective, inplace=True)
+            torch.autograd.grad(loss_N.sum(), z)
+        assert watch.largest == z.untyped_storage().nbytes()  # views of the logits themselves
+        with Watch() as watch:
+            kl_div(s.detach(), t, objective=objective)
+        assert watch.largest_new <= 4 * 8 * 400  # a chunk of float32, or eight statistics a row: 3 % of the logits here
 
 
 def test_the_teacher_alone_may_learn():
