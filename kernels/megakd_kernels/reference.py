@@ -170,15 +170,17 @@ def prompt_embedding(tokens_BS: Tensor, word_weight: Tensor, prompt_PH: Tensor, 
     """[B, P + S, H] in word_weight's dtype: the soft prompt, then the words, plus positions. Gradient to the prompt only.
 
     `word_weight` [Vp, H] is this rank's shard; `prompt_PH` and `position_weight` [positions, H] are whole on every rank;
-    `position_ids` [B, P + S] count from 0 where not given.
+    `position_ids` [B, P + S] or [P + S] count from 0 where not given.
     """
     check_frozen(word_weight, position_weight)
     shard = VocabShard(vocab_start=vocab_start, tp_group=tp_group)
     width = word_weight.shape[0]
     row_BS = tokens_BS - shard.start(width)
     here_BS = (row_BS >= 0) & (row_BS < width)
-    padded_VH = torch.cat([word_weight, word_weight.new_zeros(1, word_weight.shape[1])])  # the last row: not on this rank
-    words_BSH = shard.all_reduce(padded_VH[row_BS.where(here_BS, width)])
+    words_BSH = word_weight.new_zeros(*tokens_BS.shape, word_weight.shape[1])
+    if width:
+        words_BSH = torch.where(here_BS[..., None], word_weight[row_BS.where(here_BS, 0)], words_BSH)
+    words_BSH = shard.all_reduce(words_BSH)
     compute = torch.promote_types(word_weight.dtype, torch.float32)
     out = torch.cat([prompt_PH.to(compute).expand(tokens_BS.shape[0], -1, -1), words_BSH.to(compute)], dim=1)
     if position_weight is not None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 32 * 2**20
+BLOCK_BYTES = 4 * 2**20
 
 Index = tuple[slice, ...]
 
@@ -34,6 +34,16 @@ def split(lo: int, hi: int, row_bytes: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, hi)
 
 
+def row_pieces(index: Index, row_bytes: int) -> Iterator[Index]:
+    """`index` cut along its rows: a few columns of a mapped tensor touch the pages of its whole rows, and those count as memory too."""
+    if len(index) < 2:
+        yield index
+        return
+    *outer, rows, columns = index
+    for lo, hi in split(rows.start, rows.stop, row_bytes):
+        yield (*outer, slice(lo, hi), columns)
+
+
 def bits(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor, [..., last axis x itemsize]: equal bits and nothing less, NaNs and signed zeros too."""
-    return tensor.contiguous().view(torch.uint8)
+    """The bytes of a tensor, flat: equal bits and nothing less, NaNs and signed zeros too."""
+    return tensor.contiguous().flatten().view(torch.uint8)

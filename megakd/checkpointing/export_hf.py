@@ -14,12 +14,12 @@ from torch import Tensor
 from megakd.checkpointing.blocks import blocks
 from megakd.checkpointing.description import versions
 from megakd.checkpointing.hf_files import copy_hf_files
+from megakd.checkpointing.hf_source import WindowedCheckpoint
 from megakd.checkpointing.hf_view import HuggingFaceView
 from megakd.checkpointing.native import NativeCheckpoint
 from megakd.checkpointing.parameters import Grid, Parameter, checkpoint_parameters
 from megakd.checkpointing.publish import check_target, published
 from megakd.checkpointing.verify import compare_blocks, progress
-from megakd.models.hf_checkpoint import HFCheckpoint
 from megakd.models.hf_writer import TensorPlan, write_weights
 from megakd.models.param_mapping import Source, Vocabulary
 
@@ -50,7 +50,7 @@ def export_to_hf(
         name_dtype(folder / "config.json", [plan.dtype for plan in plans])
         files = write_view(folder, view, plans, max_shard_size)
         if verify:
-            verify_export(native, HFCheckpoint(folder))
+            verify_export(native, WindowedCheckpoint(folder))
         write_report(folder, native, plans, files, verified=verify)
     return save
 
@@ -77,7 +77,7 @@ def name_dtype(config_file: Path, dtypes: list[torch.dtype]) -> None:
         config_file.write_text(json.dumps(config | dict.fromkeys(wrong, stored), indent=2) + "\n")
 
 
-def verify_export(native: NativeCheckpoint, written: HFCheckpoint) -> None:
+def verify_export(native: NativeCheckpoint, written: WindowedCheckpoint) -> None:
     """Read the folder as a conversion to native would and compare with the checkpoint: not the way it was written."""
     parameters = checkpoint_parameters(native.hf_config, native.description.padded_vocab_size)
     total = sum(math.prod(native.shape(key)) * native.dtype(key).itemsize for key in {parameter.key for parameter in parameters})
@@ -89,9 +89,10 @@ def verify_export(native: NativeCheckpoint, written: HFCheckpoint) -> None:
 def parameter_blocks(native: NativeCheckpoint, written: Source, parameter: Parameter) -> Iterator[tuple[Tensor, Tensor]]:
     """(from the folder, from the checkpoint); of the vocabulary the real rows only."""
     shape = native.shape(parameter.key)[0 if parameter.layer is None else 1 :]
+    if isinstance(parameter.mapping, Vocabulary):
+        shape = (native.hf_config.vocab_size, *shape[1:])
     whole = Grid(tp=1, pp=1, num_layers=native.hf_config.num_hidden_layers)
     for _, lo, hi in whole.ranges(parameter, shape, native.dtype(parameter.key).itemsize):
-        hi = min(hi, native.hf_config.vocab_size) if isinstance(parameter.mapping, Vocabulary) else hi
         offsets, sizes = parameter.place(shape, lo, hi)
         stored = native.read(parameter.key, tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes)))
         yield parameter.mapping.read(written, lo, hi), stored if parameter.layer is None else stored[0]

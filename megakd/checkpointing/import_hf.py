@@ -10,13 +10,13 @@ import torch
 
 from megakd.checkpointing.description import Description, layout_dict
 from megakd.checkpointing.hf_files import write_hf_folder
+from megakd.checkpointing.hf_source import WindowedCheckpoint
 from megakd.checkpointing.hf_view import HuggingFaceView
 from megakd.checkpointing.native import NativeCheckpoint, is_native, iteration_folder, write_latest
 from megakd.checkpointing.parameters import Grid, Parameter, checkpoint_parameters, extra_state_key
 from megakd.checkpointing.publish import check_target, published
 from megakd.checkpointing.torch_dist_writer import TorchDistWriter
 from megakd.checkpointing.verify import check_equal, progress
-from megakd.models.hf_checkpoint import HFCheckpoint
 from megakd.models.hf_writer import DTYPES
 from megakd.models.model_provider import check_layout, padded_vocab_size
 from megakd.models.param_mapping import Vocabulary
@@ -39,7 +39,7 @@ def hf_to_native(model: Path, save: Path, *, tp: int, pp: int, verify: bool = Tr
     Raises:
         ValueError: the model cannot be read, TP or PP does not divide it, or `save` is in use; nothing was written.
     """
-    source = HFCheckpoint(model)
+    source = WindowedCheckpoint(model)
     hf = source.config
     check_layout(hf, tp, pp, name=str(model))
     check_target(save, force=force, ours=is_native, what="native checkpoints")
@@ -55,7 +55,7 @@ def hf_to_native(model: Path, save: Path, *, tp: int, pp: int, verify: bool = Tr
     return iteration_folder(save, 0)
 
 
-def plan_import(source: HFCheckpoint, padded_size: int) -> list[PlannedParameter]:
+def plan_import(source: WindowedCheckpoint, padded_size: int) -> list[PlannedParameter]:
     """Every parameter's shape and dtype, from the headers alone.
 
     Raises:
@@ -74,7 +74,7 @@ def plan_import(source: HFCheckpoint, padded_size: int) -> list[PlannedParameter
     return plan
 
 
-def planned(source: HFCheckpoint, parameter: Parameter) -> PlannedParameter:
+def planned(source: WindowedCheckpoint, parameter: Parameter) -> PlannedParameter:
     tensors = parameter.mapping.sources()
     found = {source.dtype(tensor.name) for tensor in tensors}
     if len(found) > 1 or not found <= set(DTYPES):
@@ -86,7 +86,7 @@ def planned(source: HFCheckpoint, parameter: Parameter) -> PlannedParameter:
     return PlannedParameter(parameter, tuple(parameter.mapping.shape(source)), DTYPES[found.pop()])
 
 
-def check_vocabulary(source: HFCheckpoint, parameter: Parameter) -> None:
+def check_vocabulary(source: WindowedCheckpoint, parameter: Parameter) -> None:
     if isinstance(parameter.mapping, Vocabulary):
         tensor, expected = parameter.mapping.tensor, (source.config.vocab_size, source.config.hidden_size)
         if tensor.shape(source) != expected:
@@ -96,7 +96,7 @@ def check_vocabulary(source: HFCheckpoint, parameter: Parameter) -> None:
             )
 
 
-def write_parameters(folder: Path, source: HFCheckpoint, plan: list[PlannedParameter], grid: Grid) -> None:
+def write_parameters(folder: Path, source: WindowedCheckpoint, plan: list[PlannedParameter], grid: Grid) -> None:
     with TorchDistWriter(folder) as writer, progress(sum(stored(item) for item in plan), "converting") as bar:
         for item in plan:
             for rank, lo, hi in grid.ranges(item.parameter, item.shape, item.dtype.itemsize):
@@ -125,7 +125,7 @@ def extra_states(parameters: list[Parameter], grid: Grid) -> Iterator[tuple[int,
             yield grid.stage(parameter) * grid.tp, key
 
 
-def verify_import(native: NativeCheckpoint, source: HFCheckpoint) -> None:
+def verify_import(native: NativeCheckpoint, source: WindowedCheckpoint) -> None:
     """Read the checkpoint under Hugging Face names, the way back, and compare with the folder."""
     view = HuggingFaceView(native)
     check_equal(view, source, {name: view.dtype(name) for name in view.names})

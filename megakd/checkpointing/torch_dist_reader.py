@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import Metadata
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megakd.checkpointing.blocks import Index
+from megakd.checkpointing.blocks import Index, row_pieces
 from megakd.checkpointing.safe_metadata import read_metadata
 
 TENSOR_DATA = "data/0"  # the name of the first storage in torch.save's zip file
@@ -60,9 +60,9 @@ class StoredTensor:
         to = out.view(torch.uint8)
         filled = 0
         for chunk in self._candidates(index):
-            if inner := chunk.overlap(index):
-                source = map_chunk(chunk, self.dtype)[byte_index(inner, chunk.offsets, out.itemsize)]
-                to[byte_index(inner, [s.start for s in index], out.itemsize)] = source
+            for piece in row_pieces(inner, chunk.sizes[-1] * out.itemsize) if (inner := chunk.overlap(index)) else ():
+                source = map_chunk(chunk, self.dtype)[byte_index(piece, chunk.offsets, out.itemsize)]
+                to[byte_index(piece, [s.start for s in index], out.itemsize)] = source
                 filled += source.numel()
         if filled != out.nbytes:
             raise ValueError(f"{self.key}: the checkpoint holds {filled:,} of {out.nbytes:,} bytes of {index}; it is incomplete")

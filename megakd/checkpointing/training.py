@@ -5,6 +5,7 @@ Random state is not saved: the trainer seeds anew from (seed, iteration), which 
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -147,7 +148,11 @@ class LoadCommonWithoutPickle(TorchCommonLoadStrategy):
     """common.pt holds numbers and names only, and is read as such, whatever torch's environment variables say."""
 
     def load_common(self, checkpoint_dir: str | Path) -> dict:
-        return torch.load(Path(checkpoint_dir) / COMMON_STATE_FNAME, map_location="cpu", weights_only=True)
+        file = Path(checkpoint_dir) / COMMON_STATE_FNAME
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(f"{file}: damaged, or holds more than numbers and names; copy the checkpoint again, or do not trust it") from error
 
 
 def describe(model: HiddenStateGPTModel, iteration: int, teacher_layout: ParallelLayout | None) -> Description:

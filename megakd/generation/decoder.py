@@ -9,13 +9,17 @@ before the padding:
 
 All that changes from step to step is in tensors, and with `filled` fixed a step can be captured as a CUDA graph.
 
-B rows, S columns of this step (P + W in the first, then 1), L columns in all, H hidden, P soft prompt, W widest prompt,
+Prompts are read in slices of rows of like length, each as wide as its longest row: padding lies in the cache, hardly computed.
+
+B rows, S columns of this step (1 when decoding), L columns in all, H hidden, P soft prompt, W widest prompt,
 g key/value heads and r query heads to each of them on this rank, d head size, Vp vocabulary columns on this rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -42,7 +46,8 @@ class Decoder:
         self.soft_prompt_PH = soft_prompt_PH
         self.soft_length = 0 if soft_prompt_PH is None else soft_prompt_PH.shape[0]
         self.lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        self.width = max(len(prompt) for prompt in prompts)
+        self.width = len(prompts[0])
+        self.slices = slices_of_like_length([len(prompt) for prompt in prompts])
         columns = self.soft_length + self.width + max_new_tokens
         self.heads = Heads(model)
         shape = (len(self.layers), len(prompts), self.heads.groups, columns, self.heads.size)
@@ -57,33 +62,39 @@ class Decoder:
         column = self.columns_L - self.soft_length
         return (column < 0) | (column >= padding)
 
-    def hidden_buffer(self, rows: int, *, prefill: bool) -> Tensor:
-        """Room for `rows` hidden states from the stage before."""
-        columns = self.soft_length + self.width if prefill else 1
-        return torch.empty(rows, columns, self.model.config.hidden_size, dtype=self.dtype, device=self.device)
+    def buffers(self, rows: int, *, prefill: bool) -> list[Tensor]:
+        """Room for what the stage before sends."""
+        shapes = [(len(s.rows), self.soft_length + s.width) for s in self.slices] if prefill else [(rows, 1)]
+        return [torch.empty(*shape, self.model.config.hidden_size, dtype=self.dtype, device=self.device) for shape in shapes]
 
     def keep(self, order: list[int], sources: list[int], targets: list[int], filled: int) -> None:
         """Let rows leave: row i of the new group was row order[i]."""
         self.cache.move(sources, targets, self.soft_length + filled)
         self.lengths_B, self.is_token_BL = self.lengths_B[order], self.is_token_BL[order]
 
-    def prefill(self, tokens_BW: Tensor, hidden: Tensor | None) -> Tensor:
-        """The left-padded prompts, or `hidden` from the stage before: to hidden states, on the last stage to logits [B, Vp]."""
-        columns_S = self.columns_L[: self.soft_length + self.width]
-        prompt_positions = self.columns_L[: self.width] - (self.width - self.lengths_B)[:, None]
-        soft_positions = columns_S[: self.soft_length].expand(len(tokens_BW), -1)
-        positions_BS = torch.cat([soft_positions, self.soft_length + prompt_positions.clamp(min=0)], 1)
-        if hidden is None:
-            hidden = self.embed(tokens_BW, positions_BS, self.soft_prompt_PH)
-        return self.run(hidden, positions_BS, columns_S, len(columns_S))
+    def prefill(self, tokens_BW: Tensor, hidden: list[Tensor]) -> list[Tensor]:
+        """The left-padded prompts, on later stages their hidden states: to hidden states by slice, or logits [B, Vp]."""
+        states = [self._prefill_slice(part, tokens_BW, *x) for part, *x in zip(self.slices, *([hidden] if hidden else []))]
+        return [torch.cat(states)] if self.model.post_process else states
 
-    def decode(self, tokens_B: Tensor, step: Tensor, filled: int, hidden: Tensor | None) -> Tensor:
-        """One more column: the `step`-th response token (from 0) of each row. Returns as `prefill`."""
+    def _prefill_slice(self, part: Slice, tokens_BW: Tensor, hidden: Tensor | None = None) -> Tensor:
+        rows, soft_columns = slice(part.rows.start, part.rows.stop), self.columns_L[: self.soft_length]
+        columns = self.columns_L[self.width - part.width : self.width]  # of the prompt
+        positions = (columns - (self.width - self.lengths_B[rows, None])).clamp(min=0)
+        positions_BS = torch.cat([soft_columns.expand(len(part.rows), -1), self.soft_length + positions], 1)
+        columns_S = torch.cat([soft_columns, self.soft_length + columns])
+        if hidden is None:
+            hidden = self.embed(tokens_BW[rows, self.width - part.width :], positions_BS, self.soft_prompt_PH)
+        return self.run(hidden, positions_BS, columns_S, rows, self.soft_length + self.width)
+
+    def decode(self, tokens_B: Tensor, step: Tensor, filled: int, hidden: Tensor | None = None) -> Tensor:
+        """The `step`-th response token (from 0) of each row, on later stages its hidden state: to a hidden state, or logits."""
         columns_S = self.soft_length + self.width + step[None]
         positions_BS = (self.soft_length + self.lengths_B + step)[:, None]
+        positions_BS = positions_BS.clamp(max=self.model.max_sequence_length - 1)  # a row that has ended may not have left yet
         if hidden is None:
             hidden = self.embed(tokens_B[:, None], positions_BS)
-        return self.run(hidden, positions_BS, columns_S, self.soft_length + filled)
+        return self.run(hidden, positions_BS, columns_S, slice(0, len(tokens_B)), self.soft_length + filled)
 
     def embed(self, tokens_BS: Tensor, positions_BS: Tensor, soft_prompt_PH: Tensor | None = None) -> Tensor:
         embedding = self.model.embedding
@@ -92,26 +103,26 @@ class Decoder:
             x = torch.cat([soft_prompt_PH.to(x.dtype).expand(len(x), -1, -1), x], 1)
         return x + embedding.position_embeddings(positions_BS) if embedding.add_position_embedding else x
 
-    def run(self, x_BSH: Tensor, positions_BS: Tensor, columns_S: Tensor, filled: int) -> Tensor:
+    def run(self, x_BSH: Tensor, positions_BS: Tensor, columns_S: Tensor, rows: slice, filled: int) -> Tensor:
         """This stage's layers, and on the last stage the head at the last column."""
-        mask = self.mask(columns_S, filled)
+        mask = self.mask(columns_S, rows, filled)
         rotary = None if self.rotary is None else self.rotary[:, positions_BS]
         for i, layer in enumerate(self.layers):
-            x_BSH = x_BSH + self.attend(i, layer.self_attention, layer.input_layernorm(x_BSH), mask, rotary, columns_S, filled)
+            x_BSH = x_BSH + self.attend(i, layer.self_attention, layer.input_layernorm(x_BSH), mask, rotary, columns_S, rows)
             x_BSH = x_BSH + self.feed_forward(layer.mlp, layer.pre_mlp_layernorm(x_BSH))
         if not self.model.post_process:
             return x_BSH
         return F.linear(self.model.decoder.final_layernorm(x_BSH[:, -1]), self.model.output_weight())
 
-    def mask(self, columns_S: Tensor, filled: int) -> Tensor:
+    def mask(self, columns_S: Tensor, rows: slice, filled: int) -> Tensor:
         """[B, 1, r·S, filled], added to the scores: a column sees the tokens up to itself."""
         columns_L = self.columns_L[:filled]
         before, itself = columns_L <= columns_S[:, None], columns_L == columns_S[:, None]
-        visible = before & self.is_token_BL[:, None, :filled] | itself  # padding too sees itself: an empty softmax is NaN
+        visible = before & self.is_token_BL[rows, None, :filled] | itself  # padding too sees itself: an empty softmax is NaN
         mask = torch.zeros(visible.shape, dtype=self.dtype, device=self.device).masked_fill_(~visible, float("-inf"))
         return mask.repeat(1, self.heads.per_group, 1)[:, None]
 
-    def attend(self, i: int, attention, x_BSH: Tensor, mask: Tensor, rotary: Tensor | None, columns_S: Tensor, filled: int):
+    def attend(self, i: int, attention, x_BSH: Tensor, mask: Tensor, rotary: Tensor | None, columns_S: Tensor, rows: slice):
         """Causal attention over the cache. The r query heads of a group are r more queries: one kernel serves MHA and GQA."""
         b, s, _ = x_BSH.shape
         g, r, d = self.heads.groups, self.heads.per_group, self.heads.size
@@ -120,7 +131,7 @@ class Decoder:
             qkv = torch.cat([rotate(qkv[..., :-1, :], rotary), qkv[..., -1:, :]], -2)
         query = qkv[..., :r, :].permute(0, 2, 3, 1, 4).reshape(b, g, r * s, d)
         key, value = (qkv[..., part, :].transpose(1, 2) for part in (r, r + 1))
-        keys, values = self.cache.store(i, key, value, columns_S, filled)
+        keys, values = self.cache.store(i, rows, columns_S, key, value, mask.shape[-1])
         out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=attention.core_attention.softmax_scale)
         out = out.view(b, g, r, s, d).permute(0, 3, 1, 2, 4).reshape(b, s, g * r * d)
         return row_parallel(attention.linear_proj, out, self.tp_group)
@@ -134,6 +145,23 @@ class Decoder:
         else:
             x = config.activation_func(x)
         return row_parallel(mlp.linear_fc2, x, self.tp_group)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows whose prompts are read together, `width` columns wide."""
+
+    rows: range
+    width: int
+
+
+def slices_of_like_length(lengths: Sequence[int]) -> list[Slice]:
+    """Cut rows, longest first, where a row is shorter than three quarters of its slice's first."""
+    starts = [0]
+    for i, length in enumerate(lengths):
+        if length < 0.75 * lengths[starts[-1]]:
+            starts.append(i)
+    return [Slice(range(lo, hi), lengths[lo]) for lo, hi in pairwise([*starts, len(lengths)])]
 
 
 class Heads:

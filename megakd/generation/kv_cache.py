@@ -19,10 +19,11 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)  # zeros: a masked column has weight 0, and 0 · NaN is NaN
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
-    def store(self, layer: int, keys_BgSd: Tensor, values_BgSd: Tensor, columns_S: Tensor, filled: int) -> tuple[Tensor, Tensor]:
-        """Write S columns of the first B rows; returns the first `filled` columns of those rows, [B, g, filled, d] twice."""
-        rows = keys_BgSd.shape[0]
-        keys, values = self.keys[layer, :rows], self.values[layer, :rows]
+    def store(
+        self, layer: int, rows: slice, columns_S: Tensor, keys_BgSd: Tensor, values_BgSd: Tensor, filled: int
+    ) -> tuple[Tensor, Tensor]:
+        """Write S columns of some rows; returns the first `filled` columns of those rows, [B, g, filled, d] twice."""
+        keys, values = self.keys[layer, rows], self.values[layer, rows]
         keys.index_copy_(2, columns_S, keys_BgSd)
         values.index_copy_(2, columns_S, values_BgSd)
         return keys[:, :, :filled], values[:, :, :filled]

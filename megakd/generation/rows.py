@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
 
+from megakd.generation.captured_step import CapturedStep
 from megakd.generation.decoder import Decoder
-from megakd.generation.sampling import Sampler, noise_streams
+from megakd.generation.sampling import Sampler, Sampling, noise_streams
 from megakd.models.gpt_model import HiddenStateGPTModel
 
 
@@ -52,16 +54,29 @@ class Voice:
         return 0 if self.soft_prompt is None else len(self.soft_prompt)
 
 
+def is_capturable(device: torch.device, sampling: Sampling) -> bool:
+    """Limits of repetition look back at a history that grows, so their step has no fixed shape."""
+    return device.type == "cuda" and not sampling.limits_repetition
+
+
 class RowGroup:
+    """Rows in the order longest prompt first.
+
+    On a GPU the decode step is captured as a CUDA graph: it attends to the whole cache, and rows leave when half of them are
+    finished, because each number of rows is another graph.
+    """
+
     def __init__(self, rows: list[Row], voices: Sequence[Voice], sampler: Sampler):
         self.rows, self.sampler, self.layout = rows, sampler, voices[0].model.layout
-        prompts, longest = [row.prompt for row in rows], max(row.limit for row in rows)
-        self.decoders = [Decoder(voice.model, prompts, longest, voice.soft_prompt) for voice in voices]
+        prompts, self.longest = [row.prompt for row in rows], max(row.limit for row in rows)
+        self.decoders = [Decoder(voice.model, prompts, self.longest, voice.soft_prompt) for voice in voices]
         self.device, self.width = self.decoders[0].device, self.decoders[0].width
         self.streams_B = noise_streams(sampler.sampling.seed, [row.sample_id for row in rows], self.device)
         self.seen_BK = torch.tensor([[-1] * (self.width - len(prompt)) + list(prompt) for prompt in prompts], device=self.device)
-        self.sampled = 0  # tokens of each unfinished response on this stage
+        self.read = 0  # response tokens that this stage has read
         self.prefilled = self.finished = False
+        self.captures = is_capturable(self.device, sampler.sampling)
+        self.captured: CapturedStep | None = None
 
     def buffers(self) -> list[Tensor]:
         """The first stage needs no message to begin; later it waits for tokens. Other stages wait for hidden states as well."""
@@ -69,36 +84,54 @@ class RowGroup:
         return tokens if self.layout.is_first_stage else tokens + self._hidden_buffers()
 
     def _hidden_buffers(self) -> list[Tensor]:
-        return [decoder.hidden_buffer(len(self.rows), prefill=not self.prefilled) for decoder in self.decoders]
+        return [x for decoder in self.decoders for x in decoder.buffers(len(self.rows), prefill=not self.prefilled)]
 
     def advance(self, message: list[Tensor]) -> list[Tensor]:
-        """One column of every row through this stage (the first time, the prompts)."""
-        tokens, hidden = (message[:1], message[1:]) if self.prefilled else ([], message)
-        if tokens:
-            self.record(tokens[0])
+        """One column of every row through this stage; the first time, the prompts."""
+        if not self.prefilled:
+            out = self.prefill(message)
+            self.prefilled = True
+            return out
+        tokens_B, *hidden = message
+        self.record(tokens_B)
         if self.finished:  # the last tokens go round; nothing is left to compute
-            return [] if self.layout.is_last_stage else tokens + self._hidden_buffers()
+            return [] if self.layout.is_last_stage else [tokens_B, *self._hidden_buffers()]
         if self.layout.pp_size == 1:
-            tokens = [x[self.drop_finished()] for x in tokens]
-        states = self.compute(tokens[0] if tokens else None, hidden)
-        self.prefilled = True
-        if self.layout.is_last_stage:
-            sampled = self.sampler(states, self.streams_B, torch.tensor(self.sampled, device=self.device), self.seen_BK)
-            return [sampled[self.drop_finished()]]
-        self.drop_finished()  # only now: the next stage does not know yet, and waits for all rows
-        return tokens + states
+            tokens_B = tokens_B[self.drop_finished()]
+        out = self.step(tokens_B, torch.tensor(self.read - 1, device=self.device), *hidden)
+        stay = self.drop_finished()  # the next stage does not know yet and waits for all rows; the first stage has dropped them
+        return [out[0][stay]] if self.layout.is_last_stage else [tokens_B, *out]
 
-    def compute(self, tokens_B: Tensor | None, hidden: list[Tensor]) -> list[Tensor]:
-        inputs = hidden or [None] * len(self.decoders)
-        if tokens_B is None:
-            return [decoder.prefill(self.seen_BK.clamp(min=0), x) for decoder, x in zip(self.decoders, inputs)]
-        step = torch.tensor(self.sampled - 1, device=self.device)
-        return [decoder.decode(tokens_B, step, self.width + self.sampled, x) for decoder, x in zip(self.decoders, inputs)]
+    def prefill(self, hidden: list[Tensor]) -> list[Tensor]:
+        """The prompts, or their hidden states: hidden states for the next stage, or on the last the first tokens."""
+        tokens_BW, given, states = self.seen_BK.clamp(min=0), iter(hidden), []
+        for decoder in self.decoders:
+            states += decoder.prefill(tokens_BW, list(islice(given, len(decoder.slices))))
+        return self._sample(states, torch.zeros((), dtype=torch.int64, device=self.device))
+
+    def step(self, *inputs: Tensor) -> list[Tensor]:
+        """`decode`, captured where it can be."""
+        if not self.captures:
+            return self.decode(*inputs)
+        if self.captured is None:
+            self.captured = CapturedStep(self.decode, *inputs)
+        return self.captured(*inputs)
+
+    def decode(self, tokens_B: Tensor, step: Tensor, *hidden: Tensor) -> list[Tensor]:
+        """The `step`-th tokens of the responses, or their hidden states: hidden states, or on the last stage the next tokens."""
+        filled = self.width + (self.longest if self.captures else self.read)
+        states = [decoder.decode(tokens_B, step, filled, *x) for decoder, *x in zip(self.decoders, *([hidden] if hidden else []))]
+        return self._sample(states, step + 1)
+
+    def _sample(self, states: list[Tensor], position: Tensor) -> list[Tensor]:
+        if not self.layout.is_last_stage:
+            return states
+        return [self.sampler(states, self.streams_B, position, self.seen_BK)]
 
     def record(self, tokens_B: Tensor) -> None:
         for row, token in zip(self.rows, tokens_B.tolist()):
             row.append(token)
-        self.sampled += 1
+        self.read += 1
         self.finished = all(row.finished for row in self.rows)
         if self.sampler.sampling.limits_repetition:
             self.seen_BK = torch.cat([self.seen_BK, tokens_B[:, None]], 1)
@@ -106,7 +139,7 @@ class RowGroup:
     def drop_finished(self) -> slice | list[int]:
         """Let finished rows leave; returns where the rows that stay were before."""
         live = [i for i, row in enumerate(self.rows) if not row.finished]
-        if len(live) == len(self.rows):
+        if len(live) == len(self.rows) or (self.captures and 2 * len(live) > len(self.rows)):
             return slice(None)
         gaps = [i for i in range(len(live)) if self.rows[i].finished]
         movers = [i for i in live if i >= len(live)]
@@ -114,7 +147,8 @@ class RowGroup:
         for gap, mover in zip(gaps, movers):
             order[gap] = mover
         for decoder in self.decoders:
-            decoder.keep(order, movers, gaps, self.width + self.sampled)
+            decoder.keep(order, movers, gaps, self.width + self.read)
+        self.captured = None
         self.rows = [self.rows[i] for i in order]
         self.streams_B, self.seen_BK = self.streams_B[order], self.seen_BK[order]
         return order

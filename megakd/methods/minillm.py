@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from megakd.data.dataloader import DataLoader
 from megakd.data.sft_dataset import SFTDataset
 from megakd.generation.rows import Voice
-from megakd.losses.distillation import Divergence, kd_loss, reverse_kl_loss, sft_loss
+from megakd.losses.distillation import Divergence, function_of_log_q, kd_loss, reverse_kl_loss, sft_loss
 from megakd.losses.policy_gradient import advantages, clipped_policy_loss, importance_weights, token_rewards, whiten
 from megakd.methods.base import Method
 from megakd.methods.rollout import rollout
@@ -108,10 +108,12 @@ class MiniLLM(Method):
     def policy_loss(self, hidden, batch, advantage):
         numbers = batch.sample_ids.tolist()
         recall = lambda field: torch.cat([getattr(self.experience[number], field) for number in numbers])
-        student = self.through_student(hidden)
-        log_q = -sft_loss(student, supervised_labels(batch), self.vocabulary)["loss/lm"]
+        student, labels = self.through_student(hidden), supervised_labels(batch)
         chosen = torch.cat([advantage[number] for number in numbers])
-        policy = clipped_policy_loss(log_q, recall("old_log_q"), chosen, recall("weights"), clip=self.settings.cliprange)
+        objective = lambda log_q: clipped_policy_loss(
+            log_q, recall("old_log_q"), chosen, recall("weights"), clip=self.settings.cliprange
+        )
+        policy = function_of_log_q(objective, student, labels, self.vocabulary)
         zero = torch.zeros_like(policy)
         if not self.settings.single_step_reg:
             return {"loss/total": policy, "loss/policy": policy, "loss/reverse_kl": zero, "loss/text": zero}

@@ -71,7 +71,7 @@ def write_file(file: Path, plans: list[TensorPlan], blocks: Callable[[TensorPlan
         for plan in plans:
             start = stream.tell()
             for block in blocks(plan):
-                stream.write(memoryview(block.contiguous().view(torch.uint8).numpy()).cast("B"))
+                stream.write(memoryview(block.contiguous().flatten().view(torch.uint8).numpy()))
             assert stream.tell() - start == plan.nbytes, f"{plan.name}: blocks do not add up to {plan.shape}"
 
 

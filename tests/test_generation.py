@@ -1,0 +1,357 @@
+"""Greedy tokens are those of transformers, samples follow the softmax; both are the same on every layout and in every batch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from distributed import run_distributed
+from tiny import tiny_config, tiny_folder, tiny_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megakd.generation import rows
+from megakd.generation.decoder import slices_of_like_length
+from megakd.generation.generate import generate
+from megakd.generation.rows import Voice
+from megakd.generation.sampling import Sampler, Sampling, Vocabulary, gumbel, noise_streams, uniform31
+from megakd.models.hf_checkpoint import HFCheckpoint
+from megakd.models.model_provider import build_model, load_weights, padded_vocab_size
+
+VARIANTS = {
+    "gpt2": {"family": "gpt2", "layers": 3},  # three layers: an uneven split over two stages
+    "opt": {"family": "opt"},
+    "llama": {"family": "llama"},
+    "llama, one key/value head": {"family": "llama", "num_key_value_heads": 1, "layers": 3},
+}
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]  # tp, pp
+LENGTHS = (5, 17, 9, 12, 3, 8, 8)
+IDS = [31, 7, 12, 3, 44, 5, 6]
+NEW = 10
+EOS = 0
+GREEDY, SAMPLED = Sampling(max_new_tokens=NEW, greedy=True), Sampling(max_new_tokens=NEW, seed=5)
+TAILS_CUT = Sampling(max_new_tokens=NEW, temperature=1.3, top_k=20, top_p=0.9)
+NO_REPEATS = Sampling(max_new_tokens=NEW, greedy=True, repetition_penalty=1.7, no_repeat_ngram_size=2)
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(2, 90, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def soft_prompt(hidden: int = 64) -> Tensor:
+    return torch.randn(3, hidden, generator=torch.Generator().manual_seed(11)) * 0.1
+
+
+def load(layout, folder, **overrides):
+    source = HFCheckpoint(folder)
+    width = padded_vocab_size([source.config.vocab_size], layout.tp_size)
+    model = build_model(source.config, layout, padded_vocab_size=width, **overrides)
+    load_weights(model, source)
+    return model
+
+
+def every_kind(layout, folders):
+    """Responses by variant and kind, from models as training has them: sequence parallel, in train mode, with dropout."""
+    responses, count = {}, len(LENGTHS)
+    for name, folder in folders.items():
+        model = load(layout, folder, sequence_parallel=True, hidden_dropout=0.3, attention_dropout=0.3).train()
+        run = lambda sampling, model=model, **options: generate(model, prompts(), IDS, sampling, **{"eos_id": EOS} | options)
+        teacher = load(layout, folders["gpt2"])
+        responses[name] = {
+            "greedy": run(GREEDY),
+            "no repeats": run(NO_REPEATS),
+            "soft prompt": run(GREEDY, soft_prompt=soft_prompt()),
+            "limits": run(GREEDY, limits=range(1, count + 1)),
+            "sampled": run(SAMPLED),
+            "one by one": run(SAMPLED, batch_size=1),
+            "in threes": run(SAMPLED, batch_size=3),
+            "tails cut": run(TAILS_CUT),
+            "mixed": run(SAMPLED, mix_with=[Voice(teacher, 0.4, soft_prompt())]),
+        }
+        backwards = generate(model, prompts()[::-1], IDS[::-1], SAMPLED, eos_id=EOS)
+        responses[name]["backwards"] = backwards[::-1]
+        assert model.training and model.config.sequence_parallel == (layout.tp_size > 1)
+    return responses
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {name: tiny_folder(root / name.replace("/", "-"), **spec) for name, spec in VARIANTS.items()}
+
+
+@pytest.fixture(scope="module")
+def responses(folders):
+    """Of every layout, on every rank."""
+    return {(tp, pp): run_distributed(every_kind, tp * pp, folders, tp=tp, pp=pp) for tp, pp in LAYOUTS}
+
+
+def transformers_responses(folder, soft=None, **settings) -> list[list[int]]:
+    """Prompt by prompt, without padding."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    found = []
+    for prompt in prompts():
+        given = {"input_ids": torch.tensor([prompt]), "attention_mask": torch.ones(1, len(prompt), dtype=torch.long)}
+        if soft is not None:
+            embedded = torch.cat([soft, model.get_input_embeddings()(given["input_ids"][0])])[None]
+            given = {"inputs_embeds": embedded, "attention_mask": torch.ones(1, embedded.shape[1], dtype=torch.long)}
+        out = model.generate(**given, max_new_tokens=NEW, do_sample=False, pad_token_id=1, eos_token_id=EOS, **settings)[0]
+        found.append(out.tolist() if soft is not None else out[len(prompt) :].tolist())
+    return found
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_greedy_tokens_are_those_of_transformers(folders, responses, name, layout):
+    plain = transformers_responses(folders[name])
+    assert len({token for response in plain for token in response}) > 4, "a model that says one thing shows little"
+    for rank in responses[layout]:
+        assert rank[name]["greedy"] == plain
+        assert rank[name]["limits"] == [response[: i + 1] for i, response in enumerate(plain)]
+        assert rank[name]["soft prompt"] == transformers_responses(folders[name], soft_prompt())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_repetition_limits_are_those_of_transformers(folders, responses, layout):
+    expected = transformers_responses(folders["llama"], repetition_penalty=1.7, no_repeat_ngram_size=2)
+    assert expected != transformers_responses(folders["llama"])
+    assert all(rank["llama"]["no repeats"] == expected for rank in responses[layout])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sampled_tokens_are_the_same_on_every_layout_in_every_batch_and_order(responses, name, layout):
+    first = responses[1, 1][0][name]
+    for rank in responses[layout]:
+        for kind in ("sampled", "tails cut", "mixed"):
+            assert rank[name][kind] == first[kind], kind
+        for kind in ("one by one", "in threes", "backwards"):
+            assert rank[name][kind] == first["sampled"], kind
+    assert first["sampled"] != first["tails cut"] != first["mixed"]
+
+
+def replica_responses(layout, folder):
+    """Replicas with unlike numbers of prompts, the last with none."""
+    share = slice(0, 6) if layout.dp_rank == 0 else slice(6, 7) if layout.dp_rank == 1 else slice(7, 7)
+    return generate(load(layout, folder), prompts()[share], IDS[share], SAMPLED, eos_id=EOS)
+
+
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_replicas_sample_what_one_rank_samples(folders, responses, replicas):
+    parts = run_distributed(replica_responses, replicas, folders["llama"])
+    assert [response for part in parts for response in part] == responses[1, 1][0]["llama"]["sampled"]
+
+
+def test_rows_that_end_early_leave_the_batch(folders):
+    """With the likeliest token as EOS rows end at many lengths; those that go on are not disturbed."""
+
+    def check(layout):
+        model = load(layout, folders["gpt2"])
+        long = Sampling(max_new_tokens=40, seed=2)
+        endless = generate(model, prompts() * 5, range(35), long, eos_id=-1)
+        tokens = torch.tensor(endless).flatten()
+        eos = tokens.mode().values.item()
+        ended = generate(model, prompts() * 5, range(35), long, eos_id=eos)
+        assert ended == [response[: response.index(eos) + 1] if eos in response else response for response in endless]
+        return len({len(response) for response in ended})
+
+    for pp in (1, 2):
+        assert run_distributed(check, pp, pp=pp)[0] > 8
+
+
+class EagerStep:
+    """Stands for CapturedStep where there is no GPU: the same fixed inputs, computed anew."""
+
+    def __init__(self, step, *inputs):
+        self.step, self.inputs = step, [x.clone() for x in inputs]
+
+    def __call__(self, *inputs):
+        for fixed, new in zip(self.inputs, inputs):
+            fixed.copy_(new)
+        return self.step(*self.inputs)
+
+
+def test_the_step_of_fixed_shape_gives_the_same_tokens(folders, monkeypatch):
+    """What a GPU captures, run without capture: whole cache, rows that leave by halves, one of them at the end of its context."""
+
+    def check(layout, limits):
+        model, teacher = load(layout, folders["gpt2"]), load(layout, folders["llama"])
+        options = {"eos_id": 6, "mix_with": [Voice(teacher, 0.4, soft_prompt())], "limits": limits}
+        given = [*prompts(), list(range(2, 62))], [*IDS, 1], Sampling(max_new_tokens=30)
+        expected = generate(model, *given, **options)
+        monkeypatch.setattr(rows, "is_capturable", lambda device, sampling: True)
+        monkeypatch.setattr(rows, "CapturedStep", EagerStep)
+        assert generate(model, *given, **options) == expected
+
+    for pp in (1, 2):
+        run_distributed(check, pp, [30, 3, 4, 9, 12, 25, 30, 30], pp=pp)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_captured_step_gives_the_same_tokens(folders, monkeypatch):
+    """In a fork no GPU can be used: this process is the one rank."""
+    from megakd.runtime.initialize import initialize, process_group_closed_at_exit
+
+    with process_group_closed_at_exit():
+        model = load(initialize(), folders["llama"])
+        captured = generate(model, prompts(), IDS, SAMPLED, eos_id=EOS)
+        monkeypatch.setattr(rows, "is_capturable", lambda device, sampling: False)
+        assert captured == generate(model, prompts(), IDS, SAMPLED, eos_id=EOS)
+
+
+@pytest.mark.parametrize("tp, pp", LAYOUTS)
+def test_stories260k_tells_its_story_to_the_letter(data_folder, tp, pp):
+    """Five layers: three on the first stage, two on the second."""
+    folder = data_folder / "models" / "stories260K"
+
+    def tell(layout):
+        return generate(load(layout, folder), [[1]], [0], Sampling(max_new_tokens=200, greedy=True), eos_id=2)[0]
+
+    expected = (folder / "expected_greedy_200steps.txt").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for tokens in run_distributed(tell, tp * pp, tp=tp, pp=pp):
+        assert tokenizer.decode([1, *tokens], skip_special_tokens=True) == expected
+
+
+# ---- the distribution
+
+
+def draws(sampling: Sampling, logits: list[Tensor], shares: list[float], count: int) -> Tensor:
+    """`count` samples of one distribution, as frequencies [V]."""
+    size = logits[0].shape[0]
+    sampler = Sampler(sampling, Vocabulary(size), shares, size, torch.device("cpu"))
+    streams = noise_streams(sampling.seed, list(range(count)), torch.device("cpu"))
+    tokens = sampler([z.expand(count, -1).clone() for z in logits], streams, torch.tensor(4), None)
+    return torch.bincount(tokens, minlength=size)
+
+
+def chi_square_deviations(observed: Tensor, expected: Tensor) -> float:
+    """Standard deviations by which chi-square is above its mean; bins of fewer than 5 are put together."""
+    assert observed[expected == 0].sum() == 0, "a token of probability 0 was drawn"
+    rare = expected < 5
+    o, e = (torch.cat([x[~rare].double(), x[rare].sum()[None].double()]) for x in (observed, expected))
+    o, e = o[e > 0], e[e > 0]
+    degrees = len(e) - 1
+    return (((o - e) ** 2 / e).sum().item() - degrees) / math.sqrt(2 * degrees)
+
+
+def test_samples_follow_the_softmax_with_temperature_top_k_and_top_p():
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    z, count = torch.randn(200, generator=torch.Generator().manual_seed(0)) * 2, 50_000
+    together = {"temperature": 1.3, "top_k": 40, "top_p": 0.8}
+    for settings in ({}, {"temperature": 0.6}, {"temperature": 1.7}, {"top_k": 12}, {"top_p": 0.7}, together):
+        warped = z[None] / settings.get("temperature", 1.0)
+        assert torch.equal(warped, TemperatureLogitsWarper(settings.get("temperature", 1.0))(None, z[None]))
+        if "top_k" in settings:
+            warped = TopKLogitsWarper(settings["top_k"])(None, warped)
+        if "top_p" in settings:
+            warped = TopPLogitsWarper(settings["top_p"])(None, warped)
+        deviations = chi_square_deviations(draws(Sampling(**settings), [z], [1.0], count), count * warped.softmax(-1)[0])
+        assert abs(deviations) < 4, (settings, deviations)
+
+
+def test_mixed_samples_follow_the_mixture():
+    generator = torch.Generator().manual_seed(1)
+    q, p = (torch.randn(100, generator=generator) * 2 for _ in range(2))
+    expected = 0.8 * (q / 0.9).softmax(-1) + 0.2 * (p / 0.9).softmax(-1)
+    observed = draws(Sampling(temperature=0.9), [q, p], [0.8, 0.2], 50_000)
+    assert abs(chi_square_deviations(observed, 50_000 * expected)) < 4
+
+
+def test_rare_tokens_come_as_often_as_they_should():
+    """A token of probability 1e-4, five million draws."""
+    z = torch.tensor([0.0, math.log(1e-4)])
+    rare = sum(draws(Sampling(seed=seed), [z], [1.0], 500_000)[1].item() for seed in range(10))
+    assert abs(rare - 500) < 4 * math.sqrt(500)
+
+
+def test_noise_is_uniform_over_tokens_rows_positions_and_seeds():
+    rows, tokens = 64, torch.arange(50_257, dtype=torch.int32)
+    keys = noise_streams(1, list(range(rows)), torch.device("cpu"))
+    u = uniform31(keys, tokens) / 2**31
+    for view in (u, u.t()):  # along tokens, along rows
+        flat = view.flatten()
+        assert abs(chi_square_deviations(torch.histc(flat, 1000, 0, 1), torch.full((1000,), len(flat) / 1000))) < 4
+        pairs = torch.histc((flat[:-1] * 30).floor() * 30 + (flat[1:] * 30).floor(), 900, 0, 900)
+        assert abs(chi_square_deviations(pairs, torch.full((900,), len(flat) / 900))) < 5, "neighbours are not independent"
+    stream = noise_streams(9, [3], torch.device("cpu"))
+    for first, second in ((0, 1), (1, 2), (0, 2**40)):
+        a, b = (gumbel(stream, torch.tensor(position), tokens) for position in (first, second))
+        assert abs(torch.corrcoef(torch.cat([a, b]))[0, 1]) < 4 / math.sqrt(len(tokens))
+    g = gumbel(keys, torch.tensor(0), tokens)
+    assert g.mean().item() == pytest.approx(0.577216, abs=3e-3) and g.var().item() == pytest.approx(math.pi**2 / 6, abs=1e-2)
+
+
+# ---- the edges
+
+
+def test_a_response_ends_where_the_context_ends(folders):
+    def check(layout):
+        model = load(layout, folders["llama"])
+        long = list(range(2, 60))
+        responses = generate(model, [long, [5]], [0, 1], Sampling(max_new_tokens=100), eos_id=-1, soft_prompt=soft_prompt())
+        assert [len(response) for response in responses] == [64 - 58 - 3, 64 - 1 - 3]
+        with pytest.raises(ValueError, match=r"prompt 1 has 62 tokens.*soft prompt 3.*context of 64.*to 60 tokens or fewer"):
+            generate(model, [[1], [1] * 62], [0, 1], GREEDY, eos_id=EOS, soft_prompt=soft_prompt())
+        with pytest.raises(ValueError, match="prompt 0 has no tokens"):
+            generate(model, [[]], [0], GREEDY, eos_id=EOS)
+        assert generate(model, [], [], GREEDY, eos_id=EOS) == []
+
+    run_distributed(check, 1)
+
+
+def test_models_that_cannot_be_mixed_are_refused(folders, tmp_path):
+    def check(layout):
+        model = load(layout, folders["llama"])
+        other = load(layout, tiny_folder(tmp_path / "other", "llama", vocab_size=90, layers=1))
+        with pytest.raises(ValueError, match="vocabularies of 97 and 90 tokens cannot be mixed"):
+            generate(model, [[1]], [0], GREEDY, eos_id=EOS, mix_with=[Voice(other, 0.5)])
+        with pytest.raises(ValueError, match=r"shares \[0.0, 1.0\].*above 0"):
+            generate(model, [[1]], [0], GREEDY, eos_id=EOS, mix_with=[Voice(model, 1.0)])
+
+    run_distributed(check, 1)
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ({"max_new_tokens": 0}, "--max-new-tokens 0: it must be 1 or more"),
+        ({"temperature": 0.0}, "--temperature 0.0: it must be above 0; for the most likely token set greedy"),
+        ({"top_p": 1.5}, "--top-p 1.5: it must be above 0 and at most 1"),
+        ({"top_k": -1}, r"--top-k -1: it must be 0 \(all tokens\) or more"),
+    ],
+)
+def test_settings_out_of_range_are_named(setting, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**setting)
+
+
+def test_slices_hold_prompts_of_like_length():
+    slices = slices_of_like_length([100, 90, 75, 74, 60, 10])
+    assert [(list(s.rows), s.width) for s in slices] == [([0, 1, 2], 100), ([3, 4], 74), ([5], 10)]
+
+
+def test_mixture_of_a_model_with_itself_is_the_model(folders):
+    def check(layout):
+        model = load(layout, folders["opt"])
+        both = generate(model, prompts(), IDS, SAMPLED, eos_id=EOS, mix_with=[Voice(model, 0.3)])
+        return both == generate(model, prompts(), IDS, SAMPLED, eos_id=EOS)
+
+    assert all(run_distributed(check, 2, tp=2))
+
+
+def test_greedy_mixture_is_the_argmax_of_the_mixed_probabilities(folders):
+    def check(layout):
+        student, teacher = load(layout, folders["llama"]), load(layout, folders["gpt2"])
+        return generate(student, prompts(), IDS, GREEDY, eos_id=-1, mix_with=[Voice(teacher, 0.4)])
+
+    models = [tiny_model(tiny_config(**VARIANTS[name])) for name in ("llama", "gpt2")]
+    for prompt, response in zip(prompts(), run_distributed(check, 1)[0]):
+        tokens = torch.tensor([prompt + response])
+        with torch.no_grad():
+            q, p = (model(tokens).logits[0, len(prompt) - 1 : -1].softmax(-1) for model in models)
+        assert (0.6 * q + 0.4 * p).argmax(-1).tolist() == response
