@@ -36,8 +36,8 @@ from torch import Tensor
 REPETITIONS = 30
 FLUSH_BYTES = 256 * 2**20
 CHECKED_ROWS = 32  # rows of a gradient compared with float64: the whole would not fit
-FIELDS = ("case", "implementation", "p20_ms", "p50_ms", "p80_ms", "cpu_p50_ms", "copy_share", "peak_mb", "gradient_error", "first_s",
-          "note")
+FIELDS = ("case", "implementation", "p20_ms", "p50_ms", "p80_ms", "cpu_p50_ms", "copy_share", "peak_mb", "gradient_error",
+          "first_s", "note")
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
