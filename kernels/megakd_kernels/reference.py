@@ -179,7 +179,7 @@ def prompt_embedding(tokens_BS: Tensor, word_weight: Tensor, prompt_PH: Tensor, 
         ids = torch.arange(rows + tokens_BS.shape[1], device=tokens_BS.device) if position_ids is None else position_ids
         positions = position_weight[ids]
         prompt, words_BSH = prompt + positions[..., :rows, :], words_BSH + positions[..., rows:, :]
-    prompt_BPH = prompt.expand(tokens_BS.shape[0], -1, -1).to(word_weight.dtype)  # in this order its gradient is summed in float32
+    prompt_BPH = prompt.expand(tokens_BS.shape[0], -1, -1).to(word_weight.dtype)  # so its gradient is summed in float32
     return torch.cat([prompt_BPH, words_BSH], dim=1)
 
 
