@@ -14,7 +14,7 @@ from megakd.losses.distillation import Hidden, VocabularySplit, reverse_kl_loss,
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.optimizer import StudentOptimizer
 from megakd.reporting.stopwatch import Stopwatch
-from megakd.schedules import LossFunction, evaluate_loss, forward_backward, supervised_hidden, supervised_labels
+from megakd.schedules import LossFunction, evaluate_loss, forward_backward, mean_of_means, supervised_hidden, supervised_labels
 
 
 @dataclass
@@ -68,10 +68,14 @@ class Method:
         with self.time("student_step"):
             self.student.train()
             self.optimizer.zero_grad()
-            means = forward_backward(self.optimizer.ddp, batches, loss, names, layout=self.layout)
+            means = forward_backward(self.optimizer.ddp, batches, self.normalised(loss, batches), names, layout=self.layout)
         with self.time("optimizer"):
             step = self.optimizer.step(iteration)
         return to_floats(means) | step | self.padding(batches)
+
+    def normalised(self, loss: LossFunction, batches: list[Batch]) -> LossFunction:
+        """A token mean over the global batch, or the reference's mean of means."""
+        return mean_of_means(loss, batches, self.layout) if self.config.training.quirk("mean-of-means") else loss
 
     def padding(self, batches: list[Batch]) -> dict[str, float]:
         """Real input positions of the global batch, and their share of the positions computed."""
