@@ -12,6 +12,7 @@ from megakd.data.batch import Batch, Sample, micro_batches
 from megakd.data.dataloader import DataLoader
 from megakd.losses.distillation import Hidden, VocabularySplit, reverse_kl_loss, sft_loss
 from megakd.models.gpt_model import HiddenStateGPTModel
+from megakd.models.model_provider import share_vocabulary
 from megakd.optimizer import StudentOptimizer
 from megakd.reporting.stopwatch import Stopwatch
 from megakd.schedules import LossFunction, evaluate_loss, forward_backward, mean_of_means, supervised_hidden, supervised_labels
@@ -39,8 +40,7 @@ class Method:
         self.tokenizer, self.time = cast.tokenizer, cast.stopwatch
         self.config, self.total_iters = config, total_iters
         self.layout = cast.student.layout
-        widths = [model.real_vocab_size for model in (cast.student, cast.teacher) if model is not None]
-        self.vocabulary = VocabularySplit(min(widths), self.layout.tp_group)
+        self.vocabulary = VocabularySplit(share_vocabulary(list(filter(None, (cast.student, cast.teacher)))), self.layout.tp_group)
 
     def train_iteration(self, loader: DataLoader, iteration: int) -> dict[str, float]:
         """One iteration, counted from 1; returns what to log, the same on every rank."""
