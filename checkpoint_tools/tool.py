@@ -30,8 +30,8 @@ UNNEEDED = (
 )
 EPILOG = (
     "Underscores work like dashes, and so do --tp, --pp, --load-dir, --save-dir, --target-tensor-parallel-size, "
-    "--target-pipeline-parallel-size, --target-mp-size, --output-path, --exist-ok. What old command lines say besides is in the folder "
-    f"itself: {', '.join(UNNEEDED)} are accepted and not used."
+    "--target-pipeline-parallel-size, --target-mp-size, --output-path, --exist-ok. What old command lines say besides is in the "
+    f"folder itself: {', '.join(UNNEEDED)} are accepted and not used."
 )
 
 

@@ -99,7 +99,9 @@ class TrainingConfig:
 class DistillationConfig:
     """What the student learns from the teacher."""
 
-    kd_ratio: Annotated[float, alias("--kd-alpha")] = flag(0.5, "kd: share of the divergence, the rest is cross-entropy on the responses")
+    kd_ratio: Annotated[float | None, alias("--kd-alpha")] = flag(
+        None, "share of the divergence, the rest is cross-entropy on the responses; default: 0.5 (kd, minillm's text), 0 (seqkd)"
+    )
     kd_objective: Objective = flag("forward_kl", "kd: which divergence between teacher p and student q")
     kd_temperature: float = flag(1.0, "kd: temperature of both distributions in the divergence, never of sampling")
     beta: float = flag(0.5, "jsd: the teacher's share of the mixture")

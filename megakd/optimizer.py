@@ -13,8 +13,6 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megakd.config import TrainingConfig
-from megakd.models.gpt_model import HiddenStateGPTModel
-from megakd.models.soft_prompt import SoftPrompt
 
 
 def learning_rate(iteration: int, *, lr: float, total_iters: int, config: TrainingConfig) -> float:
@@ -37,7 +35,7 @@ class StudentOptimizer:
     Norms and biases of every family are kept from weight decay.
     """
 
-    def __init__(self, model: HiddenStateGPTModel, config: TrainingConfig, *, total_iters: int, distributed: bool):
+    def __init__(self, model: torch.nn.Module, config: TrainingConfig, *, total_iters: int, distributed: bool):
         self.config, self.total_iters = config, total_iters
         ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
         self.ddp = DistributedDataParallel(model.config, ddp_config, model, pg_collection=model.layout.groups)
@@ -80,7 +78,7 @@ def optimizer_config(config: TrainingConfig, dtype: torch.dtype, distributed: bo
 class SoftPromptOptimizer:
     """AdamW on the soft prompt alone. The frozen teacher has no gradient, no optimizer state and no gradient buffer."""
 
-    def __init__(self, prompt: SoftPrompt, config: TrainingConfig, *, lr: float, total_iters: int):
+    def __init__(self, prompt: torch.nn.Module, config: TrainingConfig, *, lr: float, total_iters: int):
         self.prompt, self.config, self.lr, self.total_iters = prompt, config, lr, total_iters
         betas = (config.adam_beta1, config.adam_beta2)
         self.adam = torch.optim.AdamW(prompt.parameters(), lr=lr, betas=betas, eps=config.adam_eps, weight_decay=config.weight_decay)

@@ -192,7 +192,7 @@ class Trainer:
         check_finite(metrics, self.iteration)
         metrics |= {"tokens_per_second": metrics["positions"] / seconds, "memory_gib": peak_memory() / GIB}
         self.logger.log(self.iteration, metrics | self.method.time.take() | {"time/iteration": seconds})
-        if self.config.output.save_rollouts and self.method.on_policy:
+        if self.config.output.save_rollouts and self.method.rollouts:
             self._write_rollouts()
 
     def _write_rollouts(self) -> None:

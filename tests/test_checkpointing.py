@@ -31,7 +31,7 @@ from megakd.schedules import forward_backward, supervised_labels
 
 VOCABULARY = 60  # padded to 64 rows at TP 1 and to 128 at TP 2
 EXTRA = {"vectors": torch.arange(24.0).view(3, 8) / 7, "step": torch.tensor(2.0)}
-STUDENT = {"layers": 2, "vocab_size": VOCABULARY}
+STUDENT = {"layers": 3, "vocab_size": VOCABULARY}
 
 
 def samples(iteration: int) -> list[Sample]:
@@ -190,9 +190,11 @@ def test_damage_is_named_when_a_checkpoint_is_opened(saved, tmp_path):
 
 
 def test_an_iteration_that_is_not_there_is_named_with_those_that_are(saved):
-    with pytest.raises(ValueError, match=r"--load .*: holds no iter_0000009 \(there: iter_0000002\); choose one with --iteration"):
+    with pytest.raises(
+        ValueError, match=r"--load .*: holds no iter_0000009 \(there: iter_0000002\); choose one with --iteration"
+    ):
         NativeCheckpoint(saved / "run", iteration=9)
-    with pytest.raises(ValueError, match="no latest_checkpointed_iteration.txt, so it is not a native checkpoint"):
+    with pytest.raises(ValueError, match=r"no latest_checkpointed_iteration\.txt, so it is not a native checkpoint"):
         NativeCheckpoint(saved / "hf")
     assert read_latest(saved / "hf") is None
 

@@ -19,7 +19,7 @@ from test_models import batches
 from tiny import tiny_config, tiny_folder, tiny_model
 from transformers import AutoModelForCausalLM
 
-from megakd.checkpointing import ModelFolder, NativeCheckpoint, export_to_hf, load_model_weights, read_latest
+from megakd.checkpointing import ModelFolder, NativeCheckpoint, export_to_hf, read_latest
 from megakd.checkpointing.import_hf import hf_to_native
 from megakd.checkpointing.reshard import reshard
 from megakd.models.model_provider import build_model, padded_vocab_size
@@ -34,6 +34,8 @@ VARIANTS = {
     "llama, tied": {"family": "llama", "tie_word_embeddings": True},
     "llama, one key/value head": {"family": "llama", "num_key_value_heads": 1},
     "llama, biases": {"family": "llama", "attention_bias": True, "mlp_bias": True},
+    "qwen2": {"family": "qwen2"},
+    "mistral": {"family": "mistral", "sliding_window": 32},
 }
 TOKENIZER = {"tokenizer.json": "{}", "tokenizer_config.json": '{"model_max_length": 64}', "chat_template.jinja": "{{ messages }}"}
 
@@ -96,21 +98,23 @@ def test_long_tensors_travel_in_many_blocks(folders, tmp_path, monkeypatch):
     monkeypatch.setattr("megakd.checkpointing.blocks.BLOCK_BYTES", 4000)
     for name in ("gpt2", "opt", "llama, one key/value head"):
         hf_to_native(folders[name], tmp_path / "mp", tp=4, pp=1, force=True)
-        reshard(tmp_path / "mp", tmp_path / "mp2", tp=2, pp=2, force=True)
+        reshard(tmp_path / "mp", tmp_path / "mp2", tp=2, pp=3, force=True)
         assert_same_bits(weights(export_to_hf(tmp_path / "mp2", tmp_path / "hf")), weights(folders[name]))
 
 
 def build(layout, folder: Path):
     source = ModelFolder.open(folder)
-    return build_model(source.config, layout, padded_vocab_size=padded_vocab_size([source.config.vocab_size], layout.tp_size)), source
+    return build_model(
+        source.config, layout, padded_vocab_size=padded_vocab_size([source.config.vocab_size], layout.tp_size)
+    ), source
 
 
 def megatron_loads_what_the_tool_wrote(layout, pairs):
     """Once by megatron-core's own load, once rank by rank; both against the Hugging Face folder."""
     for folder, root in pairs:
         (expected, source), (ours, native) = build(layout, folder), build(layout, root)
-        load_model_weights(expected, source)
-        load_model_weights(ours, native)
+        source.load_into(expected)
+        native.load_into(ours)
         theirs, _ = build(layout, folder)
         state = theirs.sharded_state_dict(metadata={"dp_cp_group": layout.groups.dp_cp})
         theirs.load_state_dict(dist_checkpointing.load(state, str(NativeCheckpoint(root).folder)))
@@ -157,8 +161,27 @@ def test_help_is_there_at_once(name):
 
 def test_the_three_tools_and_other_projects_spellings(folders, tmp_path):
     commands = [
-        ("hf_to_mp.py", "--input_path", folders["gpt2"], "--save-dir", tmp_path / "mp", "--target_mp_size=2", "--model_type", "gpt2"),
-        ("reshard.py", "--load-dir", tmp_path / "mp", "--save", tmp_path / "mp2", "--tp", 1, "--target-pipeline-parallel-size", 4),
+        (
+            "hf_to_mp.py",
+            "--input_path",
+            folders["gpt2"],
+            "--save-dir",
+            tmp_path / "mp",
+            "--target_mp_size=2",
+            "--model_type",
+            "gpt2",
+        ),
+        (
+            "reshard.py",
+            "--load-dir",
+            tmp_path / "mp",
+            "--save",
+            tmp_path / "mp2",
+            "--tp",
+            1,
+            "--target-pipeline-parallel-size",
+            4,
+        ),
         ("mp_to_hf.py", "--load", tmp_path / "mp2", "--iteration", 0, "--save", tmp_path / "hf", "--max-shard-size", "1GB"),
     ]
     for command in commands:
@@ -166,6 +189,20 @@ def test_the_three_tools_and_other_projects_spellings(folders, tmp_path):
         assert done.returncode == 0 and done.stdout.startswith("wrote "), done.stderr
     assert NativeCheckpoint(tmp_path / "mp").description.layout["tensor_model_parallel_size"] == 2
     assert_same_bits(weights(tmp_path / "hf"), weights(folders["gpt2"]))
+
+
+def test_a_wrong_flag_is_one_line():
+    answer = tool("reshard.py", "--load", "a", "--save", "b", "--tp", "two")
+    assert answer.returncode == 2 and answer.stderr.count("\n") == 1
+    assert "argument --tensor-model-parallel-size: 'two' is not a positive number" in answer.stderr
+
+
+def test_tensors_that_the_model_does_not_have_are_named(folders, tmp_path):
+    folder = Path(shutil.copytree(folders["gpt2"], tmp_path / "hf"))
+    extra = {"v_head.weight": torch.zeros(3), "transformer.h.0.attn.masked_bias": torch.zeros(1)}
+    save_file(load_file(folder / "model.safetensors") | extra, folder / "model.safetensors")
+    with pytest.warns(UserWarning, match=r"v_head\.weight is no part of a gpt2 model; left out$"):
+        hf_to_native(folder, tmp_path / "mp", tp=1, pp=1)
 
 
 def truncated(folder: Path) -> None:
@@ -195,7 +232,7 @@ def mixed_dtypes(folder: Path) -> None:
 
 def other_family(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "phi"}))
 
 
 BROKEN = [
@@ -204,9 +241,9 @@ BROKEN = [
     (without_a_tensor, {}, r"tensor 'model\.layers\.1\.mlp\.up_proj\.weight' is missing"),
     (wrong_vocabulary, {}, r"has shape \(97, 64\), but config\.json asks for \(90, 64\)"),
     (mixed_dtypes, {}, r"up_proj\.weight is stored as F16, F32; save the model with one of"),
-    (other_family, {}, r"model_type 'mistral' is not supported; use one of gpt2, llama, opt"),
+    (other_family, {}, r"model_type 'phi' is not supported; use one of gpt2, llama,"),
     (lambda folder: None, {"tp": 3}, r"--tensor-model-parallel-size 3 does not divide the 4 attention heads"),
-    (lambda folder: None, {"pp": 3}, r"--pipeline-model-parallel-size 3 does not divide the 4 layers"),
+    (lambda folder: None, {"pp": 5}, r"--pipeline-model-parallel-size 5 is more than the 4 layers"),
     (shutil.rmtree, {}, r"--model .*: no such folder"),
 ]
 
@@ -222,12 +259,19 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(folders, tmp_path, brea
 
 def test_a_verification_that_fails_leaves_nothing_behind(folders, tmp_path, monkeypatch):
     hf_to_native(folders["gpt2"], tmp_path / "mp", tp=1, pp=1)
-    monkeypatch.setattr("megakd.checkpointing.torch_dist_writer.torch.save", lambda value, file: save_with_a_wrong_bit(value, file))
-    with pytest.raises(RuntimeError, match="verification: transformer.h.0.ln_1.weight differs from its source; nothing was written"):
+    monkeypatch.setattr(
+        "megakd.checkpointing.torch_dist_writer.torch.save", lambda value, file: save_with_a_wrong_bit(value, file)
+    )
+    with pytest.raises(
+        RuntimeError, match=r"verification: transformer\.h\.0\.ln_1\.weight differs from its source; nothing was written"
+    ):
         hf_to_native(folders["gpt2"], tmp_path / "new", tp=1, pp=1)
     monkeypatch.undo()
-    monkeypatch.setattr("megakd.checkpointing.export_hf.HuggingFaceView.read", lambda self, name, index: torch.zeros([s.stop - s.start for s in index]))
-    with pytest.raises(RuntimeError, match="verification: .* differs from its source"):
+    monkeypatch.setattr(
+        "megakd.checkpointing.export_hf.HuggingFaceView.read",
+        lambda self, name, index: torch.zeros([s.stop - s.start for s in index]),
+    )
+    with pytest.raises(RuntimeError, match=r"verification: .* differs from its source"):
         export_to_hf(tmp_path / "mp", tmp_path / "hf")
     assert {path.name for path in tmp_path.iterdir()} == {"mp"}
 
@@ -245,7 +289,7 @@ save_with_a_wrong_bit.done = False
 def test_what_is_there_is_replaced_by_force_only(folders, tmp_path):
     convert = lambda **options: hf_to_native(folders["gpt2"], tmp_path / "mp", tp=1, pp=1, **options)
     convert()
-    with pytest.raises(ValueError, match="--save .*: exists and is not empty; give another folder, or --force to replace it"):
+    with pytest.raises(ValueError, match=r"--save .*: exists and is not empty; give another folder, or --force to replace it"):
         convert()
     convert(force=True)
     (tmp_path / "mine").mkdir()
@@ -294,7 +338,9 @@ def test_memory_stays_under_one_and_a_half_of_the_largest_tensor(tmp_path):
     tiny_model(tiny_config("gpt2", layers=1, hidden=256, vocab_size=200_003)).save_pretrained(tmp_path / "hf")
     tiny_folder(tmp_path / "tiny", "gpt2")
     largest = 200_003 * 256 * 4
-    done = subprocess.run([sys.executable, "-c", PEAK_OF_A_CONVERSION, str(tmp_path)], capture_output=True, text=True, cwd=TOOLS.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK_OF_A_CONVERSION, str(tmp_path)], capture_output=True, text=True, cwd=TOOLS.parent
+    )
     assert done.returncode == 0, done.stderr
     peaks = [int(line.split()[0]) for line in done.stdout.splitlines()]
     assert len(peaks) == 3 and all(peak < 1.5 * largest for peak in peaks), done.stdout

@@ -95,7 +95,7 @@ def check_one_iteration(layout, method_name, pairs, micro_batch_size, parallel):
 
 
 def expected(reference, method_name, rows, vectors):
-    if method_name == "sft":
+    if method_name in ("sft", "seqkd"):
         return reference.sft(rows)
     if method_name == "kd":
         return reference.kd(rows, kd_ratio=0.5)
@@ -157,6 +157,27 @@ def check_divergences(layout, parallel):
 def test_every_divergence_equals_float64_transformers(tp, pp, dp):
     parallel = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
     run_distributed(check_divergences, tp * pp * dp, parallel, tp=tp, pp=pp)
+
+
+@pytest.mark.parametrize("tp, pp, dp", FEWER_LAYOUTS)
+def test_seqkd_is_sft_on_what_the_teacher_wrote(tp, pp, dp):
+    parallel = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    run_distributed(check_one_iteration, tp * pp * dp, "seqkd", {"gpt2": PAIRS["gpt2"]}, 2, parallel, tp=tp, pp=pp)
+
+
+def check_seqkd_writes_once(layout):
+    config = run_config("seqkd", 2, {})
+    method = METHODS["seqkd"](cast(layout, config, PAIRS["gpt2"]), config, total_iters=TOTAL_ITERS)
+    method.train(deal(samples(), layout.dp_size)[layout.dp_rank], 1)
+    first = dict(method.written)
+    method.write = lambda missing: pytest.fail("written twice") if missing else None
+    method.train(deal(samples(), layout.dp_size)[1 - layout.dp_rank], 2)  # the other replica's prompts
+    return {i: sample.response for i, sample in first.items()}
+
+
+def test_a_response_of_the_teacher_is_written_once_for_all_replicas():
+    first, second = run_distributed(check_seqkd_writes_once, 2)
+    assert first == second and len(first) == 8
 
 
 def text_rows() -> list[Sample]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kl_rows import accumulation_dtype, centred, clear_inactive, row_chunks, scaled
+from .kl_rows import accumulation_dtype, centred, clear_inactive, row_chunks, scaled, write_rows
 from .shards import FLOOR
 
 
@@ -32,7 +32,7 @@ def gradient(logits_NV: Tensor, labels_N: Tensor, top_N: Tensor, sum_N: Tensor, 
         here_R, column_R = _own(labels_N[rows], p.shape[1])
         if p.shape[1]:
             p.scatter_add_(1, column_R[:, None], -here_R.to(p.dtype)[:, None])
-        grad_NV[rows] = p.mul_(scale_N[rows, None]).to(grad_NV.dtype)
+        write_rows(grad_NV, rows, p.mul_(scale_N[rows, None]))
     clear_inactive(active_N, grad_NV)
 
 

@@ -117,12 +117,12 @@ def gradient(a_NV: Tensor, b_NV: Tensor, c_NV: Tensor | None, merged: Merged, sc
             w = _third(a_NV, c_NV, rows, temperature, difference).sub_(merged.top_c[rows, None]).clamp_min_(FLOOR)
         scaled_p_a = u.exp().mul_(scale_a[rows, None])
         if grad_b is not None:
-            grad_b[rows] = v.exp().mul_(scale_b[rows, None]).sub_(scaled_p_a).to(grad_b.dtype)
+            write_rows(grad_b, rows, v.exp().mul_(scale_b[rows, None]).sub_(scaled_p_a))
         if grad_a is not None:
             ratio = torch.sub(u, v, out=v)
             if w is not None:
                 ratio += torch.sub(u, w, out=w).mul_(coef)
-            grad_a[rows] = ratio.sub_(constant_N[rows, None]).mul_(scaled_p_a).to(grad_a.dtype)
+            write_rows(grad_a, rows, ratio.sub_(constant_N[rows, None]).mul_(scaled_p_a))
     clear_inactive(active_N, grad_a, grad_b)
 
 
@@ -163,7 +163,7 @@ def mixture_gradient(q_NV: Tensor, p_NV: Tensor, merged: Merged, sums_2N: Tensor
         dq, dp = _mixture_rows(*((log_p, log_q) if swap else (log_q, log_p)), x, y, objective, share)
         for grad_NV, d in ((grad_p, dq), (grad_q, dp)) if swap else ((grad_q, dq), (grad_p, dp)):
             if grad_NV is not None:
-                grad_NV[rows] = d.mul_(scale_N[rows, None]).to(grad_NV.dtype)
+                write_rows(grad_NV, rows, d.mul_(scale_N[rows, None]))
     clear_inactive(active_N, grad_q, grad_p)
 
 
@@ -206,6 +206,13 @@ def centred(x_RV: Tensor) -> tuple[Tensor, Tensor]:
         return x_RV, x_RV.new_full((x_RV.shape[0],), FLOOR)
     top_R1 = x_RV.amax(-1, keepdim=True).clamp_min_(FLOOR)
     return x_RV.sub_(top_R1).clamp_min_(FLOOR), top_R1[:, 0]
+
+
+def write_rows(out_NV: Tensor, rows: slice | Tensor, x_RV: Tensor) -> None:
+    if isinstance(rows, slice):
+        out_NV[rows].copy_(x_RV)  # rounds while it copies
+    else:
+        out_NV[rows] = x_RV.to(out_NV.dtype)
 
 
 def clear_inactive(active_N: Tensor, *grads_NV: Tensor | None) -> None:

@@ -1,7 +1,8 @@
 """Which implementation runs: `rows` on a CPU, Triton on a CUDA device, the reference there without Triton or in float64.
 
 Triton is imported at the first call on a CUDA device, never with the package: its interpreter switch (TRITON_INTERPRET) is read
-when a kernel is defined, and a machine without a GPU has no use for it. `use` names an implementation for a block of code.
+when a kernel is defined, and a machine without a GPU has no use for it. `use` names an implementation for a block of code; only
+so is `compiled` reached, torch.compile's version of the CPU's row functions.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
-IMPLEMENTATIONS = ("rows", "triton", "reference")
+IMPLEMENTATIONS = ("rows", "compiled", "triton", "reference")
 _chosen: str | None = None
 
 
@@ -46,7 +47,10 @@ def implementation(x: Tensor) -> str:
 
 def kernels(x: Tensor, operator: str) -> ModuleType:
     """The module that holds an operator's functions for tensors like x: megakd_kernels.<operator>_rows or _triton."""
-    return importlib.import_module(f".{operator}_{implementation(x)}", __package__)
+    name = implementation(x)
+    if name == "compiled" and operator != "kl":
+        name = "rows"
+    return importlib.import_module(f".{operator}_{name}", __package__)
 
 
 @cache

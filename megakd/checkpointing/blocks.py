@@ -35,7 +35,7 @@ def split(lo: int, hi: int, row_bytes: int) -> Iterator[tuple[int, int]]:
 
 
 def row_pieces(index: Index, row_bytes: int) -> Iterator[Index]:
-    """`index` cut along its rows: a few columns of a mapped tensor touch the pages of its whole rows, and those count as memory too."""
+    """`index` cut along its rows: a few columns of a mapped tensor touch the pages of whole rows, and those are memory too."""
     if len(index) < 2:
         yield index
         return

@@ -36,7 +36,9 @@ def export_to_hf(
     verify: bool = True,
     force: bool = True,
 ) -> Path:
-    """Write the Hugging Face folder `save` from one iteration of `load`; optimizer state is not read. `force` replaces an earlier export.
+    """Write the Hugging Face folder `save` from one iteration of `load`; optimizer state is not read.
+
+    `force` replaces an earlier export, and nothing else.
 
     Raises:
         ValueError: the checkpoint cannot be read or `save` is in use; nothing was written.
@@ -68,7 +70,7 @@ def write_view(folder: Path, view: HuggingFaceView, plans: list[TensorPlan], max
 
 
 def name_dtype(config_file: Path, dtypes: list[torch.dtype]) -> None:
-    """config.json stays as it was, but for the dtype where training changed it: from_pretrained would round the weights to the old one."""
+    """config.json stays as it was, but for a dtype that training changed: from_pretrained would round to the old one."""
     if len(set(dtypes)) > 1:
         return
     config, stored = json.loads(config_file.read_text()), str(dtypes[0]).removeprefix("torch.")

@@ -1,7 +1,7 @@
 """The Hugging Face side of a checkpoint, in its folder `huggingface/`: everything of the model's folder but its weights.
 
-Rows of a Hugging Face tensor that no Megatron parameter holds (OPT's two unused positions) are kept in skipped_rows.safetensors, so
-that the way back is exact to the bit.
+Rows of a Hugging Face tensor that no Megatron parameter holds (OPT's two unused positions) are kept in skipped_rows.safetensors:
+the way back is exact to the bit.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megakd.models.hf_checkpoint import HFCheckpoint
@@ -61,5 +60,4 @@ def read_skipped_rows(hf_folder: Path) -> dict[str, Tensor]:
     file = hf_folder / SKIPPED_ROWS
     if not file.is_file():
         return {}
-    with safe_open(file, framework="pt") as stored:
-        return {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118: not a dict
+    return load_file(file)

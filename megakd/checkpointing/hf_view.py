@@ -1,7 +1,7 @@
 """A native checkpoint under Hugging Face names: the same `Source` that a Hugging Face folder is.
 
-Between the two formats rows only move. So a mapping that is asked where its row *numbers* go says, for every row of a Hugging Face
-tensor, which Megatron row it is; consecutive rows are then read together, and nothing else is read.
+Between the two formats rows only move. So a mapping that is asked where its row *numbers* go says which Megatron row each row of
+a Hugging Face tensor is; consecutive rows are then read together, and nothing else is read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megakd.models.param_mapping import HFTensor, Vocabulary
 
 @dataclass(frozen=True)
 class Run:
-    """Rows start..start + length of a Hugging Face tensor's output axis are rows `row`.. of a Megatron parameter, or of the skipped rows."""
+    """`length` rows of a Hugging Face tensor from `start` on: those of a Megatron parameter from `row` on, or skipped rows."""
 
     start: int
     length: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,12 @@ from megakd.checkpointing.parameters import Grid, Parameter, checkpoint_paramete
 from megakd.checkpointing.publish import check_target, published
 from megakd.checkpointing.torch_dist_writer import TorchDistWriter
 from megakd.checkpointing.verify import check_equal, progress
+from megakd.models.hf_checkpoint import without_prefix
 from megakd.models.hf_writer import DTYPES
 from megakd.models.model_provider import check_layout, padded_vocab_size
 from megakd.models.param_mapping import Vocabulary
 
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", "lm_head.weight")
 COMMON = "common.pt"  # what megatron-core keeps besides tensors; nothing here
 
 
@@ -45,6 +48,7 @@ def hf_to_native(model: Path, save: Path, *, tp: int, pp: int, verify: bool = Tr
     check_target(save, force=force, ours=is_native, what="native checkpoints")
     grid, width = Grid(tp, pp, hf.num_hidden_layers), padded_vocab_size([hf.vocab_size], tp)
     plan = plan_import(source, width)
+    warn_of_leftovers(source, plan)
     with published(iteration_folder(save, 0)) as folder:
         write_parameters(folder, source, plan, grid)
         write_hf_folder(model, folder)
@@ -68,8 +72,8 @@ def plan_import(source: WindowedCheckpoint, padded_size: int) -> list[PlannedPar
         if (item.shape, item.dtype) != (model.shape, model.dtype):
             names = ", ".join(tensor.name for tensor in item.parameter.mapping.sources())
             raise ValueError(
-                f"{source.flag} {source.folder}: {names} is {item.dtype} of shape {item.shape}, but in layer 0 {model.dtype} of shape "
-                f"{model.shape}; layers must be alike, save the model with one dtype"
+                f"{source.flag} {source.folder}: {names} is {item.dtype} of shape {item.shape}, but in layer 0 {model.dtype} of "
+                f"shape {model.shape}; layers must be alike, save the model with one dtype"
             )
     return plan
 
@@ -80,7 +84,8 @@ def planned(source: WindowedCheckpoint, parameter: Parameter) -> PlannedParamete
     if len(found) > 1 or not found <= set(DTYPES):
         names = ", ".join(tensor.name for tensor in tensors)
         raise ValueError(
-            f"{source.flag} {source.folder}: {names} is stored as {', '.join(sorted(found))}; save the model with one of {', '.join(DTYPES)}"
+            f"{source.flag} {source.folder}: {names} is stored as {', '.join(sorted(found))}; "
+            f"save the model with one of {', '.join(DTYPES)}"
         )
     check_vocabulary(source, parameter)
     return PlannedParameter(parameter, tuple(parameter.mapping.shape(source)), DTYPES[found.pop()])
@@ -91,9 +96,19 @@ def check_vocabulary(source: WindowedCheckpoint, parameter: Parameter) -> None:
         tensor, expected = parameter.mapping.tensor, (source.config.vocab_size, source.config.hidden_size)
         if tensor.shape(source) != expected:
             raise ValueError(
-                f"{source.flag} {source.folder}: {tensor.name} has shape {tensor.shape(source)}, but config.json asks for {expected}; "
-                "set vocab_size and hidden_size to what the weights have"
+                f"{source.flag} {source.folder}: {tensor.name} has shape {tensor.shape(source)}, but config.json asks for "
+                f"{expected}; set vocab_size and hidden_size to what the weights have"
             )
+
+
+def warn_of_leftovers(source: WindowedCheckpoint, plan: list[PlannedParameter]) -> None:
+    """Name what from_pretrained would call unexpected; buffers that old folders hold, and copies of a tied head, are expected."""
+    used = {tensor.name for item in plan for tensor in item.parameter.mapping.sources()}
+    used |= {without_prefix(name) for name in used}
+    if left := sorted(name for name in source.tensors if name not in used and not name.endswith(BUFFERS)):
+        warnings.warn(
+            f"{source.folder}: {', '.join(left)} is no part of a {source.config.model_type} model; left out", stacklevel=2
+        )
 
 
 def write_parameters(folder: Path, source: WindowedCheckpoint, plan: list[PlannedParameter], grid: Grid) -> None:

@@ -1,18 +1,19 @@
 """Which parameters a checkpoint holds, and which rectangle of each lies on which (stage, tensor-parallel) rank.
 
-megatron-core stacks a model's equal layers: `decoder.layers.3.mlp.linear_fc1.weight` is row 3 of `decoder.layers.mlp.linear_fc1.weight`.
+megatron-core stacks equal layers: `decoder.layers.3.mlp.linear_fc1.weight` is row 3 of `decoder.layers.mlp.linear_fc1.weight`.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
 from megakd.checkpointing.blocks import split
-from megakd.models.model_provider import at_layer, family_of
+from megakd.models.model_provider import at_layer, family_of, uneven_split
 from megakd.models.param_mapping import Mapping
 
 HEAD = "output_layer.weight"
@@ -48,7 +49,7 @@ class Grid:
     def stage(self, parameter: Parameter) -> int:
         """The stage that writes the parameter."""
         if parameter.layer is not None:
-            return parameter.layer * self.pp // self.num_layers
+            return bisect_right(first_layers(self.num_layers, self.pp), parameter.layer) - 1
         return 0 if parameter.key.startswith(FIRST_STAGE) else self.pp - 1
 
     def stored_shape(self, parameter: Parameter, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -63,6 +64,15 @@ class Grid:
             for lo, hi in parameter.mapping.ranges(size, tp_rank, self.tp):
                 for piece in split(lo, hi, row_bytes):
                     yield self.stage(parameter) * self.tp + tp_rank, *piece
+
+
+def first_layers(num_layers: int, pp: int) -> list[int]:
+    """The number of each stage's first layer; as in the model, the outer stages share what does not divide."""
+    if not (ends := uneven_split(num_layers, pp)):
+        return list(range(0, num_layers, num_layers // pp))
+    first, last = ends.values()
+    middle = (num_layers - first - last) // max(1, pp - 2)
+    return [0, *(first + stage * middle for stage in range(pp - 1))]
 
 
 def checkpoint_parameters(hf: PretrainedConfig, padded_vocab_size: int) -> list[Parameter]:

@@ -152,7 +152,9 @@ class LoadCommonWithoutPickle(TorchCommonLoadStrategy):
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"{file}: damaged, or holds more than numbers and names; copy the checkpoint again, or do not trust it") from error
+            raise ValueError(
+                f"{file}: damaged, or holds more than numbers and names; copy the checkpoint again, or do not trust it"
+            ) from error
 
 
 def describe(model: HiddenStateGPTModel, iteration: int, teacher_layout: ParallelLayout | None) -> Description:

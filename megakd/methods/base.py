@@ -32,6 +32,7 @@ class Method:
     """One method. A subclass says what an iteration is; on-policy methods are given prompts, the others prompts and responses."""
 
     on_policy = False
+    rollouts: Sequence[Sample] = ()  # what was written in the last iteration, by whomever
 
     def __init__(self, cast: Cast, config: Config, *, total_iters: int):
         self.student, self.optimizer, self.teacher = cast.student, cast.optimizer, cast.teacher

@@ -1,4 +1,4 @@
-"""Write safetensors files as a stream: header first, then every tensor block by block, over as many shards as their size asks for."""
+"""Write safetensors files as a stream: header first, then every tensor block by block, over as many shards as it takes."""
 
 from __future__ import annotations
 
