@@ -19,9 +19,13 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 import yaml
 
-MethodName = Literal["sft", "kd", "promptkd"]
+MethodName = Literal["sft", "kd", "seqkd", "minillm", "promptkd"]
 Objective = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
-TEACHER_METHODS = ("kd", "promptkd")
+METHOD_HELP = (
+    "sft: cross-entropy on the responses; kd: a divergence on the responses; seqkd: the teacher's own responses; "
+    "minillm: policy gradient on the student's responses; promptkd: KL to a prompted teacher on the student's responses"
+)
+TEACHER_METHODS = ("kd", "seqkd", "minillm", "promptkd")
 
 
 def flag(default: Any, help: str) -> Any:
@@ -55,11 +59,17 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
+class LayoutConfig:
     """How a model is spread over ranks; what TP × PP leaves is data parallelism."""
 
     tensor_model_parallel_size: Annotated[int, alias("--tp")] = flag(1, "ranks that share one layer")
     pipeline_model_parallel_size: Annotated[int, alias("--pp")] = flag(1, "ranks that follow each other, each with some of the layers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(LayoutConfig):
+    """How a model is spread over ranks; what TP × PP leaves is data parallelism."""
+
     sequence_parallel: bool = flag(False, "split what is between tensor-parallel layers along the sequence too")
     use_distributed_optimizer: bool = flag(False, "split the optimizer's state over data-parallel ranks (ZeRO-1)")
 
@@ -109,13 +119,37 @@ class PromptKDConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationConfig:
-    """How the student writes its responses (on-policy methods)."""
+class MiniLLMConfig:
+    """MiniLLM's policy gradient (arXiv 2306.08543)."""
 
-    max_new_tokens: int | None = flag(None, "longest response; default: --max-length minus --max-prompt-length")
+    num_rollouts: int = flag(256, "responses of one phase, over all ranks; a multiple of --global-batch-size")
+    ppo_epochs: int = flag(4, "passes over a phase's responses")
+    teacher_mixed_alpha: float = flag(0.2, "share of the teacher in the distribution that responses are drawn from")
+    gamma: float = flag(0.95, "discount of later rewards")
+    reward_scaling: float = flag(0.5, "log p − log q is divided by it")
+    cliprange_reward: float = flag(100.0, "largest reward of a token, either sign")
+    cliprange: float = flag(0.2, "ε of the clipped objective")
+    length_norm: bool = flag(True, "divide a return by the tokens that are left")
+    single_step_reg: bool = flag(True, "add the exact KL(q‖p) of every step")
+    whiten_padding: bool = flag(False, "count padding when advantages are whitened, as the reference does")
+    lm_coef: float = flag(1.0, "weight of the loss on text; 0: none")
+    lm_data: str = flag("", "text for it, jsonl or txt; default: --train-data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How tokens are drawn."""
+
     temperature: float = flag(1.0, "of sampling alone, never of a loss")
     top_k: int = flag(0, "sample among the k likeliest tokens; 0: all")
     top_p: float = flag(1.0, "sample among the likeliest tokens that hold this probability; 1: all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig(SamplingConfig):
+    """How the student writes its responses (on-policy methods)."""
+
+    max_new_tokens: int | None = flag(None, "longest response; default: --max-length minus --max-prompt-length")
     rollout_batch_size: int = flag(64, "rows decoded together")
 
 
@@ -164,13 +198,14 @@ class Config(BaseConfig):
     --train-data train.jsonl --valid-data valid.jsonl --tensor-model-parallel-size 2 --train-iters 1000 --save runs/promptkd
     """
 
-    method: MethodName = flag("promptkd", "sft: cross-entropy; kd: forward KL on the data; promptkd: reverse KL on what the student writes")
+    method: MethodName = flag("promptkd", METHOD_HELP)
     models: tyro.conf.OmitArgPrefixes[ModelConfig] = field(default_factory=ModelConfig)
     data: tyro.conf.OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
     parallel: tyro.conf.OmitArgPrefixes[ParallelConfig] = field(default_factory=ParallelConfig)
     training: tyro.conf.OmitArgPrefixes[TrainingConfig] = field(default_factory=TrainingConfig)
     distillation: tyro.conf.OmitArgPrefixes[DistillationConfig] = field(default_factory=DistillationConfig)
     promptkd: tyro.conf.OmitArgPrefixes[PromptKDConfig] = field(default_factory=PromptKDConfig)
+    minillm: tyro.conf.OmitArgPrefixes[MiniLLMConfig] = field(default_factory=MiniLLMConfig)
     generation: tyro.conf.OmitArgPrefixes[GenerationConfig] = field(default_factory=GenerationConfig)
     output: tyro.conf.OmitArgPrefixes[OutputConfig] = field(default_factory=OutputConfig)
 
@@ -200,17 +235,99 @@ class Config(BaseConfig):
             yield "--sequence-parallel needs --tensor-model-parallel-size of at least 2; leave it out"
         if data.max_prompt_length >= data.max_length:
             yield f"--max-prompt-length {data.max_prompt_length} leaves no room for a response in --max-length {data.max_length}; lower it"
+        if self.method == "minillm" and self.minillm.num_rollouts % training.global_batch_size:
+            yield f"--num-rollouts {self.minillm.num_rollouts} is not a multiple of --global-batch-size {training.global_batch_size}; make it one"
         if training.min_lr > training.lr:
             yield f"--min-lr {training.min_lr} is above --lr {training.lr}; lower it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponseConfig(SamplingConfig):
+    """How prompts are answered."""
+
+    max_prompt_length: int = flag(256, "tokens of a prompt; rows with a longer one are left out")
+    max_new_tokens: int = flag(256, "longest response")
+    greedy: bool = flag(False, "the likeliest token each time, nothing random")
+    no_repeat_ngram_size: int = flag(0, "no token that completes a run of so many tokens a second time; 0: no limit")
+    batch_size: int = flag(64, "rows answered together on one replica")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnsweringConfig(BaseConfig):
+    """What the commands share that let a model answer prompts."""
+
+    model: Annotated[str, alias("--model-name-or-path", "--model-path")] = flag("", "folder or native checkpoint that answers")
+    dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "weights and activations; auto: bf16 on a GPU, fp32 on a CPU")
+    responses: tyro.conf.OmitArgPrefixes[ResponseConfig] = field(default_factory=ResponseConfig)
+    parallel: tyro.conf.OmitArgPrefixes[LayoutConfig] = field(default_factory=LayoutConfig)
+
+    def complaints(self):
+        if not self.model:
+            yield "--model is missing; give a Hugging Face folder or a native checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(AnsweringConfig):
+    """Scores of a model on data sets: Rouge-L, exact match, LM loss, and beside a teacher held-out KL and exposure bias.
+
+    torchrun --nproc_per_node 2 scripts/evaluate.py --model MODEL --teacher-model TEACHER --data dolly=dolly/valid.jsonl
+    vicuna=vicuna/valid.jsonl --seeds 10 20 30 40 50 --save evaluation/model
+    """
+
+    teacher_model: Annotated[str, alias("--teacher-model-name-or-path", "--teacher-model-path")] = flag("", "to compare with")
+    data: tuple[str, ...] = flag((), "jsonl files with right answers, each as name=path or path")
+    gsm8k: str = flag("", "GSM8K jsonl (question, answer with ####): accuracy of the number")
+    seeds: tuple[int, ...] = flag((10, 20, 30, 40, 50), "one pass over the data each; scores are their mean")
+    exposure_bias: bool = flag(False, "R(l), lε(l) and ExAccErr(l) between the model and --teacher-model")
+    exposure_bias_samples: int = flag(1, "responses per prompt of each model, with the first of --seeds")
+    exposure_bias_skip_first: bool = flag(False, "leave out the first token of a response, as MiniLLM's code does")
+    add_bos: bool = flag(False, "put the tokenizer's beginning-of-text before prompts, as MiniLLM's evaluation does")
+    micro_batch_size: Annotated[int, alias("--mbs")] = flag(8, "rows of one forward pass on one rank, for losses and KL")
+    save: Annotated[str, alias("--output-dir")] = flag("", "folder for results.json, answers.jsonl and figures; none: only print")
+
+    def complaints(self):
+        yield from super().complaints()
+        if not (self.data or self.gsm8k):
+            yield "--data is missing; give jsonl files with prompt and response, or --gsm8k"
+        if not self.seeds:
+            yield "--seeds is empty; give one number or more"
+        if self.exposure_bias and not self.teacher_model:
+            yield "--exposure-bias needs --teacher-model; give the folder to compare with"
+        if self.exposure_bias_samples > len(self.seeds):
+            yield f"--exposure-bias-samples {self.exposure_bias_samples} is more than the {len(self.seeds)} --seeds; add seeds"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(AnsweringConfig):
+    """Answers to the prompts of a jsonl file, into a jsonl file that can be trained on as it is. The same command continues it.
+
+    torchrun --nproc_per_node 2 scripts/generate.py --model TEACHER --data train.jsonl --save seqkd.jsonl
+    """
+
+    data: str = flag("", "jsonl file with prompt, or with instruction and input")
+    save: Annotated[str, alias("--output")] = flag("", "jsonl file to write: the fields of --data, and response")
+    seed: int = flag(1234, "of sampling; no result depends on the layout or the batch size")
+    token_ids: bool = flag(False, "write prompt_ids and response_ids too")
+
+    def complaints(self):
+        yield from super().complaints()
+        if not self.data:
+            yield "--data is missing; give a jsonl file with prompts"
+        if not self.save:
+            yield "--save is missing; name the jsonl file to write"
 
 
 POSITIVE = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size", "global_batch_size", "train_iters", "epochs",
     "max_length", "max_prompt_length", "max_new_tokens", "rollout_batch_size", "prompt_len", "temperature", "save_interval",
-    "eval_interval", "eval_iters", "log_interval", "lr", "kd_temperature",
+    "eval_interval", "eval_iters", "log_interval", "lr", "kd_temperature", "batch_size", "exposure_bias_samples",
+    "num_rollouts", "ppo_epochs", "reward_scaling", "cliprange", "cliprange_reward",
 )  # fmt: skip
-NOT_NEGATIVE = ("min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "base_coef", "top_k", "teacher_lr", "adam_eps")
-FRACTIONS = ("kd_ratio", "on_policy_ratio", "beta", "skew_alpha", "top_p", "adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout")
+NOT_NEGATIVE = (
+    "lm_coef", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "base_coef", "top_k", "teacher_lr", "adam_eps",
+    "no_repeat_ngram_size",
+)  # fmt: skip
+FRACTIONS = ("teacher_mixed_alpha", "gamma", "kd_ratio", "on_policy_ratio", "beta", "skew_alpha", "top_p", "adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout")
 
 
 RANGES = (
@@ -278,6 +395,8 @@ def as_words(name: str, value: Any) -> list[str]:
     """A YAML entry as the words of a command line, so that it meets the same checks."""
     if isinstance(value, bool):
         return [flag_name(name if value else f"no_{name}")]
+    if isinstance(value, list):
+        return [flag_name(name), *map(str, value)]
     return [flag_name(name), str(value)]
 
 

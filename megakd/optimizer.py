@@ -13,8 +13,6 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megakd.config import TrainingConfig
-from megakd.models.gpt_model import HiddenStateGPTModel
-from megakd.models.soft_prompt import SoftPrompt
 
 
 def learning_rate(iteration: int, *, lr: float, total_iters: int, config: TrainingConfig) -> float:
@@ -37,7 +35,7 @@ class StudentOptimizer:
     Norms and biases of every family are kept from weight decay.
     """
 
-    def __init__(self, model: HiddenStateGPTModel, config: TrainingConfig, *, total_iters: int, distributed: bool):
+    def __init__(self, model: torch.nn.Module, config: TrainingConfig, *, total_iters: int, distributed: bool):
         self.config, self.total_iters = config, total_iters
         ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
         self.ddp = DistributedDataParallel(model.config, ddp_config, model, pg_collection=model.layout.groups)
@@ -80,7 +78,7 @@ def optimizer_config(config: TrainingConfig, dtype: torch.dtype, distributed: bo
 class SoftPromptOptimizer:
     """AdamW on the soft prompt alone. The frozen teacher has no gradient, no optimizer state and no gradient buffer."""
 
-    def __init__(self, prompt: SoftPrompt, config: TrainingConfig, *, lr: float, total_iters: int):
+    def __init__(self, prompt: torch.nn.Module, config: TrainingConfig, *, lr: float, total_iters: int):
         self.prompt, self.config, self.lr, self.total_iters = prompt, config, lr, total_iters
         betas = (config.adam_beta1, config.adam_beta2)
         self.adam = torch.optim.AdamW(prompt.parameters(), lr=lr, betas=betas, eps=config.adam_eps, weight_decay=config.weight_decay)
@@ -98,15 +96,9 @@ class SoftPromptOptimizer:
         return {"grad_norm/prompt": norm.item()}
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """The prompt and its moments by name, for a checkpoint."""
-        state = self.adam.state[self.prompt.vectors]
-        moments = {name: state[name] for name in ("exp_avg", "exp_avg_sq", "step") if name in state}
-        return {"vectors": self.prompt.vectors.detach(), **moments}
-
-    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """The prompt and its moments by name: a checkpoint saves them, and fills them in place."""
         vectors = self.prompt.vectors
-        with torch.no_grad():
-            vectors.copy_(tensors["vectors"])
-        for name in ("exp_avg", "exp_avg_sq"):
-            self.adam.state[vectors][name] = tensors[name].to(vectors.device)
-        self.adam.state[vectors]["step"] = tensors["step"].cpu()
+        state = self.adam.state[vectors]
+        if not state:
+            state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(vectors), "exp_avg_sq": torch.zeros_like(vectors)}
+        return {"vectors": vectors.detach(), **state}

@@ -8,7 +8,7 @@ from pathlib import Path
 from megakd.checkpointing.model_folder import ModelFolder
 from megakd.config import Config, flag_name, from_yaml
 from megakd.data.tokenizer import check_same_tokenizer, load_tokenizer
-from megakd.models.model_provider import check_layout, family_of
+from megakd.models.model_provider import at_layer, check_layout, context_length, family_of, padded_vocab_size
 from megakd.runtime.initialize import check_world_size
 
 MAY_CHANGE = {  # between a run and its resumption: the layout, and what is only written down
@@ -30,6 +30,7 @@ def check(config: Config, student: ModelFolder, teacher: ModelFolder | None) -> 
         family_of(folder.config, flag=folder.flag, name=str(folder.path))
         check_layout(folder.config, tp, pp, flag=folder.flag, name=str(folder.path))
         check_context(config, folder)
+        check_tensors(folder, tp)
     check_batch(config, world_size // (tp * pp))
     check_tokenizers(student, teacher)
 
@@ -37,7 +38,7 @@ def check(config: Config, student: ModelFolder, teacher: ModelFolder | None) -> 
 def check_context(config: Config, folder: ModelFolder) -> None:
     """Prompt, response and, for a prompted teacher, the soft prompt fit into the model's positions."""
     soft = config.promptkd.prompt_len if folder.flag == "--teacher-model" and config.method == "promptkd" else 0
-    positions, needed = folder.config.max_position_embeddings, config.data.max_length + soft
+    positions, needed = context_length(folder.config), config.data.max_length + soft
     if needed > positions:
         extra = f" + --prompt-len {soft}" if soft else ""
         raise ValueError(
@@ -49,6 +50,15 @@ def check_context(config: Config, folder: ModelFolder) -> None:
             f"--max-new-tokens {config.max_new_tokens} after --max-prompt-length {config.data.max_prompt_length} is more than "
             f"--max-length {config.data.max_length}; use --max-new-tokens {config.data.max_length - config.data.max_prompt_length} or less"
         )
+
+
+def check_tensors(folder: ModelFolder, tp: int) -> None:
+    """Every weight that the config asks for is there; shapes come from the files' headers."""
+    width = padded_vocab_size([folder.config.vocab_size], tp)
+    for mapping in family_of(folder.config).table(folder.config, width).values():
+        layers = range(folder.config.num_hidden_layers) if mapping.is_per_layer else (0,)
+        for layer in layers:
+            at_layer(mapping, layer).shape(folder.source)
 
 
 def check_batch(config: Config, dp: int) -> None:
@@ -63,9 +73,9 @@ def check_batch(config: Config, dp: int) -> None:
 
 def check_tokenizers(student: ModelFolder, teacher: ModelFolder | None) -> None:
     """Both models spell text alike, and every id has a row in both embeddings."""
-    tokenizer = load_tokenizer(student.tokenizer_folder)
+    tokenizer = load_tokenizer(student.hf_folder)
     if teacher is not None:
-        check_same_tokenizer(tokenizer, load_tokenizer(teacher.tokenizer_folder))
+        check_same_tokenizer(tokenizer, load_tokenizer(teacher.hf_folder))
     for folder in filter(None, (student, teacher)):
         if max(tokenizer.get_vocab().values()) >= folder.config.vocab_size:
             raise ValueError(

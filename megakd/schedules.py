@@ -2,6 +2,7 @@
 
 N supervised tokens of a micro-batch, H hidden size.
 
+A model is any pipeline stage with a `layout` that is called with (tokens, position_ids, soft_prompt): models.gpt_model's.
 What comes out of the last stage is the hidden states of the supervised positions, [N, H], and never logits. A loss gets them one
 micro-batch at a time and gives a value per token; values are summed here, over micro-batches and data-parallel ranks, and divided
 once by the tokens of the whole global batch: a token mean, not a mean of means.
@@ -18,14 +19,13 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from megakd.data.batch import Batch
-from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.runtime.parallel_layout import ParallelLayout
 
 LossFunction = Callable[[Tensor, Batch, int], dict[str, Tensor]]
 """(hidden_NH, micro-batch, its number) -> values per token [N] by name; the first is what is minimised."""
 
 
-def forward_only(model: HiddenStateGPTModel, batches: Sequence[Batch], soft_prompt: Tensor | None = None) -> list[Tensor]:
+def forward_only(model: torch.nn.Module, batches: Sequence[Batch], soft_prompt: Tensor | None = None) -> list[Tensor]:
     """Hidden states [s, b, H] of every micro-batch on the last stage, an empty list on the others. No dropout, no gradient."""
 
     def step(iterator, model):
@@ -36,7 +36,7 @@ def forward_only(model: HiddenStateGPTModel, batches: Sequence[Batch], soft_prom
         return run_schedule(model, batches, step, forward_only=True, collect_non_loss_data=True)
 
 
-def supervised_hidden(model: HiddenStateGPTModel, batches: Sequence[Batch], soft_prompt: Tensor | None = None) -> list[Tensor]:
+def supervised_hidden(model: torch.nn.Module, batches: Sequence[Batch], soft_prompt: Tensor | None = None) -> list[Tensor]:
     """What a loss needs of a model that does not learn: [N, H] of every micro-batch on the last stage."""
     return [supervised(hidden, batch) for hidden, batch in zip(forward_only(model, batches, soft_prompt), batches)]
 
@@ -59,7 +59,7 @@ def forward_backward(
 
 
 def evaluate_loss(
-    model: HiddenStateGPTModel, batches: Sequence[Batch], loss_function: LossFunction, names: Sequence[str]
+    model: torch.nn.Module, batches: Sequence[Batch], loss_function: LossFunction, names: Sequence[str]
 ) -> Tensor:
     """Sums of all `names` and, last, the token count, over this rank's micro-batches, on every stage. No dropout, no gradient."""
     with torch.no_grad(), evaluation_mode(model):
@@ -122,7 +122,7 @@ def token_means(sums: Tensor, names: Sequence[str], layout: ParallelLayout) -> d
     return {name: total / tokens.clamp(min=1) for name, total in zip(names, totals)} | {"tokens": tokens}
 
 
-def unwrap(model: torch.nn.Module) -> HiddenStateGPTModel:
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     """The model inside its DistributedDataParallel."""
     return model.module if hasattr(model, "module") else model
 

@@ -14,8 +14,10 @@ import torch.distributed as dist
 import yaml
 
 from megakd import preflight
-from megakd.checkpointing import export_to_hf, load_checkpoint, load_model_weights, read_latest, save_checkpoint
+from megakd.checkpointing.export_hf import export_to_hf
 from megakd.checkpointing.model_folder import ModelFolder
+from megakd.checkpointing.native import read_latest
+from megakd.checkpointing.training import load_checkpoint, save_checkpoint
 from megakd.config import Config
 from megakd.data.batch import Sample
 from megakd.data.dataloader import DataLoader, deal
@@ -77,7 +79,8 @@ class Trainer:
     def __init__(self, config: Config, folders: Folders, layout: ParallelLayout):
         self.config, self.folders, self.layout = config, folders, layout
         self.folder = Path(config.output.save)
-        self.tokenizer = load_tokenizer(folders.student.tokenizer_folder)
+        self.checkpoints = self.folder / "checkpoints"
+        self.tokenizer = load_tokenizer(folders.student.hf_folder)
         self._open_data()
         self.total_iters = config.training.train_iters or config.training.epochs * self.loader.iterations_per_epoch
         self.method = self._build_method()
@@ -147,7 +150,7 @@ class Trainer:
             sequence_parallel=self.config.parallel.sequence_parallel,
             **options,
         )
-        load_model_weights(model, folder)
+        folder.load_into(model)
         return model
 
     def _student_options(self) -> dict:
@@ -160,12 +163,13 @@ class Trainer:
 
     def _resume(self) -> int:
         """The iteration of the run's last checkpoint, loaded; 0 where there is none."""
-        checkpoints = self.folder / "checkpoints"
-        iteration = read_latest(checkpoints)
+        iteration = read_latest(self.checkpoints)
         if iteration is None:
             return 0
-        tensors = load_checkpoint(checkpoints, iteration, model=self.method.student, optimizer=self.method.optimizer.optimizer)
-        self.method.load_extra_tensors(tensors)
+        method = self.method
+        saved = load_checkpoint(self.checkpoints, iteration, model=method.student, optimizer=method.optimizer.optimizer, flag="--save")
+        for name, tensor in method.extra_tensors().items():
+            tensor.copy_(saved[name])
         return iteration
 
     def _open_rollouts(self) -> JsonLines | None:
@@ -183,7 +187,7 @@ class Trainer:
     def _iterate(self) -> None:
         seed_everything(self.config.training.seed + self.iteration, self.layout)  # nothing random has to be saved
         start = time.perf_counter()
-        metrics = self.method.train(self.loader.samples(self.iteration - 1), self.iteration)
+        metrics = self.method.train_iteration(self.loader, self.iteration)
         seconds = time.perf_counter() - start
         check_finite(metrics, self.iteration)
         metrics |= {"tokens_per_second": metrics["positions"] / seconds, "memory_gib": peak_memory() / GIB}
@@ -234,18 +238,18 @@ class Trainer:
 
     def _save(self) -> None:
         save_checkpoint(
-            self.folder / "checkpoints",
+            self.checkpoints,
             self.iteration,
             model=self.method.student,
             optimizer=self.method.optimizer.optimizer,
-            extra_tensors=self.method.extra_tensors(),
             source=self.folders.student,
+            extra_tensors=self.method.extra_tensors(),
             run_config=self.folder / "config.yaml",
         )
 
     def _finish(self) -> None:
         if is_rank_zero():
-            export_to_hf(self.folder / "checkpoints", self.folder / "hf")
+            export_to_hf(self.checkpoints, self.folder / "hf")
             plot_training(self.folder)
         self.logger.close()
         dist.barrier()

@@ -14,8 +14,10 @@ from tiny import tiny_config, tiny_model
 from megakd.config import Config
 from megakd.data.batch import Sample
 from megakd.data.dataloader import deal
+from megakd.losses.policy_gradient import advantages, importance_weights
 from megakd.methods import METHODS
 from megakd.methods.base import Cast
+from megakd.methods.minillm import MiniLLM
 from megakd.models.model_provider import build_model, load_weights, padded_vocab_size, parameter_mappings
 from megakd.optimizer import StudentOptimizer
 
@@ -130,3 +132,88 @@ def check_prompt(method, want, name):
 def test_one_iteration_equals_float64_transformers(method_name, tp, pp, dp, sp, zero, micro_batch_size):
     parallel = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "sequence_parallel": sp, "use_distributed_optimizer": zero}
     run_distributed(check_one_iteration, tp * pp * dp, method_name, PAIRS, micro_batch_size, parallel, tp=tp, pp=pp)
+
+
+OBJECTIVES = ["reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
+FEWER_LAYOUTS = [pytest.param(*layout, id=f"TP{layout[0]} PP{layout[1]} DP{layout[2]}") for layout in [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)]]
+
+
+def check_divergences(layout, parallel):
+    """KD with every divergence, temperature 2."""
+    pair = PAIRS["llama"]
+    for objective in OBJECTIVES:
+        config = run_config("kd", 4, parallel)
+        config = replace(config, distillation=replace(config.distillation, kd_objective=objective, kd_temperature=2.0, beta=0.3, kd_ratio=0.8))
+        method = METHODS["kd"](cast(layout, config, pair), config, total_iters=TOTAL_ITERS)
+        got = method.train(deal(samples(), layout.dp_size)[layout.dp_rank], 1)
+        reference = oracle(pair)
+        want = reference.kd([(s.prompt, s.response) for s in samples()], 0.8, objective, 2.0, 0.3, 0.1)
+        for key, value in want.items():
+            assert got[key] == pytest.approx(float(value), rel=1e-6, abs=1e-6), (objective, key)
+        check_weights(method.student, reference.student, objective)
+
+
+@pytest.mark.parametrize("tp, pp, dp", FEWER_LAYOUTS)
+def test_every_divergence_equals_float64_transformers(tp, pp, dp):
+    parallel = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    run_distributed(check_divergences, tp * pp * dp, parallel, tp=tp, pp=pp)
+
+
+def text_rows() -> list[Sample]:
+    generator = torch.Generator().manual_seed(9)
+    draw = lambda n: tuple(torch.randint(2, 90, (n,), generator=generator).tolist())
+    return [Sample(i, draw(2 + i % 3), draw(3 + i)) for i in range(8)]
+
+
+class OneBatch:
+    """A loader whose every global batch is the same samples."""
+
+    def __init__(self, rows, layout):
+        self.rows, self.layout = rows, layout
+
+    def samples(self, iteration):
+        return deal(self.rows, self.layout.dp_size)[self.layout.dp_rank]
+
+
+def check_minillm(layout, pairs, micro_batch_size, parallel):
+    """Two iterations of one phase: in the second the student is no longer the one that wrote."""
+    for name, pair in pairs.items():
+        config = run_config("minillm", micro_batch_size, parallel)
+        settings = replace(config.minillm, num_rollouts=8, ppo_epochs=2, lm_coef=0.7, cliprange_reward=3.0)
+        config = replace(config, minillm=settings)
+        MiniLLM._open_text = lambda self: OneBatch(text_rows(), layout)
+        method = MiniLLM(cast(layout, config, pair), config, total_iters=TOTAL_ITERS)
+        reference, writer = oracle(pair), oracle(pair).student
+        arguments = {"alpha": 0.2, "gamma": 0.95, "scale": 0.5, "limit": 3.0, "clip": 0.2, "lm_coef": 0.7, "kd_ratio": 0.5}
+        got = method.train_iteration(OneBatch(samples(), layout), 1)
+        rows = all_samples(method, layout)
+        want = reference.minillm(rows, [(s.prompt, s.response) for s in text_rows()], old_student=writer, **arguments)
+        for key, value in want.items():
+            assert got[key] == pytest.approx(float(value), rel=1e-5, abs=2e-6), (name, key)
+        check_weights(method.student, reference.student, name)
+        got = method.train_iteration(OneBatch(samples(), layout), 2)
+        assert got["loss/policy"] == pytest.approx(float(policy_of(reference, rows, writer, arguments)), rel=1e-4, abs=1e-5), name
+
+
+def policy_of(reference, rows, writer, arguments):
+    """The policy loss of the updated student on the same responses."""
+    fresh = Oracle(reference.student, reference.teacher, lr=0.0, weight_decay=0.0, clip=CLIP)
+    return fresh.minillm(rows, [(s.prompt, s.response) for s in text_rows()], old_student=writer, **arguments)["loss/policy"]
+
+
+@pytest.mark.parametrize("tp, pp, dp", FEWER_LAYOUTS)
+def test_minillm_equals_float64_transformers(tp, pp, dp):
+    parallel = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    pairs = {name: PAIRS[name] for name in ("gpt2", "llama")}
+    run_distributed(check_minillm, tp * pp * dp, pairs, 2, parallel, tp=tp, pp=pp)
+
+
+def test_advantages_of_the_hand_example():
+    rewards, mask = torch.ones(1, 3), torch.ones(1, 3)
+    assert advantages(rewards, mask, gamma=0.95, length_norm=False).tolist()[0] == pytest.approx([2.8525, 1.95, 1.0])
+    assert advantages(rewards, mask, gamma=0.95).tolist()[0] == pytest.approx([0.950833, 0.975, 1.0], abs=1e-6)
+
+
+def test_without_the_teacher_in_the_mixture_the_importance_weight_is_one():
+    log_p, log_q = torch.tensor([-3.0, -80.0, -1.0]), torch.tensor([-1.0, -2.0, -60.0])
+    assert importance_weights(log_p, log_q, alpha=0.0).tolist() == [1.0, 1.0, 1.0]

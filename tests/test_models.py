@@ -19,9 +19,12 @@ VARIANTS = {
     "llama, tied": {"family": "llama", "tie_word_embeddings": True},
     "llama, one key/value head": {"family": "llama", "num_key_value_heads": 1},
     "llama, own head size": {"family": "llama", "head_dim": 32},
+    "qwen2": {"family": "qwen2"},
+    "qwen2, tied": {"family": "qwen2", "tie_word_embeddings": True},
+    "mistral": {"family": "mistral", "sliding_window": 32},
     "llama, biases": {"family": "llama", "attention_bias": True, "mlp_bias": True},
 }
-LAYOUTS = [(1, 1, 1, False), (2, 1, 1, False), (1, 2, 1, False), (2, 1, 1, True), (2, 2, 1, False), (2, 1, 2, False)]  # tp, pp, dp, sp
+LAYOUTS = [(1, 1, 1, False), (2, 1, 1, False), (1, 2, 1, False), (2, 1, 1, True), (2, 2, 1, False), (2, 1, 2, False), (1, 3, 1, False)]  # tp, pp, dp, sp
 
 
 def batches():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, OPTConfig, PretrainedConfig, Qwen2Config
 from transformers.utils import logging
 
 logging.disable_progress_bar()
@@ -24,7 +24,8 @@ def tiny_config(family: str, *, layers: int = 4, hidden: int = 64, vocab_size: i
         fields |= {"ffn_dim": 2 * hidden, "word_embed_proj_dim": hidden, "dropout": 0.0, "attention_dropout": 0.0, "pad_token_id": 1}
         return OPTConfig(**{"vocab_size": vocab_size, **SPECIALS, **fields, **overrides})
     fields |= {"intermediate_size": 112, "num_key_value_heads": 2, "tie_word_embeddings": False}
-    return LlamaConfig(**{"vocab_size": vocab_size, **SPECIALS, **fields, **overrides})
+    kind = {"llama": LlamaConfig, "qwen2": Qwen2Config, "mistral": MistralConfig}[family]
+    return kind(**{"vocab_size": vocab_size, **SPECIALS, **fields, **overrides})
 
 
 def tiny_model(config: PretrainedConfig, *, seed: int = 7):

@@ -170,20 +170,28 @@ def prompt_embedding(tokens_BS: Tensor, word_weight: Tensor, prompt_PH: Tensor, 
     """[B, P + S, H] in word_weight's dtype: the soft prompt, then the words, plus positions. Gradient to the prompt only.
 
     `word_weight` [Vp, H] is this rank's shard; `prompt_PH` and `position_weight` [positions, H] are whole on every rank;
-    `position_ids` [B, P + S] count from 0 where not given.
+    `position_ids` [B, P + S] or [P + S] count from 0 where not given.
     """
     check_frozen(word_weight, position_weight)
-    shard = VocabShard(vocab_start=vocab_start, tp_group=tp_group)
+    words_BSH = _words(tokens_BS, word_weight, VocabShard(vocab_start=vocab_start, tp_group=tp_group))
+    rows, prompt = prompt_PH.shape[0], prompt_PH.to(torch.promote_types(word_weight.dtype, torch.float32))
+    if position_weight is not None:
+        ids = torch.arange(rows + tokens_BS.shape[1], device=tokens_BS.device) if position_ids is None else position_ids
+        positions = position_weight[ids]
+        prompt, words_BSH = prompt + positions[..., :rows, :], words_BSH + positions[..., rows:, :]
+    prompt_BPH = prompt.expand(tokens_BS.shape[0], -1, -1).to(word_weight.dtype)  # so its gradient is summed in float32
+    return torch.cat([prompt_BPH, words_BSH], dim=1)
+
+
+def _words(tokens_BS: Tensor, word_weight: Tensor, shard: VocabShard) -> Tensor:
     width = word_weight.shape[0]
     row_BS = tokens_BS - shard.start(width)
+    if shard.ranks == 1:
+        return word_weight[row_BS]
     here_BS = (row_BS >= 0) & (row_BS < width)
-    padded_VH = torch.cat([word_weight, word_weight.new_zeros(1, word_weight.shape[1])])  # the last row: not on this rank
-    words_BSH = shard.all_reduce(padded_VH[row_BS.where(here_BS, width)])
-    compute = torch.promote_types(word_weight.dtype, torch.float32)
-    out = torch.cat([prompt_PH.to(compute).expand(tokens_BS.shape[0], -1, -1), words_BSH.to(compute)], dim=1)
-    if position_weight is not None:
-        out = out + position_weight[torch.arange(out.shape[1], device=out.device) if position_ids is None else position_ids]
-    return out.to(word_weight.dtype)
+    words_BSH = word_weight.new_zeros(*tokens_BS.shape, word_weight.shape[1])
+    words_BSH[here_BS] = word_weight[row_BS[here_BS]]
+    return shard.all_reduce(words_BSH)
 
 
 def check_frozen(word_weight: Tensor, position_weight: Tensor | None) -> None:

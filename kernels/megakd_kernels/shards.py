@@ -63,7 +63,8 @@ class VocabShard:
         if self.ranks == 1:
             return stats_PKN
         gathered = stats_PKN.new_empty(self.ranks * stats_PKN.shape[0], *stats_PKN.shape[1:])
-        dist.all_gather_into_tensor(gathered, stats_PKN.contiguous(), group=self.tp_group)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+        gather(gathered, stats_PKN.contiguous(), group=self.tp_group)
         return gathered
 
 

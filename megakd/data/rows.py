@@ -4,6 +4,7 @@
                prompt, response                   as they are
                prompt, output                     MiniLLM's files: the prompt is rendered already
                instruction, input, output         rendered with the Alpaca template; input may be missing or ""
+               question, answer                   GSM8K's files: the question is the instruction
                text                               plain text: no prompt, every token is learnt
              A response or output is one text or a list of right ones. It may be missing where only prompts are wanted.
     *.txt    plain text; a blank line ends a document
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from megakd.data.templates import render_prompt
 
-FORMS = "prompt with response (or output), instruction with output, or text"
+FORMS = "prompt with response (or output), instruction with output, question with answer, or text"
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,16 @@ def _text_rows(path: Path) -> Iterator[Row]:
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
+    for where, fields in json_objects(path):
+        yield _row(fields, where)
+
+
+def json_objects(path: Path) -> Iterator[tuple[str, dict]]:
+    """Where each object of a jsonl file stands (as in `Row.where`), and its fields."""
     for number, line in enumerate(_read_text(path).split("\n"), start=1):  # not splitlines: U+2028 may stand inside a string
         if line.strip():
-            yield _row(_json_object(line, f"{path} line {number}"), f"{path} line {number}")
+            where = f"{path} line {number}"
+            yield where, _json_object(line, where)
 
 
 def _read_text(path: Path) -> str:
@@ -75,6 +83,8 @@ def _row(fields: dict, where: str) -> Row:
         prompt = _string(fields, "prompt", where)
     elif "instruction" in fields:
         prompt = render_prompt(_string(fields, "instruction", where), _string(fields, "input", where))
+    elif "question" in fields:
+        prompt = render_prompt(_string(fields, "question", where))
     elif "text" in fields:
         return Row(where, "", (_string(fields, "text", where),))
     else:
@@ -83,7 +93,7 @@ def _row(fields: dict, where: str) -> Row:
 
 
 def _references(fields: dict, where: str) -> tuple[str, ...]:
-    name = "response" if "response" in fields else "output"
+    name = next((name for name in ("response", "output", "answer") if name in fields), "output")
     value = fields.get(name, [])
     if isinstance(value, list) and all(isinstance(reference, str) for reference in value):
         return tuple(value)

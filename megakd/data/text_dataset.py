@@ -41,6 +41,10 @@ class TextDataset(Sequence[Sample]):
         """Every right response; the first is the one learnt. Empty in a file of prompts alone."""
         return self._rows[index].references
 
+    def where(self, index: int) -> str:
+        """File and line of the row, as in messages."""
+        return self._rows[index].where
+
     def prompt_text(self, index: int) -> str:
         return self._rows[index].prompt
 

@@ -7,9 +7,11 @@ Every function gives a dict of values per token [N]; its first entry is what is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import megakd_kernels
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -47,6 +49,21 @@ class Divergence:
 def sft_loss(student: Hidden, labels_N: Tensor, vocabulary: VocabularySplit) -> dict[str, Tensor]:
     """−log q(label)."""
     return {"loss/lm": megakd_kernels.fused_linear_cross_entropy(*student, labels_N, **vocabulary.arguments)}
+
+
+def function_of_log_q(f: Callable[[Tensor], Tensor], student: Hidden, labels_N: Tensor, vocabulary: VocabularySplit) -> Tensor:
+    """f(log q(label)) per token, f any differentiable function of each token's log-probability.
+
+    The fused head makes its weight's gradient in the forward pass, with one factor a token known beforehand: f' comes from a pass
+    over log q alone.
+    """
+    with torch.no_grad():
+        log_q = -sft_loss(student, labels_N, vocabulary)["loss/lm"]
+    with torch.enable_grad():
+        value = f(log_q.requires_grad_())
+        (slope,) = torch.autograd.grad(value.sum(), log_q)
+    tangent = megakd_kernels.fused_linear_cross_entropy(*student, labels_N, weights=-slope, **vocabulary.arguments)
+    return value.detach() + tangent - tangent.detach()
 
 
 def kd_loss(

@@ -9,6 +9,7 @@ import torch
 
 from megakd.config import Config
 from megakd.data.batch import Batch, Sample, micro_batches
+from megakd.data.dataloader import DataLoader
 from megakd.losses.distillation import Hidden, VocabularySplit, reverse_kl_loss, sft_loss
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.optimizer import StudentOptimizer
@@ -40,16 +41,17 @@ class Method:
         widths = [model.real_vocab_size for model in (cast.student, cast.teacher) if model is not None]
         self.vocabulary = VocabularySplit(min(widths), self.layout.tp_group)
 
+    def train_iteration(self, loader: DataLoader, iteration: int) -> dict[str, float]:
+        """One iteration, counted from 1; returns what to log, the same on every rank."""
+        return self.train(loader.samples(iteration - 1), iteration)
+
     def train(self, samples: Sequence[Sample], iteration: int) -> dict[str, float]:
-        """One iteration on this rank's share of the global batch; returns what to log, the same on every rank."""
+        """The same, on this rank's share of the global batch."""
         raise NotImplementedError
 
     def extra_tensors(self) -> dict[str, torch.Tensor]:
-        """What the method itself learns, for a checkpoint."""
+        """What the method itself learns: saved with a checkpoint, and filled in place when it is loaded."""
         return {}
-
-    def load_extra_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """The inverse of `extra_tensors`."""
 
     def batches(self, samples: Sequence[Sample]) -> list[Batch]:
         return micro_batches(samples, self.config.training.micro_batch_size)

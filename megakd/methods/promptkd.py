@@ -61,9 +61,6 @@ class PromptKD(Method):
     def extra_tensors(self):
         return self.prompt_optimizer.state_tensors()
 
-    def load_extra_tensors(self, tensors):
-        self.prompt_optimizer.load_state_tensors(tensors)
-
 
 def initial_prompt(teacher, config, tokenizer) -> SoftPrompt:
     """The embeddings of --prompt-init-text without special tokens, repeated or cut to --prompt-len; or random vectors."""

@@ -9,14 +9,23 @@ from megakd.config import Config
 from megakd.data.batch import Sample
 from megakd.data.tokenizer import eos_id
 from megakd.generation.generate import generate
+from megakd.generation.rows import Voice
 from megakd.generation.sampling import Sampling
 from megakd.models.gpt_model import HiddenStateGPTModel
 
 SEED_STRIDE = 1_000_003  # a run's iterations draw other noise than a run with the next seed
 
 
-def rollout(student: HiddenStateGPTModel, samples: Sequence[Sample], config: Config, tokenizer, iteration: int) -> list[Sample]:
-    """The samples with responses of the student, EOS included where it was written before the limit.
+def rollout(
+    student: HiddenStateGPTModel,
+    samples: Sequence[Sample],
+    config: Config,
+    tokenizer,
+    iteration: int,
+    *,
+    mix_with: Sequence[Voice] = (),
+) -> list[Sample]:
+    """The samples with responses of the student, or of a mixture with it; EOS included where it was written before the limit.
 
     The noise is a function of (seed, iteration, sample, position): any layout and batch size writes the same.
     """
@@ -35,5 +44,6 @@ def rollout(student: HiddenStateGPTModel, samples: Sequence[Sample], config: Con
         sampling,
         eos_id=eos_id(tokenizer),
         batch_size=settings.rollout_batch_size,
+        mix_with=mix_with,
     )
     return [replace(sample, response=tuple(response)) for sample, response in zip(samples, responses)]

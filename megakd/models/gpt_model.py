@@ -7,7 +7,7 @@ The output layer is applied by the loss (megakd_kernels.fused_linear_*), in piec
 
 from __future__ import annotations
 
-import torch
+import megakd_kernels
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
@@ -45,21 +45,25 @@ class HiddenStateGPTModel(GPTModel):
         return hidden[first : first + tokens_BS.shape[1]]
 
     def _embed(self, tokens_BS: Tensor, position_ids_BS: Tensor, soft_prompt_PH: Tensor | None) -> Tensor:
-        """[P + S, B, H]: the prompt takes positions 0..P-1 and moves the tokens P to the right, as in the reference."""
-        embedding, batch = self.embedding, tokens_BS.shape[0]
-        x = embedding.word_embeddings(tokens_BS)
-        if soft_prompt_PH is not None:
-            prompt_length = soft_prompt_PH.shape[0]
-            x = torch.cat([soft_prompt_PH.to(x.dtype).expand(batch, -1, -1), x], 1)
-            prompt_positions = torch.arange(prompt_length, device=x.device).expand(batch, -1)
-            position_ids_BS = torch.cat([prompt_positions, position_ids_BS + prompt_length], 1)
-        if embedding.add_position_embedding:
-            x = x + embedding.position_embeddings(position_ids_BS)
-        x = embedding.embedding_dropout(x.transpose(0, 1).contiguous())
+        """[P + S, B, H], this rank's part of it under sequence parallelism."""
+        if soft_prompt_PH is None:
+            x = self.embedding.word_embeddings(tokens_BS)
+            if self.embedding.add_position_embedding:
+                x = x + self.embedding.position_embeddings(position_ids_BS)
+        else:
+            x = self._embed_behind(soft_prompt_PH, tokens_BS)
+        x = self.embedding.embedding_dropout(x.transpose(0, 1).contiguous())
         if self.config.sequence_parallel:
             x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[0] % self.tp_group.size()))  # equal parts; nothing real sees what comes last
             x = scatter_to_sequence_parallel_region(x, group=self.tp_group)
         return x
+
+    def _embed_behind(self, soft_prompt_PH: Tensor, tokens_BS: Tensor) -> Tensor:
+        """[B, P + S, H]: the prompt takes positions 0..P-1 and moves the tokens P to the right, as in the reference. The model is
+        frozen: gradient goes to the prompt alone."""
+        positions = self.embedding.position_embeddings.weight if self.embedding.add_position_embedding else None
+        words, group = self.embedding.word_embeddings.weight, self.tp_group if self.tp_group.size() > 1 else None
+        return megakd_kernels.prompt_embedding(tokens_BS, words, soft_prompt_PH, positions, tp_group=group)
 
     def _postprocess(self, hidden_states, **_):
         return hidden_states

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PretrainedConfig
 
 from megakd.models.family import Family, linear, norm
 from megakd.models.param_mapping import QKV, GatedMLP, HFTensor, Table, Vocabulary
@@ -11,26 +11,33 @@ from megakd.models.param_mapping import QKV, GatedMLP, HFTensor, Table, Vocabula
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
-def unsupported(hf: LlamaConfig) -> str | None:
+def unsupported_block(hf: PretrainedConfig) -> str | None:
+    """What every family built like Llama must satisfy."""
     if hf.hidden_act != "silu":
         return f"hidden_act {hf.hidden_act!r} is not 'silu'"
     if hf.rope_parameters["rope_type"] not in ROPE_TYPES:
         return f"rope_type {hf.rope_parameters['rope_type']!r} is not one of {ROPE_TYPES}"
+    return None
+
+
+def unsupported(hf: LlamaConfig) -> str | None:
+    if reason := unsupported_block(hf):
+        return reason
     if hf.attention_bias != hf.mlp_bias:
         return f"attention_bias {hf.attention_bias} and mlp_bias {hf.mlp_bias} differ"
     return None
 
 
-def transformer_config(hf: LlamaConfig) -> dict:
+def transformer_config(hf: LlamaConfig, *, bias: bool | None = None) -> dict:
     return {
         "ffn_hidden_size": hf.intermediate_size,
         "activation_func": F.silu,
         "gated_linear_unit": True,
         "normalization": "RMSNorm",
         "layernorm_epsilon": hf.rms_norm_eps,
-        "add_bias_linear": hf.attention_bias,
+        "add_bias_linear": hf.attention_bias if bias is None else bias,
         "num_query_groups": hf.num_key_value_heads,
-        "kv_channels": hf.head_dim,
+        "kv_channels": getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
         "hidden_dropout": 0.0,
         "attention_dropout": hf.attention_dropout,
     }
@@ -50,15 +57,17 @@ def gated_mlp(kind: str) -> GatedMLP:
     return GatedMLP(gate=HFTensor(f"model.layers.*.mlp.gate_proj.{kind}"), up=HFTensor(f"model.layers.*.mlp.up_proj.{kind}"))
 
 
-def table(hf: LlamaConfig, padded_vocab_size: int) -> Table:
+def table(hf: LlamaConfig, padded_vocab_size: int, *, bias: bool | None = None, qkv_bias: bool | None = None) -> Table:
+    """Families that are Llama but for their biases say which they have; Llama's config says it itself."""
+    bias = hf.attention_bias if bias is None else bias
+    qkv_kinds = ("weight", "bias") if (bias if qkv_bias is None else qkv_bias) else ("weight",)
     words = HFTensor("model.embed_tokens.weight")
     head = words if hf.tie_word_embeddings else HFTensor("lm_head.weight")
-    layer, bias = "decoder.layers.*", hf.attention_bias
-    kinds = ("weight", "bias") if bias else ("weight",)
+    layer, kinds = "decoder.layers.*", ("weight", "bias") if bias else ("weight",)
     return {
         "embedding.word_embeddings.weight": Vocabulary(tensor=words, padded_size=padded_vocab_size),
         **norm(f"{layer}.input_layernorm", "model.layers.*.input_layernorm", bias=False),
-        **{f"{layer}.self_attention.linear_qkv.{kind}": qkv(hf, kind) for kind in kinds},
+        **{f"{layer}.self_attention.linear_qkv.{kind}": qkv(hf, kind) for kind in qkv_kinds},
         **linear(f"{layer}.self_attention.linear_proj", "model.layers.*.self_attn.o_proj", axis=1, bias=bias),
         **norm(f"{layer}.pre_mlp_layernorm", "model.layers.*.post_attention_layernorm", bias=False),
         **{f"{layer}.mlp.linear_fc1.{kind}": gated_mlp(kind) for kind in kinds},

@@ -11,14 +11,14 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from megakd.models import gpt2, llama, opt
+from megakd.models import gpt2, llama, mistral, opt, qwen2
 from megakd.models.family import Family
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.layer_specs import block_spec
 from megakd.models.param_mapping import HFTensor, Mapping, Source
 from megakd.runtime.parallel_layout import ParallelLayout
 
-FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (gpt2, opt, llama)}
+FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (gpt2, opt, llama, qwen2, mistral)}
 VOCABULARY_MULTIPLE = 64  # rows of the output layer per rank: keeps its matrix products aligned (50,257 becomes 50,304 at TP 1 and 2)
 
 
@@ -55,6 +55,11 @@ def check_layout(hf: PretrainedConfig, tp: int, pp: int, *, flag: str = "--model
             f"{prefix}pipeline-model-parallel-size {pp} is more than the {hf.num_hidden_layers} layers of {flag} {name}; "
             f"use {hf.num_hidden_layers} or fewer"
         )
+
+
+def context_length(hf: PretrainedConfig) -> int:
+    """Positions that the model can be given."""
+    return family_of(hf).model_arguments(hf)["max_sequence_length"]
 
 
 def uneven_split(layers: int, pp: int) -> dict[str, int]:

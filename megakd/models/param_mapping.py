@@ -70,6 +70,10 @@ class Mapping:
     def sources(self) -> tuple[HFTensor, ...]:
         raise NotImplementedError
 
+    @property
+    def is_per_layer(self) -> bool:
+        return "*" in self.sources()[0].name
+
     def shape(self, source: Source) -> tuple[int, ...]:
         """Shape of the full Megatron parameter."""
         raise NotImplementedError

@@ -30,6 +30,11 @@ HELD_OUT = {  # valid/*: title, unit
     "valid/exact_match": ("Held-out exact match", "% of answers"),
     "valid/rouge_l": ("Held-out Rouge-L", "F-measure × 100"),
 }
+EXPOSURE_BIAS = {  # statistic: title, unit
+    "ex_acc_err": ("ExAccErr(l)", "%"),
+    "R": ("R(l), own responses", "nats"),
+    "l_eps": ("lε(l), teacher's responses", "nats"),
+}
 
 Series = dict[str, tuple[list[int], list[float]]]  # name: iterations, values
 
@@ -70,6 +75,30 @@ def plot_comparison(results: Mapping[str, Mapping[str, float]], units: Mapping[s
     names = list(dict.fromkeys(name for row in results.values() for name in row))
     table = [[method, *(row.get(name) for name in names)] for method, row in results.items()]
     return save(figure, Path(path), ["method", *names], table)
+
+
+def plot_exposure_bias(curves: Mapping[str, Mapping[str, Sequence[float | None]]], path: str | Path) -> list[Path]:
+    """One panel a statistic, one line a data set over the response length, with the error of its mean; and .csv.
+
+    curves: data set → `l`, and R, l_eps, ex_acc_err each with _sem, as lists by length; None: not defined there.
+    """
+    figure, axes = new_figure(rows=1, columns=len(EXPOSURE_BIAS))
+    for ax, (name, (title, unit)) in zip(axes, EXPOSURE_BIAS.items()):
+        for (data, columns), colour, dash in zip(curves.items(), cycle(COLOURS), cycle(DASHES)):
+            draw_band(ax, columns, name, label=data, color=colour, linestyle=dash)
+        ax.set(title=title, ylabel=unit, xlabel="response length l, tokens")
+    axes[0].legend(frameon=False, fontsize="small")
+    names = list(next(iter(curves.values())))
+    table = [[data, *row] for data, columns in curves.items() for row in zip(*columns.values())]
+    return save(figure, Path(path), ["data", *names], table)
+
+
+def draw_band(ax: "Axes", columns: Mapping[str, Sequence[float | None]], name: str, **line) -> None:
+    """A mean and the error around it, where there is one."""
+    mean, error = ([math.nan if value is None else value for value in columns[key]] for key in (name, f"{name}_sem"))
+    ax.plot(columns["l"], mean, **line)
+    low, high = ([value + sign * e for value, e in zip(mean, error)] for sign in (-1, 1))
+    ax.fill_between(columns["l"], low, high, color=line["color"], alpha=0.2, linewidth=0)
 
 
 def series_of(rows: Sequence[Mapping[str, float]]) -> Series:

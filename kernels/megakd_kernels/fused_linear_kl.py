@@ -1,0 +1,194 @@
+"""Hidden states and output weights to loss and gradients, in chunks of rows: the logits of one chunk are all that ever exist.
+
+    for each chunk:  z = h W^T of every model;   loss, and dz in place of z;   dh = dz W,   dW += dz^T h
+
+The gradient is made in forward, while the chunk's logits are there, so before the upstream gradient is known. Backward scales it:
+dh by each row's own upstream, dW by the one number that all rows must share (per-token `weights` are folded in before). A chunk
+costs one read and write of the float32 dW, which is why chunks are 2,048 rows on a GPU. Where two models share a head, the loss
+takes the difference of their logits from that of their hidden states: (h_t - h_b) W^T keeps the digits that t - b would lose.
+
+N rows (tokens), H hidden size, Vp vocabulary columns of this rank. Hidden states are whole on every rank, and so are their
+gradients; weights and their gradients are shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from . import launch, reference
+from .cross_entropy import label_loss
+from .from_logits import RowLoss, weighted, weights_for
+from .kl_div import divergence
+from .kl_rows import accumulation_dtype
+from .promptkd_loss import prompt_loss
+from .shards import VocabShard
+
+CHUNK_ROWS, CPU_CHUNK_ROWS = 2048, 256  # by rows and not by memory: every rank must make as many chunks, whatever its width
+
+
+class LossFromHidden(torch.autograd.Function):
+    """(loss_N, *parts_N) from the hidden states and weights of each model; `wanted` says which tensors need a gradient."""
+
+    @staticmethod
+    def forward(ctx, loss: RowLoss, weights_N: Tensor | None, chunk_rows: int | None, into_main_grad: bool,
+                wanted: tuple[bool, ...], *hidden_and_weight: Tensor) -> tuple[Tensor, ...]:
+        hidden, weight = hidden_and_weight[::2], hidden_and_weight[1::2]
+        weights_N = weights_for(weights_N, hidden[0])
+        dh = [torch.zeros_like(h) if w else None for h, w in zip(hidden, wanted[::2])]
+        dW = [torch.zeros_like(W, dtype=accumulation_dtype(W)) if w else None for W, w in zip(weight, wanted[1::2])]
+        outputs_KN = torch.zeros(loss.outputs, len(hidden[0]), dtype=accumulation_dtype(hidden[0]), device=hidden[0].device)
+        chunk_rows = chunk_rows or (CPU_CHUNK_ROWS if hidden[0].device.type == "cpu" else CHUNK_ROWS)
+        buffers = [h.new_empty(min(chunk_rows, len(h)), len(W)) for h, W in zip(hidden, weight)]
+        for rows in _chunks(hidden[0], weights_N, chunk_rows):
+            inputs = [h[rows] for h in hidden]
+            logits = [torch.mm(x, W.t(), out=z[: len(x)]) for x, W, z in zip(inputs, weight, buffers)]
+            grads = [z if a is not None or b is not None else None for z, a, b in zip(logits, dh, dW)]
+            weights_R = None if weights_N is None else weights_N[rows]
+            outputs_KN[:, rows] = _loss_and_gradient(loss.of_rows(rows), logits, grads, weights_R)
+            for i, dz in enumerate(grads):
+                if dh[i] is not None:
+                    dh[i][rows] = dz @ weight[i]
+                if dW[i] is not None:
+                    _add_product(dW[i], dz, inputs[i])
+        for gradient in dh:
+            if gradient is not None:
+                loss.shard.all_reduce(gradient)
+        ctx.save_for_backward(weights_N, *dh, *dW)
+        ctx.weight, ctx.into_main_grad = weight, into_main_grad
+        outputs = tuple(x.clone() for x in outputs_KN)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_N: Tensor, *_parts):
+        weights_N, *saved = ctx.saved_tensors
+        dh, dW = saved[: len(ctx.weight)], saved[len(ctx.weight) :]
+        upstream = _shared_upstream(grad_N, weights_N) if any(x is not None for x in dW) else None
+        grads = []
+        for i, W in enumerate(ctx.weight):
+            grads.append(None if dh[i] is None else (dh[i] * grad_N[:, None]).to(dh[i].dtype))
+            grads.append(None if dW[i] is None else _weight_gradient(W, dW[i], upstream, ctx.into_main_grad))
+        return None, None, None, None, None, *grads
+
+
+def _chunks(hidden_NH: Tensor, weights_N: Tensor | None, chunk_rows: int) -> Iterator[slice | Tensor]:
+    """Slices of all rows; on a CPU only the rows that count (on a GPU the host would have to wait for their number)."""
+    if weights_N is not None and hidden_NH.device.type == "cpu" and not bool((weights_N != 0).all()):
+        return iter(weights_N.nonzero()[:, 0].split(chunk_rows))
+    return (slice(i, i + chunk_rows) for i in range(0, len(hidden_NH), chunk_rows))
+
+
+def _loss_and_gradient(loss: RowLoss, logits: list[Tensor], grads: list[Tensor | None], weights_N: Tensor | None) -> Tensor:
+    """[outputs, rows]; the gradients replace the logits they belong to."""
+    cut = loss.shard.cut(*logits)
+    outputs, state = loss.evaluate(cut, weights_N)
+    if any(dz is not None for dz in grads):
+        columns = cut[0].shape[1]
+        scale_N = torch.ones_like(outputs[0]) if weights_N is None else weights_N
+        loss.differentiate(cut, state, scale_N, [None if dz is None else dz[:, :columns] for dz in grads])
+        for dz in grads:
+            if dz is not None:
+                dz[:, columns:] = 0  # padding
+    return torch.stack(weighted(outputs, weights_N))
+
+
+def _add_product(dW: Tensor, dz: Tensor, x: Tensor) -> None:
+    """dW += dz^T x, with the sum in dW's dtype."""
+    if dW.dtype == dz.dtype:
+        dW.addmm_(dz.t(), x)
+    elif dW.is_cuda:
+        torch.addmm(dW, dz.t(), x, out_dtype=dW.dtype, out=dW)
+    else:
+        dW.addmm_(dz.t().to(dW.dtype), x.to(dW.dtype))
+
+
+def _shared_upstream(grad_N: Tensor, weights_N: Tensor | None) -> Tensor:
+    """The one upstream gradient of all rows that count. Where they differ, an error (on a GPU a late one, from the device)."""
+    counts = torch.ones_like(grad_N, dtype=torch.bool) if weights_N is None else weights_N != 0
+    if not len(grad_N):
+        return grad_N.sum()
+    high, low = grad_N.where(counts, -torch.inf).amax(), grad_N.where(counts, torch.inf).amin()
+    message = ("a fused head makes its weight's gradient before it knows the gradient of the loss, which must therefore be one "
+               "number for all rows: pass per-token factors as weights=, and take a plain sum or mean of the loss")
+    if grad_N.is_cuda:
+        torch._assert_async(high <= low, message)  # no row counts: -inf <= inf
+    elif high > low:
+        raise ValueError(message)
+    return high.where(high == low, 0.0)
+
+
+def _weight_gradient(W: Tensor, dW: Tensor, upstream: Tensor, into_main_grad: bool) -> Tensor | None:
+    """dW times upstream in W's dtype, or added to W.main_grad as Megatron's own linear layers do."""
+    if not into_main_grad:
+        return torch.mul(dW, upstream, out=torch.empty_like(W))
+    W.main_grad.addcmul_(dW.to(W.main_grad.dtype), upstream.to(W.main_grad.dtype))
+    if not hasattr(W, "grad_added_to_main_grad"):
+        return None
+    W.grad_added_to_main_grad = True  # Megatron's data-parallel hook wants a gradient to fire, and then ignores it
+    return torch.zeros_like(W) if getattr(W, "zero_out_wgrad", False) else torch.empty_like(W)
+
+
+def _apply(loss: RowLoss, weights: Tensor | None, chunk_rows: int | None, into_main_grad: bool, *hidden_and_weight: Tensor):
+    wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in hidden_and_weight)
+    for W, w in zip(hidden_and_weight[1::2], wanted[1::2]):
+        if into_main_grad and w and not hasattr(W, "main_grad"):
+            raise ValueError("accumulate_into_main_grad=True needs weight.main_grad: wrap the model in Megatron's "
+                             "DistributedDataParallel, or leave the gradient to autograd")
+    return LossFromHidden.apply(loss, weights, chunk_rows, into_main_grad, wanted, *hidden_and_weight)
+
+
+def fused_linear_kl(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *,
+                    objective: str = "reverse_kl", beta: float = 0.5, alpha: float = 0.1, temperature: float = 1.0,
+                    weights: Tensor | None = None, valid_vocab: int | None = None, vocab_start: int | None = None,
+                    tp_group: ProcessGroup | None = None, chunk_rows: int | None = None,
+                    accumulate_into_main_grad: bool = False) -> Tensor:
+    """[N] float32 divergence from hidden states [N, H] and heads [Vp, H] of both models, times each row's weight.
+
+    Gradient to whichever of the four requires it: whole for hidden states, this shard's for weights (into weight.main_grad where
+    `accumulate_into_main_grad`). With a weight's gradient the rows must share one upstream gradient; ValueError otherwise.
+    The other options are those of `kl_div`.
+    """
+    if launch.implementation(student_hidden) == "reference":
+        return reference.fused_linear_kl(student_hidden, student_weight, teacher_hidden, teacher_weight, objective=objective,
+                                         beta=beta, alpha=alpha, temperature=temperature, weights=weights,
+                                         valid_vocab=valid_vocab, vocab_start=vocab_start, tp_group=tp_group)
+    loss = divergence(student_hidden, objective, beta, alpha, temperature, VocabShard(valid_vocab, vocab_start, tp_group))
+    return _apply(loss, weights, chunk_rows, accumulate_into_main_grad, student_hidden, student_weight, teacher_hidden,
+                  teacher_weight)[0]
+
+
+def fused_linear_promptkd_loss(prompted_hidden: Tensor, teacher_weight: Tensor, base_hidden: Tensor | None,
+                               student_hidden: Tensor, student_weight: Tensor, *, base_coef: float | Tensor,
+                               temperature: float = 1.0, weights: Tensor | None = None, valid_vocab: int | None = None,
+                               vocab_start: int | None = None, tp_group: ProcessGroup | None = None,
+                               chunk_rows: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss_N, kd_N, base_N) of `promptkd_loss` from hidden states [N, H]; gradient to prompted_hidden, any upstream gradient.
+
+    Both heads are frozen. The teacher and its base share one, so that the base enters as a difference of hidden states.
+    """
+    if launch.implementation(prompted_hidden) == "reference":
+        return reference.fused_linear_promptkd_loss(prompted_hidden, teacher_weight, base_hidden, student_hidden, student_weight,
+                                                    base_coef=base_coef, temperature=temperature, weights=weights,
+                                                    valid_vocab=valid_vocab, vocab_start=vocab_start, tp_group=tp_group)
+    loss = prompt_loss(prompted_hidden, base_coef, True, temperature, VocabShard(valid_vocab, vocab_start, tp_group))
+    teacher_VH, student_VH = teacher_weight.detach(), student_weight.detach()
+    base = () if base_hidden is None else ((prompted_hidden - base_hidden).detach(), teacher_VH)
+    return _apply(loss, weights, chunk_rows, False, prompted_hidden, teacher_VH, student_hidden.detach(), student_VH, *base)
+
+
+def fused_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels_N: Tensor, *, weights: Tensor | None = None,
+                               valid_vocab: int | None = None, vocab_start: int | None = None,
+                               tp_group: ProcessGroup | None = None, chunk_rows: int | None = None,
+                               accumulate_into_main_grad: bool = False) -> Tensor:
+    """[N] float32 `cross_entropy` from hidden states [N, H] and a head [Vp, H]; options as in `fused_linear_kl`."""
+    if launch.implementation(hidden) == "reference":
+        return reference.fused_linear_cross_entropy(hidden, weight, labels_N, weights=weights, valid_vocab=valid_vocab,
+                                                    vocab_start=vocab_start, tp_group=tp_group)
+    loss = label_loss(hidden, labels_N, len(weight), VocabShard(valid_vocab, vocab_start, tp_group))
+    return _apply(loss, weights, chunk_rows, accumulate_into_main_grad, hidden, weight)[0]

@@ -1,0 +1,77 @@
+"""The divergences of `kl_rows` with torch.compile making two loops of each chunk: an option for CPUs with a C++ compiler.
+
+The formulas are written in two explicit passes, the form that the compiler fuses; log_softmax would make it read a row six times.
+The first call compiles for a second or two. Mixtures are those of `kl_rows`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .kl_rows import Merged, accumulation_dtype, clear_inactive, merge, mixture_gradient, mixture_sums, row_chunks
+from .shards import FLOOR
+
+__all__ = ["gradient", "merge", "mixture_gradient", "mixture_sums", "statistics"]
+
+
+def statistics(a_NV: Tensor, b_NV: Tensor, c_NV: Tensor | None = None, *, weights: Tensor | None = None,
+               temperature: float = 1.0, difference: bool = False) -> Tensor:
+    """[1, K, N]; see `kl_rows.statistics`."""
+    stats_KN = a_NV.new_zeros(5 if c_NV is None else 8, a_NV.shape[0], dtype=accumulation_dtype(a_NV))
+    stats_KN[1::3] = 1.0
+    for rows in row_chunks(a_NV, None if weights is None else weights != 0):
+        third = None if c_NV is None else c_NV[rows]
+        stats_KN[:, rows] = _statistics(a_NV[rows], b_NV[rows], third, torch.tensor(1 / temperature), difference)
+    return stats_KN[None]
+
+
+def gradient(a_NV: Tensor, b_NV: Tensor, c_NV: Tensor | None, merged: Merged, scale_N: Tensor, *, temperature: float = 1.0,
+             coef: float | Tensor = 0.0, difference: bool = False, grad_a: Tensor | None = None,
+             grad_b: Tensor | None = None) -> None:
+    """Write the gradients into grad_a and grad_b; see `kl_rows.gradient`."""
+    active_N = scale_N != 0
+    constant_N, coef = merged.row_constant(coef), torch.as_tensor(coef, dtype=scale_N.dtype)
+    for rows in row_chunks(a_NV, active_N):
+        top_c = None if c_NV is None else merged.top_c[rows, None]
+        tops = merged.top_a[rows, None], merged.top_b[rows, None], top_c
+        scales = (scale_N / merged.sum_a)[rows, None], (scale_N / merged.sum_b)[rows, None]
+        third = None if c_NV is None else c_NV[rows]
+        da, db = _gradient(a_NV[rows], b_NV[rows], third, tops, constant_N[rows, None], scales, coef,
+                           torch.tensor(1 / temperature), difference, grad_a is not None, grad_b is not None)
+        if grad_a is not None:
+            grad_a[rows] = da
+        if grad_b is not None:
+            grad_b[rows] = db
+    clear_inactive(active_N, grad_a, grad_b)
+
+
+@torch.compile(dynamic=True)
+def _statistics(a: Tensor, b: Tensor, c: Tensor | None, inverse_temperature: Tensor, difference: bool) -> Tensor:
+    u, A = _centred(a, inverse_temperature)
+    v, B = _centred(b, inverse_temperature)
+    e = u.exp()
+    rows = [A, e.sum(-1), (e * (u - v)).sum(-1), B, v.exp().sum(-1)]
+    if c is not None:
+        w, C = _centred(a.float() - c.float() if difference else c, inverse_temperature)
+        rows += [(e * (u - w)).sum(-1), C, w.exp().sum(-1)]
+    return torch.stack(rows)
+
+
+@torch.compile(dynamic=True)
+def _gradient(a: Tensor, b: Tensor, c: Tensor | None, tops: tuple, constant: Tensor, scales: tuple, coef: Tensor,
+              inverse_temperature: Tensor, difference: bool, want_a: bool, want_b: bool) -> tuple[Tensor | None, Tensor | None]:
+    u = (a.float() * inverse_temperature - tops[0]).clamp_min(FLOOR)
+    v = (b.float() * inverse_temperature - tops[1]).clamp_min(FLOOR)
+    p = u.exp() * scales[0]
+    ratio = u - v
+    if c is not None:
+        w = ((a.float() - c.float() if difference else c.float()) * inverse_temperature - tops[2]).clamp_min(FLOOR)
+        ratio = ratio + coef * (u - w)
+    return (p * (ratio - constant)).to(a.dtype) if want_a else None, (v.exp() * scales[1] - p).to(b.dtype) if want_b else None
+
+
+def _centred(x: Tensor, inverse_temperature: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.float() * inverse_temperature
+    top = x.amax(-1, keepdim=True).clamp_min(FLOOR)
+    return (x - top).clamp_min(FLOOR), top[:, 0]

@@ -1,0 +1,146 @@
+"""Hugging Face folder to native checkpoint, in one process, a block at a time."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megakd.checkpointing.description import Description, layout_dict
+from megakd.checkpointing.hf_files import write_hf_folder
+from megakd.checkpointing.hf_source import WindowedCheckpoint
+from megakd.checkpointing.hf_view import HuggingFaceView
+from megakd.checkpointing.native import NativeCheckpoint, is_native, iteration_folder, write_latest
+from megakd.checkpointing.parameters import Grid, Parameter, checkpoint_parameters, extra_state_key
+from megakd.checkpointing.publish import check_target, published
+from megakd.checkpointing.torch_dist_writer import TorchDistWriter
+from megakd.checkpointing.verify import check_equal, progress
+from megakd.models.hf_checkpoint import without_prefix
+from megakd.models.hf_writer import DTYPES
+from megakd.models.model_provider import check_layout, padded_vocab_size
+from megakd.models.param_mapping import Vocabulary
+
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", "lm_head.weight")
+COMMON = "common.pt"  # what megatron-core keeps besides tensors; nothing here
+
+
+@dataclass(frozen=True)
+class PlannedParameter:
+    """A parameter with the shape and dtype that its Hugging Face tensors give it."""
+
+    parameter: Parameter
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def hf_to_native(model: Path, save: Path, *, tp: int, pp: int, verify: bool = True, force: bool = False) -> Path:
+    """Write iteration 0 of checkpoint `save` and return its folder.
+
+    Raises:
+        ValueError: the model cannot be read, TP or PP does not divide it, or `save` is in use; nothing was written.
+    """
+    source = WindowedCheckpoint(model)
+    hf = source.config
+    check_layout(hf, tp, pp, name=str(model))
+    check_target(save, force=force, ours=is_native, what="native checkpoints")
+    grid, width = Grid(tp, pp, hf.num_hidden_layers), padded_vocab_size([hf.vocab_size], tp)
+    plan = plan_import(source, width)
+    warn_of_leftovers(source, plan)
+    with published(iteration_folder(save, 0)) as folder:
+        write_parameters(folder, source, plan, grid)
+        write_hf_folder(model, folder)
+        Description(iteration=0, vocab_size=hf.vocab_size, padded_vocab_size=width, layout=layout_dict(tp, pp)).write(folder)
+        if verify:
+            verify_import(NativeCheckpoint(folder), source)
+    write_latest(save, 0)
+    return iteration_folder(save, 0)
+
+
+def plan_import(source: WindowedCheckpoint, padded_size: int) -> list[PlannedParameter]:
+    """Every parameter's shape and dtype, from the headers alone.
+
+    Raises:
+        ValueError: a tensor is missing, or its shape or dtype does not fit with the others.
+    """
+    plan = [planned(source, parameter) for parameter in checkpoint_parameters(source.config, padded_size)]
+    first: dict[str, PlannedParameter] = {}
+    for item in plan:
+        model = first.setdefault(item.parameter.key, item)
+        if (item.shape, item.dtype) != (model.shape, model.dtype):
+            names = ", ".join(tensor.name for tensor in item.parameter.mapping.sources())
+            raise ValueError(
+                f"{source.flag} {source.folder}: {names} is {item.dtype} of shape {item.shape}, but in layer 0 {model.dtype} of "
+                f"shape {model.shape}; layers must be alike, save the model with one dtype"
+            )
+    return plan
+
+
+def planned(source: WindowedCheckpoint, parameter: Parameter) -> PlannedParameter:
+    tensors = parameter.mapping.sources()
+    found = {source.dtype(tensor.name) for tensor in tensors}
+    if len(found) > 1 or not found <= set(DTYPES):
+        names = ", ".join(tensor.name for tensor in tensors)
+        raise ValueError(
+            f"{source.flag} {source.folder}: {names} is stored as {', '.join(sorted(found))}; "
+            f"save the model with one of {', '.join(DTYPES)}"
+        )
+    check_vocabulary(source, parameter)
+    return PlannedParameter(parameter, tuple(parameter.mapping.shape(source)), DTYPES[found.pop()])
+
+
+def check_vocabulary(source: WindowedCheckpoint, parameter: Parameter) -> None:
+    if isinstance(parameter.mapping, Vocabulary):
+        tensor, expected = parameter.mapping.tensor, (source.config.vocab_size, source.config.hidden_size)
+        if tensor.shape(source) != expected:
+            raise ValueError(
+                f"{source.flag} {source.folder}: {tensor.name} has shape {tensor.shape(source)}, but config.json asks for "
+                f"{expected}; set vocab_size and hidden_size to what the weights have"
+            )
+
+
+def warn_of_leftovers(source: WindowedCheckpoint, plan: list[PlannedParameter]) -> None:
+    """Name what from_pretrained would call unexpected; buffers that old folders hold, and copies of a tied head, are expected."""
+    used = {tensor.name for item in plan for tensor in item.parameter.mapping.sources()}
+    used |= {without_prefix(name) for name in used}
+    if left := sorted(name for name in source.tensors if name not in used and not name.endswith(BUFFERS)):
+        warnings.warn(
+            f"{source.folder}: {', '.join(left)} is no part of a {source.config.model_type} model; left out", stacklevel=2
+        )
+
+
+def write_parameters(folder: Path, source: WindowedCheckpoint, plan: list[PlannedParameter], grid: Grid) -> None:
+    with TorchDistWriter(folder) as writer, progress(sum(stored(item) for item in plan), "converting") as bar:
+        for item in plan:
+            for rank, lo, hi in grid.ranges(item.parameter, item.shape, item.dtype.itemsize):
+                offsets, sizes = item.parameter.place(item.shape, lo, hi)
+                data = item.parameter.mapping.read(source, lo, hi).contiguous()
+                writer.add_chunk(
+                    rank, item.parameter.key, grid.stored_shape(item.parameter, item.shape), offsets, data.view(sizes)
+                )
+                bar.update(data.nbytes)
+        add_extra_states(writer, [item.parameter for item in plan], grid)
+    torch.save({}, folder / COMMON)
+
+
+def stored(item: PlannedParameter) -> int:
+    return torch.Size(item.shape).numel() * item.dtype.itemsize
+
+
+def add_extra_states(writer: TorchDistWriter, parameters: list[Parameter], grid: Grid) -> None:
+    for rank, key in extra_states(parameters, grid):
+        writer.add_extra_state(rank, key)
+
+
+def extra_states(parameters: list[Parameter], grid: Grid) -> Iterator[tuple[int, str]]:
+    for parameter in parameters:
+        if key := extra_state_key(parameter, grid.num_layers):
+            yield grid.stage(parameter) * grid.tp, key
+
+
+def verify_import(native: NativeCheckpoint, source: WindowedCheckpoint) -> None:
+    """Read the checkpoint under Hugging Face names, the way back, and compare with the folder."""
+    view = HuggingFaceView(native)
+    check_equal(view, source, {name: view.dtype(name) for name in view.names})

@@ -1,0 +1,47 @@
+"""The folder that --model or --teacher-model names: Hugging Face's or a native checkpoint, the same to everyone who asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from megakd.checkpointing.hf_view import HuggingFaceView
+from megakd.checkpointing.native import NativeCheckpoint, is_native
+from megakd.models.gpt_model import HiddenStateGPTModel
+from megakd.models.hf_checkpoint import HFCheckpoint
+from megakd.models.model_provider import load_weights
+from megakd.models.param_mapping import Source
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """Opened: headers and configs were read and checked, no weight was."""
+
+    path: Path
+    flag: str  # which flag named it, for error messages
+    config: PretrainedConfig
+    hf_folder: Path  # with config.json and the tokenizer
+    source: Source
+
+    @classmethod
+    def open(cls, path: str | Path, *, flag: str = "--model") -> ModelFolder:
+        """
+        Raises:
+            ValueError: neither a Hugging Face folder nor a native checkpoint, or a damaged one.
+        """
+        path = Path(path)
+        if is_native(path):
+            native = NativeCheckpoint(path, flag=flag)
+            return cls(path, flag, native.hf_config, native.hf_folder, HuggingFaceView(native))
+        checkpoint = HFCheckpoint(path, flag=flag)
+        return cls(path, flag, checkpoint.config, path, checkpoint)
+
+    def load_into(self, model: HiddenStateGPTModel) -> None:
+        """Fill this rank's parameters, reading only this rank's slices; no rank waits for another.
+
+        Raises:
+            ValueError: a tensor is missing or its shape is not what the config says.
+        """
+        load_weights(model, self.source)

@@ -1,0 +1,111 @@
+"""A native checkpoint on disk, opened without torch.distributed.
+
+ROOT/latest_checkpointed_iteration.txt
+ROOT/iter_0000100/   torch_dist files, megakd_checkpoint.json, huggingface/, run_config.yaml where a run wrote it
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from megakd.checkpointing import hf_files
+from megakd.checkpointing.blocks import Index
+from megakd.checkpointing.description import FILE, Description
+from megakd.checkpointing.publish import write_text
+from megakd.checkpointing.torch_dist_reader import StoredTensor, TorchDistReader
+from megakd.models.hf_checkpoint import load_hf_config
+
+LATEST = "latest_checkpointed_iteration.txt"
+
+
+class NativeCheckpoint:
+    """One iteration. Opening it checks everything but the tensors themselves.
+
+    Args:
+        path: a checkpoint folder with its iterations, or one iteration's folder.
+        iteration: which one; the latest by default.
+
+    Raises:
+        ValueError: no such checkpoint or iteration; it is incomplete, damaged, or holds a pickle that is not to be trusted.
+    """
+
+    def __init__(self, path: str | Path, *, iteration: int | None = None, flag: str = "--load"):
+        self.folder = find_iteration(Path(path), iteration, flag=flag)
+        self.description = Description.read(self.folder)
+        self.hf_folder = self.folder / hf_files.FOLDER
+        self.reader = TorchDistReader(self.folder)
+
+    @cached_property
+    def hf_config(self) -> PretrainedConfig:
+        return load_hf_config(self.hf_folder, flag=f"{self.folder.name}:")
+
+    @property
+    def keys(self) -> list[str]:
+        return list(self.reader.tensors)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._find(key).shape
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._find(key).dtype
+
+    def read(self, key: str, index: Index) -> Tensor:
+        """A rectangle of a tensor under its key in the checkpoint; layers are stacked on the first axis."""
+        return self._find(key).read(index)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.reader.tensors
+
+    def _find(self, key: str) -> StoredTensor:
+        if key not in self.reader.tensors:
+            raise ValueError(f"{self.folder}: holds no tensor {key!r}; it is not what its config.json says")
+        return self.reader.tensors[key]
+
+
+def iteration_folder(root: Path, iteration: int) -> Path:
+    return root / f"iter_{iteration:07d}"
+
+
+def is_native(path: Path) -> bool:
+    """Whether a folder is a checkpoint with its iterations, or one iteration."""
+    return (path / LATEST).is_file() or (path / FILE).is_file()
+
+
+def find_iteration(path: Path, iteration: int | None = None, *, flag: str = "--load") -> Path:
+    """The folder of one iteration; the latest by default."""
+    if not path.is_dir():
+        raise ValueError(f"{flag} {path}: no such folder; give a checkpoint folder, or one iter_* folder in it")
+    if iteration is None and (path / FILE).is_file():
+        return path
+    number = read_latest(path, flag=flag) if iteration is None else iteration
+    if number is None:
+        raise ValueError(f"{flag} {path}: no {LATEST}, so it is not a native checkpoint; give the folder that --save named")
+    folder = iteration_folder(path, number)
+    if not folder.is_dir():
+        there = ", ".join(sorted(found.name for found in path.glob("iter_*"))) or "none"
+        raise ValueError(f"{flag} {path}: holds no {folder.name} (there: {there}); choose one with --iteration")
+    return folder
+
+
+def read_latest(root: str | Path, *, flag: str = "--load") -> int | None:
+    """The last iteration that was saved completely, None where none was.
+
+    Raises:
+        ValueError: latest_checkpointed_iteration.txt does not hold a number.
+    """
+    file = Path(root) / LATEST
+    if not file.is_file():
+        return None
+    text = file.read_text().strip()
+    if not text.isdecimal():
+        raise ValueError(f"{flag} {root}: {LATEST} says {text[:40]!r}, which is no iteration; choose one with --iteration")
+    return int(text)
+
+
+def write_latest(root: Path, iteration: int) -> None:
+    write_text(root / LATEST, f"{iteration}\n")

@@ -1,0 +1,72 @@
+"""torch_dist keeps its index, `.metadata`, as a pickle. It is read here with nothing but the classes such an index is made of.
+
+Once an index has passed, torch's own reader, which does not look, meets the same names and nothing else.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint import Metadata
+
+METADATA = ".metadata"
+CLASSES = {
+    "torch": {"Size", "device"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },  # megatron keeps its plans
+}
+
+
+class ForbiddenGlobal(pickle.UnpicklingError):
+    """A pickle names something that an index never holds."""
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Finds data classes of torch's checkpoint index and torch's dtypes; anything else is refused before it is even imported."""
+
+    def find_class(self, module: str, name: str):
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and name not in CLASSES.get(module, ()):
+            raise ForbiddenGlobal(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """The index of a torch_dist folder; no code of the file's choosing runs.
+
+    Raises:
+        ValueError: there is none, it is damaged, or it names anything that does not belong in an index.
+    """
+    file = folder / METADATA
+    if not file.is_file():
+        raise ValueError(f"{file}: missing; the checkpoint is incomplete, use another iteration or copy it again")
+    try:
+        with file.open("rb") as stream:
+            metadata = MetadataUnpickler(stream).load()
+    except ForbiddenGlobal as error:
+        raise ValueError(
+            f"{file}: names {error}, which a checkpoint index never needs and which could run code; do not trust it"
+        ) from error
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise ValueError(f"{file}: damaged or cut off ({type(error).__name__}); copy the checkpoint again") from error
+    if not isinstance(metadata, Metadata):
+        raise ValueError(f"{file}: is a {type(metadata).__name__}, not a checkpoint index; copy the checkpoint again")
+    return metadata

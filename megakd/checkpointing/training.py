@@ -1,0 +1,171 @@
+"""Save and load a run: weights, optimizer, soft prompt; what was saved at one TP x PP x DP loads at any other.
+
+Random state is not saved: the trainer seeds anew from (seed, iteration), which means the same at every layout.
+"""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
+from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor
+
+from megakd.checkpointing.description import Description, layout_dict
+from megakd.checkpointing.hf_files import write_hf_folder
+from megakd.checkpointing.model_folder import ModelFolder
+from megakd.checkpointing.native import NativeCheckpoint, iteration_folder, write_latest
+from megakd.checkpointing.parameters import HEAD
+from megakd.checkpointing.publish import hidden, published
+from megakd.checkpointing.reshard import RUN_CONFIG
+from megakd.checkpointing.torch_dist_save import SynchronousSave
+from megakd.models.gpt_model import HiddenStateGPTModel
+from megakd.runtime.parallel_layout import ParallelLayout
+
+OPTIMIZER_SHARDING = "fully_reshardable"  # megatron-core's default kind cannot be saved at all in 0.16.1
+EXTRA, SCALAR = "extra.", "extra.scalar."  # torch_dist knows no tensors without axes
+
+
+def save_checkpoint(
+    root: str | Path,
+    iteration: int,
+    *,
+    model: HiddenStateGPTModel,
+    source: ModelFolder,
+    optimizer: MegatronOptimizer | None = None,
+    extra_tensors: dict[str, Tensor] | None = None,
+    run_config: Path | None = None,
+    teacher_layout: ParallelLayout | None = None,
+) -> Path:
+    """Write ROOT/iter_<iteration> from all ranks and make it the latest; returns its folder.
+
+    Args:
+        model: this rank's stage, without DistributedDataParallel around it.
+        source: where the model came from: its config and tokenizer go into the checkpoint.
+        extra_tensors: small tensors by name, alike on all ranks (the soft prompt and its moments); rank 0's are written.
+        run_config: the run's config.yaml.
+    """
+    target = iteration_folder(Path(root), iteration)
+    with published_by_rank_zero(target) as folder:
+        state = sharded_state(model, optimizer, is_loading=False)
+        state["extra"] = {name: replicated(name, tensor) for name, tensor in (extra_tensors or {}).items()}
+        kinds = {"distrib_optim_sharding_type": OPTIMIZER_SHARDING}
+        dist_checkpointing.save(state, str(folder), SynchronousSave(), content_metadata=kinds)
+        if dist.get_rank() == 0:
+            describe(model, iteration, teacher_layout).write(folder)
+            write_hf_folder(source.hf_folder, folder)
+            if run_config is not None:
+                shutil.copyfile(run_config, folder / RUN_CONFIG)
+    return target
+
+
+def load_checkpoint(
+    root: str | Path,
+    iteration: int | None = None,
+    *,
+    model: HiddenStateGPTModel,
+    optimizer: MegatronOptimizer | None = None,
+    flag: str = "--load",
+) -> dict[str, Tensor]:
+    """Fill model and optimizer in place, on all ranks; returns the extra tensors, on the CPU, on every rank.
+
+    Raises:
+        ValueError: no such checkpoint, an untrusted or damaged one, or it lacks something that is asked for.
+    """
+    native = NativeCheckpoint(root, iteration=iteration, flag=flag)
+    state = sharded_state(model, optimizer, is_loading=True)
+    dict_list_map_inplace(without_objects, state)
+    check_complete(native, state, flag=flag)
+    loaded = dist_checkpointing.load(state, str(native.folder), common_strategy=LoadCommonWithoutPickle())
+    model.load_state_dict(loaded["model"])
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+    return read_extra_tensors(native)
+
+
+@contextmanager
+def published_by_rank_zero(target: Path) -> Iterator[Path]:
+    """`published` for all ranks: rank 0 makes, names and removes the folder, the others write in it."""
+    first = dist.get_rank() == 0
+    with published(target) if first else nullcontext(hidden(target)) as folder:
+        dist.barrier()
+        yield folder
+        dist.barrier()
+    if first:
+        write_latest(target.parent, int(target.name.removeprefix("iter_")))
+    dist.barrier()
+
+
+def sharded_state(model: HiddenStateGPTModel, optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
+    """What megatron-core saves and loads, with the shard of each tensor that this rank holds."""
+    metadata = {"dp_cp_group": model.layout.groups.dp_cp, "distrib_optim_sharding_type": OPTIMIZER_SHARDING}
+    weights = model.sharded_state_dict(metadata=metadata)
+    if HEAD in weights:
+        weights[HEAD].allow_shape_mismatch = True  # padded for another TP size; megatron allows it for embeddings only
+    state = {"model": weights}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
+    return state
+
+
+def replicated(name: str, tensor: Tensor) -> ShardedTensor:
+    key = (EXTRA if tensor.ndim else SCALAR) + name
+    return ShardedTensor.from_rank_offsets(key, torch.atleast_1d(tensor.detach()), replica_id=dist.get_rank())
+
+
+def read_extra_tensors(native: NativeCheckpoint) -> dict[str, Tensor]:
+    whole = lambda key: native.read(key, tuple(slice(0, size) for size in native.shape(key)))
+    extras = {key.removeprefix(SCALAR).removeprefix(EXTRA): whole(key) for key in native.keys if key.startswith(EXTRA)}
+    scalars = {key.removeprefix(SCALAR) for key in native.keys if key.startswith(SCALAR)}
+    return {name: tensor.view(()) if name in scalars else tensor for name, tensor in extras.items()}
+
+
+def without_objects(value: Any) -> Any:
+    """megatron-core would unpickle a linear layer's extra state, which is None without Transformer Engine: None it is."""
+    return LocalNonpersistentObject(None) if isinstance(value, ShardedObject) else value
+
+
+def check_complete(native: NativeCheckpoint, state: dict, *, flag: str) -> None:
+    missing = sorted({value.key for value in nested_values(state) if isinstance(value, ShardedTensor)} - set(native.keys))
+    if any(key.startswith("optimizer.") for key in missing):
+        raise ValueError(f"{flag} {native.folder}: holds no optimizer state to resume from; start a new run from it with --model")
+    if missing:
+        raise ValueError(f"{flag} {native.folder}: holds no {missing[0]!r}; it belongs to another model or method")
+
+
+class LoadCommonWithoutPickle(TorchCommonLoadStrategy):
+    """common.pt holds numbers and names only, and is read as such, whatever torch's environment variables say."""
+
+    def load_common(self, checkpoint_dir: str | Path) -> dict:
+        file = Path(checkpoint_dir) / COMMON_STATE_FNAME
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(
+                f"{file}: damaged, or holds more than numbers and names; copy the checkpoint again, or do not trust it"
+            ) from error
+
+
+def describe(model: HiddenStateGPTModel, iteration: int, teacher_layout: ParallelLayout | None) -> Description:
+    return Description(
+        iteration=iteration,
+        vocab_size=model.real_vocab_size,
+        padded_vocab_size=model.vocab_size,
+        layout=sizes(model.layout),
+        teacher_layout=teacher_layout and sizes(teacher_layout),
+    )
+
+
+def sizes(layout: ParallelLayout) -> dict[str, int]:
+    return layout_dict(layout.tp_size, layout.pp_size, layout.dp_size)

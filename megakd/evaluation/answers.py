@@ -1,0 +1,76 @@
+"""A model answers many prompts: each data-parallel replica its share, and every rank gets all answers, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from megakd.config import ResponseConfig
+from megakd.data.batch import Sample
+from megakd.data.dataloader import deal
+from megakd.generation.generate import generate
+from megakd.generation.sampling import Sampling
+from megakd.models.gpt_model import HiddenStateGPTModel
+
+BATCHES_PER_CHUNK = 4  # enough rows to sort by length; few enough to see progress, and to lose little when a run is cut off
+
+Item = TypeVar("Item")
+
+
+def sampling_of(settings: ResponseConfig, seed: int) -> Sampling:
+    return Sampling(
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        greedy=settings.greedy,
+        seed=seed,
+        no_repeat_ngram_size=settings.no_repeat_ngram_size,
+    )
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A model that answers, `batch_size` rows at once on each replica."""
+
+    model: HiddenStateGPTModel
+    eos_id: int
+    batch_size: int
+
+    @property
+    def chunk_size(self) -> int:
+        """Rows answered between two signs of life, over all replicas."""
+        return BATCHES_PER_CHUNK * self.batch_size * self.model.layout.dp_size
+
+    def answer(self, samples: Sequence[Sample], sampling: Sampling) -> Iterator[list[list[int]]]:
+        """Responses chunk by chunk, in the order of `samples`, on every rank. A sample's own response is not looked at."""
+        for first in range(0, len(samples), self.chunk_size):
+            yield self._answer_chunk(samples[first : first + self.chunk_size], sampling)
+
+    def _answer_chunk(self, samples: Sequence[Sample], sampling: Sampling) -> list[list[int]]:
+        """One chunk, dealt to the replicas so that each has as many rows and about as long prompts."""
+        layout = self.model.layout
+        numbered = [Sample(i, sample.prompt, ()) for i, sample in enumerate(samples)]  # sample ids may begin anywhere
+        mine = [sample.sample_id for sample in deal(numbered, layout.dp_size)[layout.dp_rank]]
+        prompts, ids = [samples[i].prompt for i in mine], [samples[i].sample_id for i in mine]
+        responses = generate(self.model, prompts, ids, sampling, eos_id=self.eos_id, batch_size=self.batch_size)
+        gathered = gather_by_index(dict(zip(mine, responses)), layout.dp_group)
+        return [gathered[i] for i in range(len(samples))]
+
+
+def gather_by_index(mine: dict[int, Item], group: dist.ProcessGroup) -> dict[int, Item]:
+    """Every rank's entries on every rank."""
+    parts: list[dict[int, Item]] = [{} for _ in range(group.size())]
+    dist.all_gather_object(parts, mine, group=group)
+    return {index: item for part in parts for index, item in part.items()}
+
+
+def response_text(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], response: Sequence[int]) -> str:
+    """What the response adds to the prompt's text: decoded alone, Llama's tokenizers would lose its first space."""
+    decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return decode([*prompt, *response])[len(decode(list(prompt))) :]

@@ -1,0 +1,105 @@
+"""A named file of prompts with right answers: what is asked, what is scored against, and the gold responses for the losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from megakd.config import EvaluateConfig
+from megakd.data.batch import Sample
+from megakd.data.prompt_dataset import PromptDataset
+from megakd.data.sft_dataset import check_responses
+from megakd.data.text_dataset import encode_responses
+from megakd.data.tokenizer import eos_id
+from megakd.evaluation import gsm8k, metrics
+
+
+class EvaluationSet(PromptDataset):
+    """The rows of `path` that have a prompt of at most `max_prompt_length` ids.
+
+    A Sample's response is the first right answer and EOS, `max_response_length` ids at most. `add_bos` puts in front what the
+    tokenizer puts in front of a text (OPT's </s>, Llama's <s>, nothing for GPT-2).
+
+    Raises ValueError where the file cannot be used, or a row has no right answer.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: str | Path,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_prompt_length: int,
+        max_response_length: int,
+        add_bos: bool = False,
+    ) -> None:
+        super().__init__(path, tokenizer, max_prompt_length=max_prompt_length)
+        self.name, self.path = name, str(path)
+        check_responses(self._rows)
+        beginning = tokenizer("")["input_ids"] if add_bos else []
+        prompts = [ids.tolist() for ids in self._prompts]
+        for i, gold in enumerate(encode_responses(self._rows, prompts, tokenizer)):
+            self._prompts[i] = np.array([*beginning, *prompts[i]], dtype=np.int32)
+            self._responses[i] = np.array([*gold, eos_id(tokenizer)][:max_response_length], dtype=np.int32)
+
+    def questions(self) -> list[Sample]:
+        """The samples without their responses."""
+        return [replace(sample, response=()) for sample in self]
+
+    def score(self, index: int, answer: str) -> dict[str, float]:
+        """Each metric of one answer, 0 to 100."""
+        references = self.references(index)
+        return {
+            "rouge_l": metrics.sample_rouge_l(answer, references),
+            "exact_match": metrics.sample_exact_match(answer, references),
+        }
+
+
+class GSM8KSet(EvaluationSet):
+    """GSM8K: also whether the number is right."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.gold: list[Decimal] = [gsm8k.gold_number(row.references[0], row.where) for row in self._rows]
+
+    def score(self, index: int, answer: str) -> dict[str, float]:
+        return super().score(index, answer) | gsm8k.score(answer, self.gold[index])
+
+
+@dataclass(frozen=True)
+class NamedPath:
+    name: str
+    path: str
+
+    @classmethod
+    def read(cls, word: str) -> NamedPath:
+        """`name=path`, or a path alone, which is named after its file."""
+        name, equals, path = word.partition("=")
+        return cls(name, path) if equals and not Path(word).exists() else cls(Path(word).stem, word)
+
+
+def named_paths(words: Sequence[str]) -> list[NamedPath]:
+    """The data sets of --data.
+
+    Raises:
+        ValueError: two have one name.
+    """
+    named = [NamedPath.read(word) for word in words]
+    for i, one in enumerate(named):
+        for other in named[:i]:
+            if one.name == other.name:
+                raise ValueError(f"--data {other.path} {one.path}: both are named {one.name}; name one, as in first={other.path}")
+    return named
+
+
+def open_sets(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> list[EvaluationSet]:
+    """Every set of a run, read and checked."""
+    lengths = {"max_prompt_length": config.responses.max_prompt_length, "max_response_length": config.responses.max_new_tokens}
+    kinds = [(EvaluationSet, named) for named in named_paths(config.data)]
+    kinds += [(GSM8KSet, NamedPath("gsm8k", config.gsm8k))] if config.gsm8k else []
+    return [kind(named.name, named.path, tokenizer, add_bos=config.add_bos, **lengths) for kind, named in kinds]

@@ -1,0 +1,162 @@
+"""Data sets × seeds in one run: answers, their scores, held-out losses and exposure bias, the same on every rank.
+
+    results = evaluate(EvaluateConfig(model="student", data=("test.jsonl",), ...))
+    results["sets"]["test"]           numbers by name; over seeds the mean, and `<name>_sd` (n - 1) where there are two or more
+    results["seeds"]["test"]["10"]    what each seed gave
+    results["exposure_bias"]["test"]  curves by length
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from megakd.checkpointing.description import versions
+from megakd.config import EvaluateConfig
+from megakd.data.tokenizer import eos_id, load_tokenizer
+from megakd.evaluation.answers import Writer, gather_by_index, response_text, sampling_of
+from megakd.evaluation.evaluation_set import EvaluationSet, open_sets
+from megakd.evaluation.exposure_bias import accumulated, exposure_bias, token_divergences
+from megakd.evaluation.held_out import held_out_losses
+from megakd.evaluation.models import load_models, open_folders, start
+from megakd.evaluation.progress import Progress
+from megakd.evaluation.report import Report, print_table
+from megakd.generation.sampling import Sampling
+from megakd.runtime.initialize import is_rank_zero
+from megakd.runtime.parallel_layout import ParallelLayout
+
+AT_LENGTH = 16  # the response length at which MiniLLM's code prints ExAccErr; the last one where responses are shorter
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """All scores; with --save also results.json, answers.jsonl and figures.
+
+    Raises:
+        ValueError: something does not fit; before any weight is loaded where that can be known.
+    """
+    config.check()
+    began = time.perf_counter()
+    folders = open_folders(config, config.teacher_model)
+    tokenizer = load_tokenizer(folders[0].hf_folder)
+    sets = open_sets(config, tokenizer)
+    layout = start(config)
+    report = Report(config.save if is_rank_zero() else "")
+    models = load_models(folders, layout, config.dtype)
+    writers = [Writer(model, eos_id(tokenizer), config.responses.batch_size) for model in models]
+    scores = Evaluator(config, sets, tokenizer, dict(zip(("student", "teacher"), writers)), report).run()
+    results = {**describe(config, layout), "seconds": time.perf_counter() - began, **scores}
+    if is_rank_zero():
+        report.finish(results)
+        print_table(results)
+    return results
+
+
+def describe(config: EvaluateConfig, layout: ParallelLayout) -> dict[str, Any]:
+    """What made the numbers."""
+    sizes = {"tensor_parallel": layout.tp_size, "pipeline_parallel": layout.pp_size, "data_parallel": layout.dp_size}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"config": config.flat(), "versions": versions(), "layout": sizes, "device": device}
+
+
+class Evaluator:
+    """One run on this rank. `writers` are the student and, where there is one, the teacher."""
+
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        sets: Sequence[EvaluationSet],
+        tokenizer: PreTrainedTokenizerBase,
+        writers: dict[str, Writer],
+        report: Report,
+    ) -> None:
+        self.config, self.sets, self.tokenizer, self.writers, self.report = config, sets, tokenizer, writers, report
+        self.models = [writer.model for writer in writers.values()]
+        settings = config.responses
+        seeds = config.seeds[:1] if settings.greedy else config.seeds  # a greedy answer is the same for every seed
+        self.scored = {seed: sampling_of(settings, seed) for seed in seeds}
+        bias_seeds = config.seeds[: config.exposure_bias_samples] if config.exposure_bias else ()
+        self.drawn = {seed: Sampling(max_new_tokens=settings.max_new_tokens, seed=seed) for seed in bias_seeds}
+        passes = {("student", sampling) for sampling in self.scored.values()}
+        passes |= {(writer, sampling) for writer in writers for sampling in self.drawn.values()}
+        self.progress = Progress(len(passes) * sum(map(len, sets)))
+        self._written: dict[tuple[str, Sampling], list[list[int]]] = {}  # of the set in hand
+
+    def run(self) -> dict[str, dict[str, Any]]:
+        """Set by set, in the order of the command line."""
+        results: dict[str, dict[str, Any]] = {"sets": {}, "seeds": {}, "exposure_bias": {}}
+        for data in self.sets:
+            self._written.clear()
+            seeds = {str(seed): self.scores(data, seed) for seed in self.scored}
+            numbers = {"samples": len(data), **over_seeds(list(seeds.values())), **self.losses(data)}
+            if self.drawn:
+                curves = self.exposure_bias(data)
+                numbers["ex_acc_err"] = curves["ex_acc_err"][: AT_LENGTH][-1]
+                results["exposure_bias"][data.name] = curves
+            results["sets"][data.name], results["seeds"][data.name] = numbers, seeds
+        return results
+
+    def losses(self, data: EvaluationSet) -> dict[str, float]:
+        """On the gold responses."""
+        return held_out_losses(*self.models, samples=list(data), micro_batch_size=self.config.micro_batch_size)
+
+    def responses(self, data: EvaluationSet, writer: str, sampling: Sampling) -> list[list[int]]:
+        """One response a sample, in the order of the file, on every rank. None is written twice."""
+        if (writer, sampling) not in self._written:
+            responses = self._written[writer, sampling] = []
+            for chunk in self.writers[writer].answer(data.questions(), sampling):
+                responses += chunk
+                self.progress.advance(len(chunk), f"{data.name}, {writer}, seed {sampling.seed}")
+        return self._written[writer, sampling]
+
+    def scores(self, data: EvaluationSet, seed: int) -> dict[str, float]:
+        """Means over the set of one pass of answers."""
+        responses = self.responses(data, "student", self.scored[seed])
+        answers = [response_text(self.tokenizer, sample.prompt, tokens).strip() for sample, tokens in zip(data, responses)]
+        rows = score_on_all_ranks(data, answers)
+        for row, tokens in zip(rows, responses):
+            row["response_length"] = len(tokens) - (tokens[-1] == eos_id(self.tokenizer))
+        self.report.add_answers(data, seed, answers, responses, rows)
+        return {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
+
+    def exposure_bias(self, data: EvaluationSet) -> dict[str, list[float | None]]:
+        """Curves over the response length."""
+        length, skip_first = self.config.responses.max_new_tokens, self.config.exposure_bias_skip_first
+        curves = []
+        for writer in self.writers:
+            draws = [self.divergences(data, writer, seed) for seed in self.drawn]
+            curves.append(np.stack([accumulated(rows, length, skip_first=skip_first) for rows in zip(*draws)]))
+        return exposure_bias(*curves)
+
+    def divergences(self, data: EvaluationSet, writer: str, seed: int) -> list[np.ndarray]:
+        """KL(p‖q) at every token of what `writer` draws."""
+        responses = self.responses(data, writer, self.drawn[seed])
+        samples = [replace(sample, response=tuple(response)) for sample, response in zip(data.questions(), responses)]
+        rows = token_divergences(*self.models, samples, micro_batch_size=self.config.micro_batch_size)
+        self.report.add_divergences(data, writer, seed, samples, rows)
+        return rows
+
+
+def score_on_all_ranks(data: EvaluationSet, answers: Sequence[str]) -> list[dict[str, float]]:
+    """Scores of each answer. Rouge-L is plain Python, so every rank scores some."""
+    mine = {i: data.score(i, answers[i]) for i in range(dist.get_rank(), len(answers), dist.get_world_size())}
+    gathered = gather_by_index(mine, dist.group.WORLD)
+    return [gathered[i] for i in range(len(answers))]
+
+
+def over_seeds(seeds: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Mean of every metric, and its sample standard deviation where there are two seeds or more."""
+    numbers = {}
+    for name in seeds[0]:
+        values = [row[name] for row in seeds]
+        numbers[name] = statistics.fmean(values)
+        if len(values) > 1:
+            numbers[f"{name}_sd"] = statistics.stdev(values)
+    return numbers

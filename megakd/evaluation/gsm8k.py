@@ -1,0 +1,90 @@
+"""GSM8K: the number an answer gives, by the rules of response priming's evaluation (Goyal et al. 2024, arXiv), nothing by hand.
+
+    boxed      the number in the first \\boxed{}
+    line       the number of the first line, if it holds exactly one distinct number
+    phrase     the number after "the [final | correct] answer is"
+    last       the last number
+
+strict asks boxed, then phrase; flexible asks all four in this order. Commas in numbers are removed, and numbers are compared by
+value: 18, 18.0 and $18.00 are one answer.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+
+NUMBER = re.compile(
+    r"""(?:(?<![\d)])-)?                              # a sign, unless it takes away from a number or a bracket
+        (?: (?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?  # 1,234.50 or 1234.50
+          | (?<!\d)\.\d+ )                            # .50""",
+    re.VERBOSE,
+)
+BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+PHRASE = re.compile(r"the\s+(?:final\s+|correct\s+)?answer\s+is", re.IGNORECASE)
+GOLD = "####"
+
+
+def numbers(text: str) -> list[Decimal]:
+    """All numbers of a text, in order. A minus counts as a sign where no number stands before it: 16-3 holds 16 and 3."""
+    text = text.replace("{,}", ",")  # LaTeX's way to write 1,000
+    return [Decimal(found.replace(",", "")) for found in NUMBER.findall(text)]
+
+
+def boxed(reply: str) -> Decimal | None:
+    box = BOX.search(reply)
+    return first(numbers(box[1])) if box else None
+
+
+def only_number_of_first_line(reply: str) -> Decimal | None:
+    found = numbers(reply.strip().partition("\n")[0])
+    return found[0] if len(set(found)) == 1 else None
+
+
+def after_phrase(reply: str) -> Decimal | None:
+    phrase = PHRASE.search(reply)
+    return first(numbers(reply[phrase.end() :])) if phrase else None
+
+
+def last_number(reply: str) -> Decimal | None:
+    return first(numbers(reply)[::-1])
+
+
+def first(found: Sequence[Decimal]) -> Decimal | None:
+    return found[0] if found else None
+
+
+Rule = Callable[[str], Decimal | None]
+STRICT: tuple[Rule, ...] = (boxed, after_phrase)
+FLEXIBLE: tuple[Rule, ...] = (boxed, only_number_of_first_line, after_phrase, last_number)
+RULES = {"gsm8k_strict": STRICT, "gsm8k_flexible": FLEXIBLE}
+
+
+def extract(reply: str, rules: Sequence[Rule]) -> Decimal | None:
+    """What the first rule that finds a number finds; None where none does."""
+    return next((number for rule in rules if (number := rule(reply)) is not None), None)
+
+
+def gold_number(answer: str, where: str = "answer") -> Decimal:
+    """The number after ####.
+
+    Raises:
+        ValueError: there is none; the message begins with `where`.
+    """
+    _, marker, end = answer.rpartition(GOLD)
+    found = numbers(end)
+    if not (marker and found):
+        raise ValueError(f"{where} has no number after {GOLD}; --gsm8k needs answers that end in `{GOLD} 18`")
+    return found[0]
+
+
+def score(reply: str, gold: Decimal) -> dict[str, float]:
+    """One reply's `gsm8k_strict` and `gsm8k_flexible`, 0 or 100."""
+    return {name: 100.0 * (extract(reply, rules) == gold) for name, rules in RULES.items()}
+
+
+def accuracy(replies: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
+    """Percentages of right replies, strict and flexible; `answers` are GSM8K's, with ####."""
+    scores = [score(reply, gold_number(answer)) for reply, answer in zip(replies, answers, strict=True)]
+    if not scores:
+        raise ValueError("no replies to score; the data hold no sample")
+    return {name: sum(row[name] for row in scores) / len(scores) for name in scores[0]}

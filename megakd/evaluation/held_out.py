@@ -1,0 +1,56 @@
+"""Held-out losses on gold responses: token means over a whole data set, EOS included.
+
+    lm_loss      -log q(y_t | y_<t, x)
+    reverse_kl   KL(q‖p)                      q the model, p the teacher, both read the gold response
+    forward_kl   KL(p‖q)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from megakd.data.batch import Sample, micro_batches
+from megakd.data.dataloader import deal
+from megakd.losses.distillation import Divergence, VocabularySplit, sft_loss
+from megakd.models.gpt_model import HiddenStateGPTModel
+from megakd.schedules import evaluate_loss, supervised_hidden, supervised_labels, token_means
+
+MICRO_BATCHES_PER_PASS = 8  # hidden states of a pass are kept; more fill the pipeline better
+
+
+def held_out_losses(
+    model: HiddenStateGPTModel, teacher: HiddenStateGPTModel | None = None, *, samples: Sequence[Sample], micro_batch_size: int
+) -> dict[str, float]:
+    """The means by name, and the number of `tokens`, on every rank. Without a teacher only `lm_loss`."""
+    layout = model.layout
+    names = ("lm_loss", "reverse_kl", "forward_kl") if teacher else ("lm_loss",)
+    sums = torch.zeros(len(names) + 1, dtype=torch.double, device=torch.cuda.current_device())
+    for part in passes(deal(samples, layout.dp_size)[layout.dp_rank], micro_batch_size):
+        sums += sums_of(model, teacher, part, names, micro_batch_size)
+    return {name: float(value) for name, value in token_means(sums, names, layout).items()}
+
+
+def passes(samples: Sequence[Sample], micro_batch_size: int) -> Iterator[Sequence[Sample]]:
+    """As many samples as go through the pipeline together."""
+    step = micro_batch_size * MICRO_BATCHES_PER_PASS
+    for first in range(0, len(samples), step):
+        yield samples[first : first + step]
+
+
+def sums_of(model, teacher, samples: Sequence[Sample], names: Sequence[str], micro_batch_size: int) -> torch.Tensor:
+    """Sums of `names` and the token count over some samples, on every stage."""
+    batches = micro_batches(samples, micro_batch_size)
+    teacher_hidden = supervised_hidden(teacher, batches) if teacher else []
+    vocabulary = VocabularySplit(model.real_vocab_size, model.layout.tp_group)
+
+    def loss(hidden_NH, batch, number):
+        student = (hidden_NH, model.output_weight())
+        values = {"lm_loss": sft_loss(student, supervised_labels(batch), vocabulary)["loss/lm"]}
+        if teacher:
+            other = (teacher_hidden[number], teacher.output_weight())
+            values |= {name: Divergence(name)(student, other, vocabulary) for name in ("reverse_kl", "forward_kl")}
+        return values
+
+    return evaluate_loss(model, batches, loss, names)

@@ -1,0 +1,102 @@
+"""What an evaluation leaves behind.
+
+    results.json         settings, versions, numbers by set and by seed, curves of exposure bias
+    answers.jsonl        one line a set, seed and sample: prompt, answer, references, scores, token ids
+    exposure_bias.jsonl  one line a set, writer, seed and sample: token ids, and KL(p‖q) at every token of the response
+    figures/             Rouge-L by set, exposure bias by length, each with its numbers as .csv
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megakd.data.batch import Sample
+from megakd.evaluation.evaluation_set import EvaluationSet
+from megakd.reporting.jsonl import dump
+from megakd.reporting.plots import plot_comparison, plot_exposure_bias
+
+COLUMNS = {  # in results["sets"]: heading, format
+    "samples": ("samples", "{:d}"),
+    "rouge_l": ("Rouge-L", "{:.2f}"),
+    "exact_match": ("exact match", "{:.2f}"),
+    "gsm8k_strict": ("strict", "{:.2f}"),
+    "gsm8k_flexible": ("flexible", "{:.2f}"),
+    "response_length": ("tokens", "{:.1f}"),
+    "lm_loss": ("LM loss", "{:.4f}"),
+    "reverse_kl": ("KL(q‖p)", "{:.4f}"),
+    "forward_kl": ("KL(p‖q)", "{:.4f}"),
+    "ex_acc_err": ("ExAccErr", "{:.2f}"),
+}
+
+
+class Report:
+    """Writes into `folder`; into none where it is empty, as on every rank but one."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder) if folder else None
+        self._files: dict[str, Any] = {}
+
+    def add_answers(
+        self, data: EvaluationSet, seed: int, answers: Sequence[str], responses: Sequence[Sequence[int]], scores: Sequence[dict]
+    ) -> None:
+        """One pass over one set."""
+        for i, (answer, tokens, row) in enumerate(zip(answers, responses, scores)):
+            where = {"set": data.name, "seed": seed, "sample_id": i, "prompt": data.prompt_text(i)}
+            what = {"answer": answer, "references": data.references(i), "scores": row, "response_ids": tokens}
+            self._append("answers.jsonl", where | what)
+
+    def add_divergences(
+        self, data: EvaluationSet, writer: str, seed: int, samples: Sequence[Sample], rows: Sequence[np.ndarray]
+    ) -> None:
+        """What one model drew once for one set."""
+        for sample, row in zip(samples, rows):
+            where = {"set": data.name, "writer": writer, "seed": seed, "sample_id": sample.sample_id}
+            ids = {"prompt_ids": sample.prompt, "response_ids": sample.response}
+            self._append("exposure_bias.jsonl", where | ids | {"kl": row.tolist()})
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        if self.folder is None:
+            return
+        if name not in self._files:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._files[name] = (self.folder / name).open("w", encoding="utf-8")
+        self._files[name].write(dump(row))
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """results.json and the figures."""
+        for file in self._files.values():
+            file.close()
+        if self.folder is None:
+            return
+        beside = self.folder / "results.json.tmp"
+        beside.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(beside, self.folder / "results.json")
+        plot_comparison(results["sets"], {"rouge_l": "F-measure × 100"}, self.folder / "figures" / "rouge_l.png")
+        if results["exposure_bias"]:
+            plot_exposure_bias(results["exposure_bias"], self.folder / "figures" / "exposure_bias.png")
+
+
+def print_table(results: Mapping[str, Any]) -> None:
+    """One line a set, mean ± standard deviation over seeds."""
+    sets = results["sets"]
+    names = [name for name in COLUMNS if any(name in numbers for numbers in sets.values())]
+    lines = [["", *(COLUMNS[name][0] for name in names)]]
+    lines += [[title, *(cell(numbers, name) for name in names)] for title, numbers in sets.items()]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join([line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:]))]))
+
+
+def cell(numbers: Mapping[str, float], name: str) -> str:
+    """`25.13 ± 0.21`, or less where there is less."""
+    if numbers.get(name) is None:
+        return "-"
+    value, deviation = numbers[name], numbers.get(f"{name}_sd")
+    form = COLUMNS[name][1]
+    return form.format(value) if deviation is None else f"{form} ± {form}".format(value, deviation)

@@ -1,0 +1,115 @@
+"""Responses to a file of prompts, into a file that training reads as it is: SeqKD's data, and whatever else wants answers.
+
+Rows keep their fields and their order; a `response` that was there becomes `reference`. Rows are written chunk by chunk, and the
+same command continues after the last whole chunk: the chunks, and so the bytes, are those of an unbroken run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megakd.config import GenerateConfig, flag_name, from_yaml
+from megakd.data.prompt_dataset import PromptDataset
+from megakd.data.rows import json_objects
+from megakd.data.tokenizer import eos_id, load_tokenizer
+from megakd.evaluation.answers import Writer, response_text, sampling_of
+from megakd.evaluation.models import load_models, open_folders, start
+from megakd.evaluation.progress import Progress
+from megakd.reporting.jsonl import dump
+from megakd.runtime.initialize import is_rank_zero
+
+MAY_CHANGE = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "batch_size", "save")  # when a file is continued
+
+
+def write_responses(config: GenerateConfig) -> None:
+    """All responses to `config.data` into `config.save`.
+
+    Raises:
+        ValueError: something does not fit; before any weight is loaded where that can be known.
+    """
+    config.check()
+    folders = open_folders(config)
+    tokenizer = load_tokenizer(folders[0].hf_folder)
+    prompts = Prompts(config.data, tokenizer, max_prompt_length=config.responses.max_prompt_length)
+    file = ResponseFile(config)
+    (model,) = load_models(folders, start(config), config.dtype)
+    writer = Writer(model, eos_id(tokenizer), config.responses.batch_size)
+    done = file.continue_at(writer.chunk_size, len(prompts))
+    progress = Progress(len(prompts) - done)
+    for chunk in writer.answer(list(prompts)[done:], sampling_of(config.responses, config.seed)):
+        answered = range(done, done + len(chunk))
+        file.append(prompts.row(i, tokens, token_ids=config.token_ids) for i, tokens in zip(answered, chunk))
+        done += len(chunk)
+        progress.advance(len(chunk), config.save)
+    if is_rank_zero():
+        print(f"{config.save}: {len(prompts)} rows")
+
+
+class Prompts(PromptDataset):
+    """The prompts of a jsonl file, with the fields of their rows."""
+
+    def __init__(self, path: str, tokenizer, *, max_prompt_length: int) -> None:
+        super().__init__(path, tokenizer, max_prompt_length=max_prompt_length)
+        self.tokenizer = tokenizer
+        self._fields = dict(json_objects(Path(path)))
+        for i in range(len(self)):
+            if not {"prompt", "instruction", "question"} & self._fields[self.where(i)].keys():
+                raise ValueError(f"{self.where(i)} is plain text; --data needs rows with prompt, or with instruction and input")
+
+    def row(self, index: int, response: Sequence[int], *, token_ids: bool) -> dict[str, Any]:
+        """What is written for one prompt."""
+        fields, prompt = dict(self._fields[self.where(index)]), self[index].prompt
+        kept = {"reference": fields.pop("response")} if "response" in fields else {}
+        ids = {"prompt_ids": prompt, "response_ids": response} if token_ids else {}
+        return {**fields, **kept, "response": response_text(self.tokenizer, prompt, response), **ids}
+
+
+class ResponseFile:
+    """The jsonl file of a command, and beside it the settings that made it, `<file>.config.yaml`.
+
+    Raises:
+        ValueError: the file there was made with other settings.
+    """
+
+    def __init__(self, config: GenerateConfig) -> None:
+        self.path, self.config = Path(config.save), config
+        self.settings = self.path.with_name(self.path.name + ".config.yaml")
+        self._check_settings()
+        self._lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
+
+    def _check_settings(self) -> None:
+        if not self.path.is_file():
+            return
+        if not self.settings.is_file():
+            raise ValueError(f"--save {self.path} exists, and no {self.settings.name} says how it was made; name another file")
+        before, now = from_yaml(self.settings, GenerateConfig).flat(), self.config.flat()
+        for name, value in now.items():
+            if name not in MAY_CHANGE and before[name] != value:
+                raise ValueError(
+                    f"{flag_name(name)} {value} differs from the {before[name]} that --save {self.path} was begun with; "
+                    "give the same command to continue it, or another --save to start anew"
+                )
+
+    def continue_at(self, chunk_size: int, rows: int) -> int:
+        """Rows that stay: whole chunks, or the whole file where it is complete. On rank 0 what follows them is cut off."""
+        whole = sum(line.endswith(b"\n") for line in self._lines)
+        kept = rows if whole >= rows else whole // chunk_size * chunk_size
+        if is_rank_zero():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.settings.write_text(yaml.safe_dump(self.config.flat(), sort_keys=False), encoding="utf-8")
+            beside = self.path.with_name(self.path.name + ".tmp")
+            beside.write_bytes(b"".join(self._lines[:kept]))
+            os.replace(beside, self.path)
+        self._lines = []
+        return kept
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """One chunk, on rank 0."""
+        if is_rank_zero():
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(dump(row) for row in rows)

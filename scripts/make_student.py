@@ -1,0 +1,49 @@
+"""A smaller student out of a teacher: some of its layers, everything else as it is. A start for distillation, not a finished model.
+
+    python scripts/make_student.py --model TEACHER --layers 0 2 4 --save STUDENT
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    args = parse_args()
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # seconds to import, --help none
+
+    from megakd.data.tokenizer import TOKENIZER_FILES
+
+    model = AutoModelForCausalLM.from_pretrained(args.model, local_files_only=True)
+    keep_layers(model, args.layers)
+    model.save_pretrained(args.save)
+    if any((Path(args.model) / name).is_file() for name in TOKENIZER_FILES):
+        AutoTokenizer.from_pretrained(args.model, local_files_only=True).save_pretrained(args.save)
+    print(f"{args.save}: layers {args.layers} of {args.model}, {model.num_parameters():,} parameters")
+
+
+def keep_layers(model, layers: list[int]) -> None:
+    """Drop all but `layers`, in this order.
+
+    Raises:
+        SystemExit: a layer that the model does not have.
+    """
+    stack = next(module for module in model.modules() if type(module).__name__ == "ModuleList")
+    if max(layers) >= len(stack):
+        sys.exit(f"error: --layers {max(layers)}: the model has layers 0 to {len(stack) - 1}")
+    kept = [stack[layer] for layer in layers]
+    del stack[:]
+    stack.extend(kept)
+    model.config.num_hidden_layers = len(kept)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="Hugging Face folder to take layers from")
+    parser.add_argument("--layers", type=int, nargs="+", required=True, help="which layers, from 0, in the student's order")
+    parser.add_argument("--save", required=True, help="Hugging Face folder to write")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

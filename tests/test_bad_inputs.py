@@ -1,0 +1,180 @@
+"""Mistakes end in one clear line that names the flag or file and the way out, before a weight is loaded, and leave nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from distributed import run_distributed
+from safetensors.torch import load_file, save_file
+from tiny import tiny_folder
+
+from megakd import trainer
+from megakd.config import parse
+from megakd.data.tasks import make_rows
+from megakd.data.train_tokenizer import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """Good models and data, and one broken copy for every way to break them."""
+    root = tmp_path_factory.mktemp("inputs")
+    rows = make_rows(64, seed=0)
+    tokenizer = train_tokenizer([row["prompt"] + row["response"] for row in rows])
+    for name in ("student", "teacher"):
+        tiny_folder(root / name, "gpt2", layers=2, vocab_size=len(tokenizer))
+        tokenizer.save_pretrained(root / name)
+    write_jsonl(root / "good.jsonl", [{"prompt": row["prompt"], "response": row["response"]} for row in rows])
+    break_models(root)
+    break_data(root)
+    return root
+
+
+def break_models(root: Path) -> None:
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(root / "student", root / name))
+
+    (copy("no-config") / "config.json").unlink()
+    change_json(copy("other-family") / "config.json", model_type="bert")
+    change_json(copy("not-json") / "config.json", text="{")
+    weights = copy("truncated") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    pickled = copy("pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    (copy("no-weights") / "model.safetensors").unlink()
+    sharded = copy("missing-shard")
+    (sharded / "model.safetensors").unlink()
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    lacking = copy("missing-tensor") / "model.safetensors"
+    tensors = load_file(lacking)
+    del tensors["transformer.h.1.mlp.c_fc.weight"]
+    save_file(tensors, lacking, metadata={"format": "pt"})
+    (copy("no-tokenizer") / "tokenizer.json").unlink()
+    other = train_tokenizer(["completely different words"] * 4)
+    other.save_pretrained(copy("other-tokenizer"))
+    change_json(copy("few-rows") / "config.json", vocab_size=50)
+
+
+def break_data(root: Path) -> None:
+    (root / "empty.jsonl").write_text("")
+    (root / "not-json.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": \n')
+    write_jsonl(root / "wrong-type.jsonl", [{"prompt": "a", "response": 7}])
+    write_jsonl(root / "no-response.jsonl", [{"prompt": "a"}])
+    write_jsonl(root / "long-prompts.jsonl", [{"prompt": "Copy: a b c d\nAnswer:" * 20, "response": " b"}])
+    (root / "unknown-key.yaml").write_text("lr: 1e-3\nlearning_speed: 3\n")
+    (root / "not.yaml").write_text("lr: [1\n")
+
+
+def write_jsonl(path: Path, rows) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def change_json(path: Path, text: str | None = None, **fields) -> None:
+    path.write_text(text or json.dumps(json.loads(path.read_text()) | fields))
+
+
+GOOD = {
+    "method": "kd", "model": "{root}/student", "teacher-model": "{root}/teacher", "train-data": "{root}/good.jsonl", "max-length": "32",
+    "max-prompt-length": "16", "train-iters": "1", "micro-batch-size": "2", "global-batch-size": "4", "save": "{root}/run",
+}  # fmt: skip
+
+CASES = {  # what is wrong: flags over the good ones (None takes one away), what the line must say, ranks
+    "no student named": ({"model": None}, r"--model is missing; give"),
+    "no teacher named": ({"teacher-model": None}, r"--method kd needs --teacher-model; give"),
+    "a teacher that nobody reads": ({"method": "sft"}, r"--method sft has no use for --teacher-model .*leave it out"),
+    "no length of the run": ({"train-iters": None}, r"--train-iters None and --epochs None: give exactly one"),
+    "two lengths of the run": ({"epochs": "2"}, r"--train-iters 1 and --epochs 2: give exactly one"),
+    "no folder for the run": ({"save": None}, r"--save is missing; name"),
+    "an unknown flag": ({"learning-speed": "3"}, r"Unrecognized options: --learning-speed.*--help lists the flags"),
+    "a flag of the wrong type": ({"lr": "fast"}, r"--lr: could not convert string to float: 'fast'"),
+    "a number out of range": ({"top-p": "1.5"}, r"--top-p 1.5 must be from 0 to 1"),
+    "sequence parallelism alone": ({"sequence-parallel": "True"}, r"--sequence-parallel needs --tensor-model-parallel-size"),
+    "a missing YAML file": ({"config": "{root}/nowhere.yaml"}, r"--config .*nowhere.yaml: no such file"),
+    "an unknown YAML key": ({"config": "{root}/unknown-key.yaml"}, r"unknown-key.yaml: unknown key 'learning_speed'; --help lists"),
+    "a broken YAML file": ({"config": "{root}/not.yaml"}, r"not.yaml: not YAML .*write one `flag-name: value` a line"),
+    "no such model": ({"model": "{root}/nowhere"}, r"--model .*nowhere: no such folder; give"),
+    "no config.json": ({"model": "{root}/no-config"}, r"--model .*no-config: no config.json; give"),
+    "a broken config.json": ({"teacher-model": "{root}/not-json"}, r"--teacher-model .*not-json: config.json cannot be read .*; give"),
+    "an unknown family": ({"model": "{root}/other-family"}, r"--model .*: model_type 'bert' is not supported; use one of gpt2, llama"),
+    "truncated weights": ({"teacher-model": "{root}/truncated"}, r"model.safetensors: [\d,]+ bytes, but its header describes .*truncated"),
+    "pickled weights": ({"model": "{root}/pickled"}, r"pytorch_model.bin is a pickle, which can run code .*safe_serialization"),
+    "no weights": ({"model": "{root}/no-weights"}, r"no model.safetensors and no model.safetensors.index.json; the weights are missing"),
+    "a missing shard": ({"model": "{root}/missing-shard"}, r"model-00001-of-00002.safetensors: the index names this file, but it is not there"),
+    "a missing tensor": ({"model": "{root}/missing-tensor"}, r"tensor 'transformer.h.1.mlp.c_fc.weight' is missing"),
+    "no tokenizer": ({"model": "{root}/no-tokenizer"}, r"no-tokenizer holds none of .*; copy the model's tokenizer files"),
+    "unequal tokenizers": ({"teacher-model": "{root}/other-tokenizer"}, r"different tokenizers: id \d+ is .* for the teacher and .*; distil between"),
+    "a tokenizer larger than the embedding": ({"model": "{root}/few-rows"}, r"--model .*few-rows: the tokenizer has ids up to \d+, but the model only 50"),
+    "ranks that no layout fits": ({"tp": "2"}, r"--tensor-model-parallel-size 2 × --pipeline-model-parallel-size 1 = 2 does not divide the 1 rank"),
+    "TP that does not divide the heads": ({"tp": "3"}, r"--tensor-model-parallel-size 3 does not divide the 4 attention heads.*use one of \[1, 2, 4\]", 3),
+    "more stages than layers": ({"pp": "3"}, r"--pipeline-model-parallel-size 3 is more than the 2 layers .*use 2 or fewer", 3),
+    "rows longer than the context": ({"max-length": "65"}, r"--max-length 65 is more than the 64 positions of --model .*use --max-length 64 or less"),
+    "a soft prompt that does not fit": ({"method": "promptkd", "max-length": "60"}, r"--max-length 60 \+ --prompt-len 7 is more than the 64 .*use --max-length 57"),
+    "responses that do not fit": ({"max-new-tokens": "20"}, r"--max-new-tokens 20 after --max-prompt-length 16 is more than --max-length 32; use"),
+    "no room for a response": ({"max-prompt-length": "32"}, r"--max-prompt-length 32 leaves no room for a response in --max-length 32; lower it"),
+    "a batch that is no whole number": ({"global-batch-size": "5"}, r"--global-batch-size 5 is not a multiple of --micro-batch-size 2 × 1 .*multiple of 2"),
+    "a batch larger than the data": ({"global-batch-size": "128"}, r"--global-batch-size 128 is more than the 64 rows"),
+    "no such data": ({"train-data": "{root}/nowhere.jsonl"}, r"nowhere.jsonl: no such data file; give the path"),
+    "empty data": ({"train-data": "{root}/empty.jsonl"}, r"empty.jsonl"),
+    "a line that is not JSON": ({"train-data": "{root}/not-json.jsonl"}, r"not-json.jsonl.*line 2|not-json.jsonl:2"),
+    "a field of the wrong type": ({"train-data": "{root}/wrong-type.jsonl"}, r"wrong-type.jsonl.*(response|7)"),
+    "no responses to learn": ({"train-data": "{root}/no-response.jsonl"}, r"no-response.jsonl.* has no response; training needs"),
+    "prompts that are all too long": ({"train-data": "{root}/long-prompts.jsonl"}, r"--max-prompt-length"),
+    "the folder of another run": ({"save": "{root}/other-run"}, r"--lr 5e-05 differs from the 0.1 of the run in --save .*another --save"),
+}  # fmt: skip
+
+
+def command(root: Path, changes: dict) -> list[str]:
+    flags = {name: value for name, value in (GOOD | changes).items() if value is not None}
+    words = [word for name, value in flags.items() for word in (f"--{name}", *([] if value == "True" else [value.format(root=root)]))]
+    return words
+
+
+def complain(layout, root: Path, monkeypatch) -> dict[str, str]:
+    """The line of every case, from the same function that the command calls; loading a weight would be a failure."""
+    monkeypatch.setattr(trainer, "build_model", lambda *_, **__: pytest.fail("a model was built"))
+    lines = {}
+    for name, (changes, _, *ranks) in CASES.items():
+        os.environ["WORLD_SIZE"] = str(*ranks or [1])
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            try:
+                trainer.train(parse(command(root, changes)))
+            except SystemExit:
+                lines[name] = said.getvalue().strip()
+            except ValueError as error:
+                lines[name] = str(error)
+    return lines
+
+
+@pytest.fixture(scope="module")
+def lines(inputs):
+    """Every case in one forked rank."""
+    good = parse(command(inputs, {"save": "{root}/other-run", "lr": "0.1"}))
+    (inputs / "other-run").mkdir()
+    (inputs / "other-run" / "config.yaml").write_text(yaml.safe_dump(good.flat()))
+    before = sorted(path.relative_to(inputs) for path in inputs.rglob("*"))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        (result,) = run_distributed(complain, 1, inputs, monkeypatch)
+    assert sorted(path.relative_to(inputs) for path in inputs.rglob("*")) == before, "something was left behind"
+    return result
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_mistake_ends_in_one_clear_line(lines, name):
+    assert name in lines, "nothing was refused"
+    assert "\n" not in lines[name], lines[name]
+    assert re.search(CASES[name][1], lines[name]), lines[name]
+
+
+def test_a_loss_that_is_no_number_names_itself():
+    with pytest.raises(ValueError, match=r"iteration 3: loss/lm is nan; lower --lr"):
+        trainer.check_finite({"loss/lm": float("nan")}, 3)
+    trainer.check_finite({"loss/lm": torch.tensor(1.0).item()}, 3)
