@@ -178,7 +178,7 @@ def test_the_step_of_fixed_shape_gives_the_same_tokens(folders, monkeypatch):
 
     def check(layout, limits):
         model, teacher = load(layout, folders["gpt2"]), load(layout, folders["llama"])
-        options = {"eos_id": 6, "mix_with": [Voice(teacher, 0.4, soft_prompt())], "limits": limits}
+        options = {"eos_id": -1, "mix_with": [Voice(teacher, 0.4, soft_prompt())], "limits": limits}
         given = [*prompts(), list(range(2, 62))], [*IDS, 1], Sampling(max_new_tokens=30)
         expected = generate(model, *given, **options)
         monkeypatch.setattr(rows, "is_capturable", lambda device, sampling: True)
@@ -186,7 +186,7 @@ def test_the_step_of_fixed_shape_gives_the_same_tokens(folders, monkeypatch):
         assert generate(model, *given, **options) == expected
 
     for pp in (1, 2):
-        run_distributed(check, pp, [30, 3, 4, 9, 12, 25, 30, 30], pp=pp)
+        run_distributed(check, pp, [30, 20, 9, 25, 12, 30, 30, 30], pp=pp)
 
 
 @pytest.mark.gpu
