@@ -249,6 +249,9 @@ class Config(BaseConfig):
             yield f"--max-prompt-length {data.max_prompt_length} leaves no room for a response in --max-length {data.max_length}; lower it"
         if self.method == "minillm" and self.minillm.num_rollouts % training.global_batch_size:
             yield f"--num-rollouts {self.minillm.num_rollouts} is not a multiple of --global-batch-size {training.global_batch_size}; make it one"
+        phase = self.minillm.num_rollouts // training.global_batch_size * self.minillm.ppo_epochs
+        if self.method == "minillm" and self.output.save_interval and self.output.save_interval % max(1, phase):
+            yield f"--save-interval {self.output.save_interval} is not a multiple of MiniLLM's phase of {phase} iterations; its rollouts are not saved"
         if training.min_lr > training.lr:
             yield f"--min-lr {training.min_lr} is above --lr {training.lr}; lower it"
 

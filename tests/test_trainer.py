@@ -1,0 +1,125 @@
+"""A whole run: what it leaves behind, and that a run that was cut off goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import run_distributed
+from tiny import tiny_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megakd import trainer
+from megakd.config import parse
+from megakd.data.tasks import make_rows
+from megakd.data.train_tokenizer import train_tokenizer
+from megakd.reporting.jsonl import read_jsonl
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """A student with dropout, a teacher, and a little data."""
+    root = tmp_path_factory.mktemp("run")
+    rows = make_rows(48, seed=0)
+    tokenizer = train_tokenizer([row["prompt"] + row["response"] for row in rows])
+    for name, overrides in {"student": {"resid_pdrop": 0.1, "embd_pdrop": 0.1}, "teacher": {}}.items():
+        tiny_folder(root / name, "gpt2", layers=2, vocab_size=len(tokenizer), seed=len(name), **overrides)
+        tokenizer.save_pretrained(root / name)
+    for name, part in {"train": rows[:32], "valid": rows[32:]}.items():
+        lines = [json.dumps({"prompt": row["prompt"], "response": row["response"]}) for row in part]
+        (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def command(root: Path, save: str, method: str, **flags) -> list[str]:
+    settings = {
+        "method": method, "model": root / "student", "train-data": root / "train.jsonl", "valid-data": root / "valid.jsonl", "max-length": 16,
+        "max-prompt-length": 10, "train-iters": 4, "micro-batch-size": 2, "global-batch-size": 8, "lr": "1e-3", "save": root / save,
+        "save-interval": 2, "eval-interval": 2,
+    }  # fmt: skip
+    settings |= {} if method == "sft" else {"teacher-model": root / "teacher"}
+    return [str(word) for name, value in (settings | flags).items() for word in (f"--{name}", *([] if value is True else [value]))]
+
+
+class CutOffError(Exception):
+    """The machine went away."""
+
+
+def run(layout, arguments, cut_off_before=None):
+    """One run on this rank; cut off before an iteration where that is asked for."""
+    os.environ["WORLD_SIZE"] = str(torch.distributed.get_world_size())
+    iterate = trainer.Trainer._iterate
+
+    def until(self):
+        if self.iteration == cut_off_before:
+            raise CutOffError
+        iterate(self)
+
+    trainer.Trainer._iterate = until
+    try:
+        trainer.train(parse(arguments))
+    except CutOffError:
+        pass
+
+
+def numbers(folder: Path) -> list[dict]:
+    """What was logged, without seconds."""
+    kept = ("iteration", "loss", "valid", "grad_norm", "lr", "tokens")
+    return [{name: value for name, value in row.items() if name.split("/")[0] in kept} for row in read_jsonl(folder / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("method, flags", [("sft", {}), ("promptkd", {}), ("minillm", {"num-rollouts": 8, "ppo-epochs": 2}), ("seqkd", {})])
+def test_a_run_cut_off_and_continued_logs_the_same_numbers(inputs, method, flags):
+    unbroken, broken = f"{method}-unbroken", f"{method}-broken"
+    run_distributed(run, 2, command(inputs, unbroken, method, **flags), tp=2)
+    run_distributed(run, 2, command(inputs, broken, method, **flags), 4, tp=2)  # iterations 1 to 3, the last checkpoint after 2
+    assert [row["iteration"] for row in numbers(inputs / broken)][-1] == 3
+    run_distributed(run, 2, command(inputs, broken, method, **flags), tp=2)
+    assert numbers(inputs / broken) == numbers(inputs / unbroken)
+
+
+def test_a_run_continues_at_another_layout(inputs):
+    first = {"tp": 2, "save-rollouts": True}
+    run_distributed(run, 2, command(inputs, "tp2", "promptkd", **first, **{"hidden-dropout": 0}), tp=2)
+    run_distributed(run, 2, command(inputs, "moved", "promptkd", **first, **{"hidden-dropout": 0}), 3, tp=2)
+    run_distributed(run, 2, command(inputs, "moved", "promptkd", **{"pp": 2, "save-rollouts": True, "hidden-dropout": 0}), pp=2)
+    for ours, theirs in zip(numbers(inputs / "moved"), numbers(inputs / "tp2"), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-4, abs=2e-5)
+    rollouts = [[(row["sample_id"], row["response"]) for row in read_jsonl(inputs / name / "rollouts.jsonl")] for name in ("moved", "tp2")]
+    assert rollouts[0] == rollouts[1]
+
+
+def test_a_run_leaves_what_it_promises(inputs):
+    run_distributed(run, 2, command(inputs, "kept", "promptkd", **{"save-rollouts": True}))
+    folder = inputs / "kept"
+    left = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    for name in (
+        "config.yaml", "metrics.jsonl", "samples.jsonl", "rollouts.jsonl", "tensorboard", "figures/training.png", "hf/config.json",
+        "hf/model.safetensors", "hf/tokenizer.json", "hf/megakd_export.json", "checkpoints/latest_checkpointed_iteration.txt",
+        "checkpoints/iter_0000002/megakd_checkpoint.json", "checkpoints/iter_0000004/huggingface/config.json",
+        "checkpoints/iter_0000004/run_config.yaml",
+    ):  # fmt: skip
+        assert name in left, name
+    assert not [name for name in left if "tmp" in name.lower()], "nothing half-written"
+    metrics = read_jsonl(folder / "metrics.jsonl")
+    parts = {"loss/reverse_kl", "loss/prompt_kd", "loss/prompt_base", "time/rollout", "time/teacher", "time/prompt_step", "time/student_step"}
+    assert parts <= metrics[1].keys()
+    model, report = AutoModelForCausalLM.from_pretrained(folder / "hf", output_loading_info=True)
+    assert not any(report.values()), report
+    assert AutoTokenizer.from_pretrained(folder / "hf").vocab_size <= model.config.vocab_size
+
+
+def test_rollouts_recompute_a_step(inputs):
+    """Prompt and response ids with their mask are all that a loss needs: the first iteration's tokens are counted alike."""
+    rows = [row for row in read_jsonl(inputs / "kept" / "rollouts.jsonl") if row["iteration"] == 1]
+    logged = read_jsonl(inputs / "kept" / "metrics.jsonl")[1]
+    assert len(rows) == 8 and sum(sum(row["loss_mask"]) for row in rows) == logged["tokens"]
+    assert all(len(row["loss_mask"]) == len(row["prompt"]) + len(row["response"]) - 1 for row in rows)
+
+
+def test_minillm_saves_between_phases_only(inputs):
+    with pytest.raises(AssertionError, match="--save-interval 2 .* phase of 4 iterations"):
+        run_distributed(run, 1, command(inputs, "phase", "minillm", **{"num-rollouts": 16, "ppo-epochs": 2}))
