@@ -47,7 +47,7 @@ class Voice:
 
     @property
     def context(self) -> int:
-        return self.model.hf_config.max_position_embeddings
+        return self.model.max_sequence_length
 
     @property
     def soft_length(self) -> int:
