@@ -25,6 +25,10 @@ METHOD_HELP = (
     "sft: cross-entropy on the responses; kd: a divergence on the responses; seqkd: the teacher's own responses; "
     "minillm: policy gradient on the student's responses; promptkd: KL to a prompted teacher on the student's responses"
 )
+Quirk = Literal[
+    "all", "mean-of-means", "zero-lr-start", "lost-last-step", "decay-norms", "teacher-dropout", "special-tokens-in-prompt", "forced-eos",
+    "whiten-padding", "seqkd-with-kd",
+]  # fmt: skip
 TEACHER_METHODS = ("kd", "seqkd", "minillm", "promptkd")
 
 
@@ -78,6 +82,10 @@ class ParallelConfig(LayoutConfig):
 class TrainingConfig:
     """Batch, length of the run, optimizer."""
 
+    def quirk(self, name: Quirk) -> bool:
+        """Whether the reference's behaviour of this name was asked for."""
+        return name in self.reference_behaviour or "all" in self.reference_behaviour
+
     micro_batch_size: Annotated[int, alias("--mbs")] = flag(2, "rows of one forward pass on one rank")
     global_batch_size: Annotated[int, alias("--gbs")] = flag(32, "rows of one optimizer step over all ranks")
     train_iters: Annotated[int | None, alias("--max-steps")] = flag(None, "optimizer steps; or give --epochs")
@@ -92,6 +100,7 @@ class TrainingConfig:
     adam_eps: float = flag(1e-8, "AdamW's epsilon")
     clip_grad: float = flag(1.0, "largest global gradient norm; 0: no clipping")
     recompute: bool = flag(False, "recompute each layer's activations in the backward pass: less memory, a third more work")
+    reference_behaviour: tuple[Quirk, ...] = flag((), "bring back what PromptKD's code does otherwise, by name or all; docs/fidelity.md says what each is")
     seed: int = flag(1234, "of data order, dropout, prompt and sampling; no result depends on the layout through it")
 
 
@@ -99,7 +108,9 @@ class TrainingConfig:
 class DistillationConfig:
     """What the student learns from the teacher."""
 
-    kd_ratio: Annotated[float, alias("--kd-alpha")] = flag(0.5, "kd: share of the divergence, the rest is cross-entropy on the responses")
+    kd_ratio: Annotated[float | None, alias("--kd-alpha")] = flag(
+        None, "share of the divergence, the rest is cross-entropy on the responses; default: 0.5 (kd, minillm's text), 0 (seqkd)"
+    )
     kd_objective: Objective = flag("forward_kl", "kd: which divergence between teacher p and student q")
     kd_temperature: float = flag(1.0, "kd: temperature of both distributions in the divergence, never of sampling")
     beta: float = flag(0.5, "jsd: the teacher's share of the mixture")
@@ -115,6 +126,8 @@ class PromptKDConfig:
     prompt_init: Literal["text", "random"] = flag("text", "start from the embeddings of --prompt-init-text, or from random vectors")
     prompt_init_text: str = flag("Suppose you are a student.", "repeated or cut to --prompt-len tokens")
     teacher_lr: float | None = flag(None, "the soft prompt's highest learning rate; default: --lr")
+    teacher_kld_type: Literal["reverse", "forward"] = flag("reverse", "reverse: KL(prompted teacher‖student), forward: the other way round")
+    base_kld_type: Literal["reverse", "forward"] = flag("reverse", "the same for the base teacher in the student's place")
     base_coef: float = flag(1.0, "weight of KL(prompted‖base teacher) at the start; it falls linearly to 0")
 
 
@@ -131,7 +144,6 @@ class MiniLLMConfig:
     cliprange: float = flag(0.2, "ε of the clipped objective")
     length_norm: bool = flag(True, "divide a return by the tokens that are left")
     single_step_reg: bool = flag(True, "add the exact KL(q‖p) of every step")
-    whiten_padding: bool = flag(False, "count padding when advantages are whitened, as the reference does")
     lm_coef: float = flag(1.0, "weight of the loss on text; 0: none")
     lm_data: str = flag("", "text for it, jsonl or txt; default: --train-data")
 
@@ -393,6 +405,8 @@ def from_yaml(file: str | Path, kind: type[AnyConfig] = Config) -> AnyConfig:
 
 def as_words(name: str, value: Any) -> list[str]:
     """A YAML entry as the words of a command line, so that it meets the same checks."""
+    if isinstance(value, (list, tuple)):
+        return [flag_name(name), *map(str, value)]
     if isinstance(value, bool):
         return [flag_name(name if value else f"no_{name}")]
     if isinstance(value, list):

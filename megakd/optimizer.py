@@ -11,6 +11,8 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
 from megakd.config import TrainingConfig
 
@@ -18,8 +20,9 @@ from megakd.config import TrainingConfig
 def learning_rate(iteration: int, *, lr: float, total_iters: int, config: TrainingConfig) -> float:
     """Linear warm-up to `lr`, then constant, linear or cosine decay to `min_lr` at the last iteration. Iterations count from 1.
 
-    The first iteration already moves: warm-up reaches lr · 1/warm-up, not 0 as in the reference.
+    The first iteration already moves, by lr · 1/warm-up; with the reference's `zero-lr-start` its learning rate is 0.
     """
+    iteration -= config.quirk("zero-lr-start")
     if iteration <= config.lr_warmup_iters:
         return lr * iteration / config.lr_warmup_iters
     if config.lr_decay_style == "constant":
@@ -40,10 +43,16 @@ class StudentOptimizer:
         ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
         self.ddp = DistributedDataParallel(model.config, ddp_config, model, pg_collection=model.layout.groups)
         settings = optimizer_config(config, model.config.params_dtype, distributed)
-        self.optimizer: MegatronOptimizer = get_megatron_optimizer(settings, [self.ddp], get_standard_config_overrides(settings))
+        self.optimizer: MegatronOptimizer = get_megatron_optimizer(settings, [self.ddp], self._weight_decay_overrides(model, settings))
         model.config.finalize_model_grads_func = finalize_model_grads
         model.config.grad_scale_func = self.optimizer.scale_loss
         model.config.no_sync_func = self.ddp.no_sync
+
+    def _weight_decay_overrides(self, model: torch.nn.Module, settings: OptimizerConfig) -> dict:
+        """Norms and biases have no decay. The reference names GPT-2's norms alone, and so decays those of other families."""
+        if self.config.quirk("decay-norms") and model.hf_config.model_type != "gpt2":
+            return {ParamKey(name="*.bias"): ParamGroupOverride(wd_mult=0.0)}
+        return get_standard_config_overrides(settings)
 
     def zero_grad(self) -> None:
         self.ddp.zero_grad_buffer()

@@ -87,6 +87,18 @@ def _run_loss(model, batches, loss_function, names, soft_prompt, *, forward_only
     return torch.stack(sums).sum(0) if sums else torch.zeros(len(names) + 1, dtype=torch.double, device=device)
 
 
+def mean_of_means(loss_function: LossFunction, batches: Sequence[Batch], layout: ParallelLayout) -> LossFunction:
+    """The loss with each micro-batch divided by its own tokens, then averaged: what the reference does, and depends on the layout."""
+    mine = torch.tensor([sum(batch.num_supervised for batch in batches), len(batches)], device=torch.cuda.current_device())
+    tokens, count = layout.sum_over_data_parallel(mine).tolist()
+
+    def scaled(hidden_NH: Tensor, batch: Batch, number: int) -> dict[str, Tensor]:
+        share = tokens / (count * batch.num_supervised)
+        return {name: value * share for name, value in loss_function(hidden_NH, batch, number).items()}
+
+    return scaled
+
+
 def run_schedule(model: torch.nn.Module, batches: Sequence[Batch], step: Callable, **options) -> list:
     """megatron-core's schedule for this model's pipeline; what `step`'s second half returned per micro-batch on the last stage."""
     inner = unwrap(model)

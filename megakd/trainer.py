@@ -82,7 +82,7 @@ class Trainer:
         self.checkpoints = self.folder / "checkpoints"
         self.tokenizer = load_tokenizer(folders.student.hf_folder)
         self._open_data()
-        self.total_iters = config.training.train_iters or config.training.epochs * self.loader.iterations_per_epoch
+        self.total_iters = total_iterations(config, self.loader, layout.dp_size)
         self.method = self._build_method()
         self.iteration = self._resume()
         self.logger = RunLogger(
@@ -192,7 +192,7 @@ class Trainer:
         check_finite(metrics, self.iteration)
         metrics |= {"tokens_per_second": metrics["positions"] / seconds, "memory_gib": peak_memory() / GIB}
         self.logger.log(self.iteration, metrics | self.method.time.take() | {"time/iteration": seconds})
-        if self.config.output.save_rollouts and self.method.on_policy:
+        if self.config.output.save_rollouts and self.method.rollouts:
             self._write_rollouts()
 
     def _write_rollouts(self) -> None:
@@ -253,6 +253,14 @@ class Trainer:
             plot_training(self.folder)
         self.logger.close()
         dist.barrier()
+
+
+def total_iterations(config: Config, loader: DataLoader, dp_size: int) -> int:
+    """Optimizer steps of the run. The reference's loop leaves before the last one when it accumulates gradients."""
+    training = config.training
+    steps = training.train_iters or training.epochs * loader.iterations_per_epoch
+    accumulates = training.global_batch_size > training.micro_batch_size * dp_size
+    return steps - (accumulates and training.quirk("lost-last-step"))
 
 
 def held_out_losses(method: Method, samples: Sequence[Sample], layout: ParallelLayout) -> dict[str, float]:

@@ -398,6 +398,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device, start = torch.device(args.device), time.monotonic()
     bandwidth = copy_bandwidth(device)
+    header = machine(device, bandwidth, args.threads)  # now: the working tree may change while this runs
     rows = []
     for case in cases(args.device):
         if args.only not in case.name:
@@ -409,7 +410,7 @@ def main() -> None:
             rows.append(row)
             print(" | ".join(str(row[field]) for field in FIELDS), flush=True)
         torch.compiler.reset()
-    write(args.out or RESULTS / f"kernels_{args.device}", machine(device, bandwidth, args.threads), rows)
+    write(args.out or RESULTS / f"kernels_{args.device}", header, rows)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ ADAM = {"betas": (0.9, 0.999), "eps": 1e-3}  # a large epsilon: the update stays
 
 
 class Oracle:
-    """A student and, for some methods, a teacher, both as transformers models in float64; samples are (prompt, response) id lists."""
+    """`vocab_size` cuts both models' logits to the ids they share. A student and, for some methods, a teacher, both as transformers models in float64; samples are (prompt, response) id lists."""
+
+    vocab_size = None
 
     def __init__(self, student, teacher, *, lr: float, weight_decay: float, clip: float):
         self.student = student.double().eval()
@@ -34,7 +36,7 @@ class Oracle:
         return {"loss/total": total, "loss/lm": lm / tokens, f"loss/{objective}": distance / tokens} | self.update_student(total)
 
     def both_logits(self, prompt, response):
-        return response_logits(self.student, prompt, response), response_logits(self.teacher, prompt, response)
+        return [response_logits(model, prompt, response)[:, : self.vocab_size] for model in (self.student, self.teacher)]
 
     def promptkd(self, samples, vectors, base_coef):
         """`vectors` [P, H] before the iteration; also returns the prompt's gradient and its value afterwards."""
@@ -89,10 +91,10 @@ class Oracle:
         return F.nll_loss(self.log_q(prompt, response), torch.tensor(response), reduction="none")
 
     def log_q(self, prompt, response):
-        return log_probs(self.student, prompt, response)
+        return response_logits(self.student, prompt, response)[:, : self.vocab_size].log_softmax(-1)
 
     def log_p(self, prompt, response, soft_prompt=None):
-        return log_probs(self.teacher, prompt, response, soft_prompt)
+        return response_logits(self.teacher, prompt, response, soft_prompt)[:, : self.vocab_size].log_softmax(-1)
 
     def update_student(self, loss):
         loss.backward()

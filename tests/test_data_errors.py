@@ -36,7 +36,7 @@ GOOD = {"prompt": "a word\n", "response": "one two"}
         ([{"prompt": "a", "output": ["b", 7]}], r"line 1: field output is \[\"b\", 7\]; it must be a text or a list of texts"),
         ([{"prompt": None, "output": "b"}], "line 1: field prompt is null; it must be a text"),
         ([{"instruction": "a", "input": 3, "output": "b"}], "line 1: field input is 3; it must be a text"),
-        ([GOOD, {"q": "a", "a": "b"}], "line 2 has the fields question, answer; it needs prompt with response"),
+        ([GOOD, {"q": "a", "a": "b"}], "line 2 has the fields q, a; it needs prompt with response"),
         ([GOOD, {"prompt": "a"}], "line 2 has no response; training needs a field response or output"),
         ([{"prompt": "a", "output": []}], "line 1 has no response"),
         ([{"prompt": "one " * 40, "response": "b"}], "all 1 prompts are longer than --max-prompt-length 20 tokens; the"),

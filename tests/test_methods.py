@@ -9,7 +9,7 @@ import pytest
 import torch
 from distributed import run_distributed
 from oracle import ADAM, Oracle, StateDictSource
-from tiny import tiny_config, tiny_model
+from tiny import VOCABULARY, tiny_config, tiny_model
 
 from megakd.config import Config
 from megakd.data.batch import Sample
@@ -95,7 +95,7 @@ def check_one_iteration(layout, method_name, pairs, micro_batch_size, parallel):
 
 
 def expected(reference, method_name, rows, vectors):
-    if method_name == "sft":
+    if method_name in ("sft", "seqkd"):
         return reference.sft(rows)
     if method_name == "kd":
         return reference.kd(rows, kd_ratio=0.5)
@@ -157,6 +157,51 @@ def check_divergences(layout, parallel):
 def test_every_divergence_equals_float64_transformers(tp, pp, dp):
     parallel = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
     run_distributed(check_divergences, tp * pp * dp, parallel, tp=tp, pp=pp)
+
+
+@pytest.mark.parametrize("tp, pp, dp", FEWER_LAYOUTS)
+def test_seqkd_is_sft_on_what_the_teacher_wrote(tp, pp, dp):
+    parallel = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    run_distributed(check_one_iteration, tp * pp * dp, "seqkd", {"gpt2": PAIRS["gpt2"]}, 2, parallel, tp=tp, pp=pp)
+
+
+def check_seqkd_writes_once(layout):
+    config = run_config("seqkd", 2, {})
+    method = METHODS["seqkd"](cast(layout, config, PAIRS["gpt2"]), config, total_iters=TOTAL_ITERS)
+    method.train(deal(samples(), layout.dp_size)[layout.dp_rank], 1)
+    first = dict(method.written)
+    method.write = lambda missing: pytest.fail("written twice") if missing else None
+    method.train(deal(samples(), layout.dp_size)[1 - layout.dp_rank], 2)  # the other replica's prompts
+    return {i: sample.response for i, sample in first.items()}
+
+
+def test_a_response_of_the_teacher_is_written_once_for_all_replicas():
+    first, second = run_distributed(check_seqkd_writes_once, 2)
+    assert first == second and len(first) == 8
+
+
+def check_unequal_widths(layout, method_name):
+    """A student of 97 rows and a teacher of 160 (another padded width): the loss is that of the first 97, dense, in float64."""
+    pair = ({"family": "llama", "layers": 2}, {"family": "llama", "layers": 2, "vocab_size": 160})
+    for student, teacher in (pair, pair[::-1]):
+        config = run_config(method_name, 4, {})
+        method = METHODS[method_name](cast(layout, config, (student, teacher)), config, total_iters=TOTAL_ITERS)
+        assert method.student.real_vocab_size == method.teacher.real_vocab_size == VOCABULARY
+        vectors = method.extra_tensors().get("vectors", torch.empty(0)).clone()
+        got = method.train(samples(), 1)
+        reference = oracle((student, teacher))
+        reference.vocab_size = VOCABULARY
+        want = expected(reference, method_name, all_samples(method, layout), vectors)
+        for key in got.keys() & want.keys():
+            assert got[key] == pytest.approx(float(want[key]), rel=1e-6, abs=1e-6), key
+        assert all(token < VOCABULARY for _, response in all_samples(method, layout) for token in response)
+        check_weights(method.student, reference.student, "unequal widths")
+
+
+@pytest.mark.parametrize("method_name", ["kd", "promptkd"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_vocabularies_of_unequal_width_are_aligned_by_token_id(tp, method_name):
+    run_distributed(check_unequal_widths, tp, method_name, tp=tp)
 
 
 def text_rows() -> list[Sample]:

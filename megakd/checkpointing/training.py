@@ -160,7 +160,7 @@ class LoadCommonWithoutPickle(TorchCommonLoadStrategy):
 def describe(model: HiddenStateGPTModel, iteration: int, teacher_layout: ParallelLayout | None) -> Description:
     return Description(
         iteration=iteration,
-        vocab_size=model.real_vocab_size,
+        vocab_size=model.hf_config.vocab_size,
         padded_vocab_size=model.vocab_size,
         layout=sizes(model.layout),
         teacher_layout=teacher_layout and sizes(teacher_layout),

@@ -7,7 +7,7 @@ import os
 from megakd.checkpointing.model_folder import ModelFolder
 from megakd.config import AnsweringConfig
 from megakd.models.gpt_model import HiddenStateGPTModel
-from megakd.models.model_provider import build_model, check_layout, family_of, padded_vocab_size
+from megakd.models.model_provider import build_model, check_layout, context_length, family_of, padded_vocab_size, share_vocabulary
 from megakd.preflight import check_tokenizers
 from megakd.runtime.initialize import check_world_size, initialize, resolve_dtype
 from megakd.runtime.parallel_layout import ParallelLayout
@@ -35,7 +35,7 @@ def check_context(config: AnsweringConfig, folder: ModelFolder) -> None:
     """The longest prompt with the longest response fits into the model's positions."""
     prompt, response = config.responses.max_prompt_length, config.responses.max_new_tokens
     bos = int(getattr(config, "add_bos", False))
-    positions = folder.config.max_position_embeddings
+    positions = context_length(folder.config)
     if prompt + bos + response > positions:
         extra = " + 1 of --add-bos" if bos else ""
         raise ValueError(
@@ -54,12 +54,11 @@ def start(config: AnsweringConfig) -> ParallelLayout:
 
 
 def load_models(folders: list[ModelFolder], layout: ParallelLayout, dtype: str) -> list[HiddenStateGPTModel]:
-    """All folders in one layout, over one vocabulary: an id that only one model has is no token of their common tokenizer."""
-    sizes = [folder.config.vocab_size for folder in folders]
-    width = padded_vocab_size(sizes, layout.tp_size)
+    """All folders in one layout, over one vocabulary."""
+    width = padded_vocab_size([folder.config.vocab_size for folder in folders], layout.tp_size)
     models = [build_model(folder.config, layout, padded_vocab_size=width, dtype=resolve_dtype(dtype)) for folder in folders]
     for model, folder in zip(models, folders):
         folder.load_into(model)
-        model.real_vocab_size = min(sizes)
         model.eval().requires_grad_(False)
+    share_vocabulary(models)
     return models

@@ -17,6 +17,7 @@ from megakd.generation.captured_step import CapturedStep
 from megakd.generation.decoder import Decoder
 from megakd.generation.sampling import Sampler, Sampling, noise_streams
 from megakd.models.gpt_model import HiddenStateGPTModel
+from megakd.models.model_provider import context_length
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Voice:
 
     @property
     def context(self) -> int:
-        return self.model.max_sequence_length
+        return context_length(self.model.hf_config)
 
     @property
     def soft_length(self) -> int:

@@ -88,3 +88,15 @@ def prompt_loss(
         *prompted, base_hidden_NH, *student, base_coef=base_coef, **vocabulary.arguments
     )
     return {"loss/prompt": loss, "loss/prompt_kd": kd, "loss/prompt_base": base}
+
+
+def prompt_loss_of_kinds(
+    prompted: Hidden, student: Hidden, base_hidden_NH: Tensor, vocabulary: VocabularySplit, *, base_coef: float, kinds: tuple[str, str]
+) -> dict[str, Tensor]:
+    """`prompt_loss` with either term `reverse`, KL(p_P‖·), or `forward`, KL(·‖p_P): PromptKD's ablation."""
+    others = student, (base_hidden_NH, prompted[1])
+    kd, base = (
+        megakd_kernels.fused_linear_kl(*prompted, *other, objective=f"{kind}_kl", **vocabulary.arguments)
+        for kind, other in zip(kinds, others)
+    )
+    return {"loss/prompt": kd + base_coef * base, "loss/prompt_kd": kd, "loss/prompt_base": base}

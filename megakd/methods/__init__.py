@@ -4,6 +4,7 @@ from megakd.methods.base import Method
 from megakd.methods.kd import KD
 from megakd.methods.minillm import MiniLLM
 from megakd.methods.promptkd import PromptKD
+from megakd.methods.seqkd import SeqKD
 from megakd.methods.sft import SFT
 
-METHODS: dict[str, type[Method]] = {"sft": SFT, "kd": KD, "minillm": MiniLLM, "promptkd": PromptKD}
+METHODS: dict[str, type[Method]] = {"sft": SFT, "kd": KD, "minillm": MiniLLM, "promptkd": PromptKD, "seqkd": SeqKD}

@@ -12,9 +12,10 @@ from megakd.data.batch import Batch, Sample, micro_batches
 from megakd.data.dataloader import DataLoader
 from megakd.losses.distillation import Hidden, VocabularySplit, reverse_kl_loss, sft_loss
 from megakd.models.gpt_model import HiddenStateGPTModel
+from megakd.models.model_provider import share_vocabulary
 from megakd.optimizer import StudentOptimizer
 from megakd.reporting.stopwatch import Stopwatch
-from megakd.schedules import LossFunction, evaluate_loss, forward_backward, supervised_hidden, supervised_labels
+from megakd.schedules import LossFunction, evaluate_loss, forward_backward, mean_of_means, supervised_hidden, supervised_labels
 
 
 @dataclass
@@ -32,14 +33,14 @@ class Method:
     """One method. A subclass says what an iteration is; on-policy methods are given prompts, the others prompts and responses."""
 
     on_policy = False
+    rollouts: Sequence[Sample] = ()  # what was written in the last iteration, by whomever
 
     def __init__(self, cast: Cast, config: Config, *, total_iters: int):
         self.student, self.optimizer, self.teacher = cast.student, cast.optimizer, cast.teacher
         self.tokenizer, self.time = cast.tokenizer, cast.stopwatch
         self.config, self.total_iters = config, total_iters
         self.layout = cast.student.layout
-        widths = [model.real_vocab_size for model in (cast.student, cast.teacher) if model is not None]
-        self.vocabulary = VocabularySplit(min(widths), self.layout.tp_group)
+        self.vocabulary = VocabularySplit(share_vocabulary(list(filter(None, (cast.student, cast.teacher)))), self.layout.tp_group)
 
     def train_iteration(self, loader: DataLoader, iteration: int) -> dict[str, float]:
         """One iteration, counted from 1; returns what to log, the same on every rank."""
@@ -67,10 +68,14 @@ class Method:
         with self.time("student_step"):
             self.student.train()
             self.optimizer.zero_grad()
-            means = forward_backward(self.optimizer.ddp, batches, loss, names, layout=self.layout)
+            means = forward_backward(self.optimizer.ddp, batches, self.normalised(loss, batches), names, layout=self.layout)
         with self.time("optimizer"):
             step = self.optimizer.step(iteration)
         return to_floats(means) | step | self.padding(batches)
+
+    def normalised(self, loss: LossFunction, batches: list[Batch]) -> LossFunction:
+        """A token mean over the global batch, or the reference's mean of means."""
+        return mean_of_means(loss, batches, self.layout) if self.config.training.quirk("mean-of-means") else loss
 
     def padding(self, batches: list[Batch]) -> dict[str, float]:
         """Real input positions of the global batch, and their share of the positions computed."""

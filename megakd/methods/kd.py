@@ -9,7 +9,10 @@ import random
 from megakd.losses.distillation import Divergence, kd_loss
 from megakd.methods.base import Method
 from megakd.methods.rollout import rollout
+from megakd.methods.sft import SFT
 from megakd.schedules import supervised_hidden, supervised_labels
+
+DEFAULT_RATIO = 0.5  # of --kd-ratio, as in the papers' code
 
 
 class KD(Method):
@@ -21,10 +24,15 @@ class KD(Method):
         if on_policy:
             with self.time("rollout"):
                 samples = rollout(self.student, samples, self.config, self.tokenizer, iteration)
-        return self.learn(samples, iteration, kd_ratio=1.0 if on_policy else settings.kd_ratio)
+            self.rollouts = samples
+        ratio = DEFAULT_RATIO if settings.kd_ratio is None else settings.kd_ratio
+        return self.learn(samples, iteration, kd_ratio=1.0 if on_policy else ratio)
 
     def learn(self, samples, iteration, *, kd_ratio):
+        """One step on these samples; without a share for the divergence the teacher has nothing to read."""
         settings = self.config.distillation
+        if not kd_ratio:
+            return SFT.train(self, samples, iteration)
         divergence = Divergence(settings.kd_objective, settings.kd_temperature, settings.beta, settings.skew_alpha)
         batches = self.batches(samples)
         with self.time("teacher"):

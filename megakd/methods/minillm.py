@@ -22,6 +22,7 @@ from megakd.generation.rows import Voice
 from megakd.losses.distillation import Divergence, function_of_log_q, kd_loss, reverse_kl_loss, sft_loss
 from megakd.losses.policy_gradient import advantages, clipped_policy_loss, importance_weights, token_rewards, whiten
 from megakd.methods.base import Method
+from megakd.methods.kd import DEFAULT_RATIO
 from megakd.methods.rollout import rollout
 from megakd.schedules import supervised_hidden, supervised_labels
 
@@ -122,7 +123,7 @@ class MiniLLM(Method):
 
     def text_loss(self, hidden, teacher_hidden, batch):
         q, p = self.through_student(hidden), self.through_teacher(teacher_hidden)
-        ratio = self.config.distillation.kd_ratio
+        ratio = DEFAULT_RATIO if self.config.distillation.kd_ratio is None else self.config.distillation.kd_ratio
         text = kd_loss(q, p, supervised_labels(batch), self.vocabulary, kd_ratio=ratio, divergence=Divergence("forward_kl"))["loss/total"]
         zero = torch.zeros_like(text)
         return {"loss/total": self.settings.lm_coef * text, "loss/policy": zero, "loss/reverse_kl": zero, "loss/text": text}
@@ -135,7 +136,7 @@ class MiniLLM(Method):
         rewards_RT = pad_sequence(rewards, batch_first=True)
         mask_RT = pad_sequence([torch.ones_like(r) for r in rewards], batch_first=True)
         raw_RT = advantages(rewards_RT, mask_RT, gamma=self.settings.gamma, length_norm=self.settings.length_norm)
-        count = len(samples) * self.config.max_new_tokens if self.settings.whiten_padding else None
+        count = len(samples) * self.config.max_new_tokens if self.config.training.quirk("whiten-padding") else None
         white_RT = whiten(raw_RT, mask_RT, group=self.layout.dp_group, count=count)
         return {sample.sample_id: row[: len(r)] for sample, row, r in zip(samples, white_RT, rewards)}
 

@@ -10,7 +10,9 @@ over the tokens of y with its EOS; g counts iterations up to G. P in (c) is the 
 responses are never read.
 """
 
-from megakd.losses.distillation import prompt_loss, reverse_kl_loss
+from functools import partial
+
+from megakd.losses.distillation import prompt_loss, prompt_loss_of_kinds, reverse_kl_loss
 from megakd.methods.base import Method, to_floats
 from megakd.methods.rollout import rollout
 from megakd.models.soft_prompt import SoftPrompt
@@ -25,6 +27,8 @@ class PromptKD(Method):
         super().__init__(cast, config, total_iters=total_iters)
         self.prompt = initial_prompt(self.teacher, config, self.tokenizer)
         lr = config.promptkd.teacher_lr or config.training.lr
+        kinds = (config.promptkd.teacher_kld_type, config.promptkd.base_kld_type)
+        self.prompt_loss = prompt_loss if kinds == ("reverse", "reverse") else partial(prompt_loss_of_kinds, kinds=kinds)
         self.prompt_optimizer = SoftPromptOptimizer(self.prompt, config.training, lr=lr, total_iters=total_iters)
 
     def train(self, samples, iteration):
@@ -48,14 +52,17 @@ class PromptKD(Method):
             student = supervised_hidden(self.student, batches)
 
         def loss(hidden, batch, number):
-            q = self.through_student(student[number])
-            return prompt_loss(self.through_teacher(hidden), q, base[number], self.vocabulary, base_coef=base_coef)
+            prompted, q = self.through_teacher(hidden), self.through_student(student[number])
+            return self.prompt_loss(prompted, q, base[number], self.vocabulary, base_coef=base_coef)
 
         with self.time("prompt_step"):
             self.prompt_optimizer.zero_grad()
+            self.teacher.train(self.config.training.quirk("teacher-dropout"))
             names = ("loss/prompt", "loss/prompt_kd", "loss/prompt_base")
+            loss = self.normalised(loss, batches)
             means = forward_backward(self.teacher, batches, loss, names, layout=self.layout, soft_prompt=self.prompt.vectors)
             step = self.prompt_optimizer.step(iteration, means.pop("tokens"))
+        self.teacher.eval()
         return to_floats(means) | step
 
     def extra_tensors(self):
@@ -67,4 +74,6 @@ def initial_prompt(teacher, config, tokenizer) -> SoftPrompt:
     length = config.promptkd.prompt_len
     if config.promptkd.prompt_init == "random":
         return SoftPrompt.random(teacher, length, config.training.seed)
-    return SoftPrompt.from_tokens(teacher, tokenizer.encode(config.promptkd.prompt_init_text, add_special_tokens=False), length)
+    specials = config.training.quirk("special-tokens-in-prompt")
+    ids = tokenizer.encode(config.promptkd.prompt_init_text, add_special_tokens=specials)
+    return SoftPrompt.from_tokens(teacher, ids, length)

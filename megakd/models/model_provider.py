@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -17,6 +18,8 @@ from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.layer_specs import block_spec
 from megakd.models.param_mapping import HFTensor, Mapping, Source
 from megakd.runtime.parallel_layout import ParallelLayout
+
+log = logging.getLogger(__name__)
 
 FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (gpt2, opt, llama, qwen2, mistral)}
 VOCABULARY_MULTIPLE = 64  # rows of the output layer per rank: keeps its matrix products aligned (50,257 becomes 50,304 at TP 1 and 2)
@@ -80,6 +83,19 @@ def padded_vocab_size(vocab_sizes: list[int], tp: int) -> int:
     """One padded width for all models of a run, so that their vocabulary shards hold the same token ids on every rank."""
     multiple = VOCABULARY_MULTIPLE * tp
     return math.ceil(max(vocab_sizes) / multiple) * multiple
+
+
+def share_vocabulary(models: Sequence[HiddenStateGPTModel]) -> int:
+    """Align models of one tokenizer and unequal widths by token id: ids that not all of them have get no probability in any.
+
+    Returns the number of ids shared.
+    """
+    widths = [model.real_vocab_size for model in models]
+    if len(set(widths)) > 1:
+        log.warning("vocabularies of %s rows are aligned by token id: the first %s count", " and ".join(map(str, widths)), min(widths))
+    for model in models:
+        model.real_vocab_size = min(widths)
+    return min(widths)
 
 
 def build_model(

@@ -1,0 +1,35 @@
+"""SeqKD (Kim & Rush 2016): the teacher's responses are the student's data. L = CE, or (1 − r)·CE + r·KL(p‖q) with --kd-ratio r.
+
+A prompt's response is drawn once: its noise is a function of (seed, sample), not of the iteration, so that every epoch, layout and
+resumed run learns the same text. `scripts/generate.py` writes such data to a file beforehand, for `--method sft`.
+"""
+
+import torch.distributed as dist
+
+from megakd.methods.kd import DEFAULT_RATIO, KD
+from megakd.methods.rollout import rollout
+
+ONCE = 0  # the iteration that the noise is drawn for
+
+
+class SeqKD(KD):
+    on_policy = True  # it is given prompts; the data's own responses are never read
+
+    def __init__(self, cast, config, *, total_iters):
+        super().__init__(cast, config, total_iters=total_iters)
+        self.written = {}  # sample_id -> the teacher's answer, of all replicas
+
+    def train(self, samples, iteration):
+        with self.time("rollout"):
+            self.write([sample for sample in samples if sample.sample_id not in self.written])
+        self.rollouts = [self.written[sample.sample_id] for sample in samples]
+        default = DEFAULT_RATIO if self.config.training.quirk("seqkd-with-kd") else 0.0
+        ratio = self.config.distillation.kd_ratio
+        return self.learn(self.rollouts, iteration, kd_ratio=default if ratio is None else ratio)
+
+    def write(self, samples):
+        """Answers that nobody has written yet, shared by all replicas: the next epoch deals the prompts to other ones."""
+        answers = rollout(self.teacher, samples, self.config, self.tokenizer, ONCE)
+        replicas = [None] * self.layout.dp_size
+        dist.all_gather_object(replicas, answers, group=self.layout.dp_group)
+        self.written |= {answer.sample_id: answer for replica in replicas for answer in replica}

@@ -1,0 +1,129 @@
+"""What the reference does otherwise: off by default, and each brought back by its name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from distributed import run_distributed
+from test_methods import PAIRS, TOKENIZER, TOTAL_ITERS, cast, oracle, run_config, samples
+
+from megakd.config import TrainingConfig
+from megakd.losses.policy_gradient import whiten
+from megakd.methods import METHODS
+from megakd.methods import rollout as rollout_module
+from megakd.optimizer import learning_rate
+from megakd.trainer import total_iterations
+
+
+def with_quirks(config, *quirks):
+    return replace(config, training=replace(config.training, reference_behaviour=quirks))
+
+
+def test_all_means_every_one():
+    training = TrainingConfig(reference_behaviour=("all",))
+    assert training.quirk("forced-eos") and training.quirk("mean-of-means") and not TrainingConfig().quirk("forced-eos")
+
+
+def test_warm_up_begins_above_zero_and_the_reference_at_zero():
+    settings = {"lr": 1.0, "total_iters": 10}
+    ours = TrainingConfig(lr_warmup_iters=4, lr_decay_style="constant")
+    theirs = replace(ours, reference_behaviour=("zero-lr-start",))
+    assert [learning_rate(i, config=ours, **settings) for i in (1, 4, 5)] == [0.25, 1.0, 1.0]
+    assert [learning_rate(i, config=theirs, **settings) for i in (1, 4, 5)] == [0.0, 0.75, 1.0]
+
+
+@pytest.mark.parametrize("style, values", [("linear", [1.0, 0.55, 0.1]), ("cosine", [1.0, 0.55, 0.1])])
+def test_decay_ends_at_the_lowest_rate_in_the_last_iteration(style, values):
+    config = TrainingConfig(min_lr=0.1, lr_decay_style=style, lr_warmup_iters=2)
+    assert [learning_rate(i, lr=1.0, total_iters=10, config=config) for i in (2, 6, 10)] == pytest.approx(values)
+
+
+def test_the_last_step_is_lost_only_where_gradients_accumulate():
+    loader = SimpleNamespace(iterations_per_epoch=7)
+    config = with_quirks(run_config("sft", 4, {}), "lost-last-step")
+    config = replace(config, training=replace(config.training, epochs=2))
+    assert [total_iterations(config, loader, dp_size=dp) for dp in (1, 2)] == [13, 14]
+
+
+def check_mean_of_means(layout):
+    """Rows of very unequal length: the two means differ, and each equals its own float64 formula."""
+    pair, rows = PAIRS["gpt2"], sorted(samples(), key=lambda s: -s.num_positions)
+    values = {}
+    for quirks in ((), ("mean-of-means",)):
+        config = with_quirks(run_config("sft", 2, {}), *quirks)
+        method = METHODS["sft"](cast(layout, config, pair), config, total_iters=TOTAL_ITERS)
+        values[quirks] = method.train(rows, 1)["loss/lm"]
+    reference = oracle(pair)
+    nll = [reference.nll(s.prompt, s.response).detach() for s in rows]
+    pairs_of_rows = [torch.cat(nll[i : i + 2]) for i in range(0, 8, 2)]
+    assert values[()] == pytest.approx(torch.cat(nll).mean().item(), rel=1e-6)
+    assert values[("mean-of-means",)] == pytest.approx(torch.stack([x.mean() for x in pairs_of_rows]).mean().item(), rel=1e-6)
+    assert abs(values[()] - values[("mean-of-means",)]) > 1e-4
+
+
+def test_the_mean_over_tokens_is_no_mean_of_means():
+    run_distributed(check_mean_of_means, 1)
+
+
+def decays(layout, family, quirks):
+    config = with_quirks(run_config("sft", 4, {}), *quirks)
+    optimizer = cast(layout, config, (PAIRS[family][0], PAIRS[family][0])).optimizer
+    groups = optimizer.optimizer.param_groups
+    return sorted(sum(p.ndim == 1 for p in group["params"]) for group in groups if group["wd_mult"])
+
+
+@pytest.mark.parametrize("family, norms_decayed", [("llama", True), ("opt", True), ("gpt2", False)])
+def test_norms_are_kept_from_decay_and_the_reference_decays_those_it_does_not_name(family, norms_decayed):
+    assert run_distributed(decays, 1, family, ()) == [[0]]
+    (theirs,) = run_distributed(decays, 1, family, ("decay-norms",))
+    assert (theirs[0] > 0) == norms_decayed
+
+
+def test_a_response_cut_at_the_limit_keeps_its_tokens_and_the_reference_ends_it(monkeypatch):
+    monkeypatch.setattr(rollout_module, "generate", lambda *_, **__: [[5] * 12, [5, 0]])
+    config = run_config("promptkd", 4, {})
+    written = lambda config: [s.response for s in rollout_module.rollout(None, samples()[:2], config, TOKENIZER, 1)]
+    assert written(config) == [(5,) * 12, (5, 0)]
+    assert written(with_quirks(config, "forced-eos")) == [(5,) * 11 + (0,), (5, 0)]
+
+
+def check_initial_prompt(layout, quirks):
+    encode = lambda text, add_special_tokens: [1, 11, 12] if add_special_tokens else [11, 12]
+    config = with_quirks(run_config("promptkd", 4, {}), *quirks)
+    parts = replace(cast(layout, config, PAIRS["llama"]), tokenizer=SimpleNamespace(encode=encode, eos_token_id=0))
+    method = METHODS["promptkd"](parts, config, total_iters=TOTAL_ITERS)
+    words = method.teacher.embedding.word_embeddings.weight
+    expected = [1, 11, 12, 1, 11, 12, 1] if quirks else [11, 12, 11, 12, 11, 12, 11]
+    assert torch.equal(method.prompt.vectors, words[expected])
+
+
+@pytest.mark.parametrize("quirks", [(), ("special-tokens-in-prompt",)])
+def test_the_prompt_starts_from_its_text_repeated_without_special_tokens(quirks):
+    run_distributed(check_initial_prompt, 1, quirks)
+
+
+def check_teacher_dropout(layout):
+    """With dropout the prompt's loss differs from the one without; the teacher is back in evaluation mode either way."""
+    losses = {}
+    teacher = {"family": "gpt2", "layers": 2, "resid_pdrop": 0.3, "embd_pdrop": 0.3}
+    for quirks in ((), ("teacher-dropout",)):
+        config = with_quirks(run_config("promptkd", 4, {}), *quirks)
+        method = METHODS["promptkd"](cast(layout, config, (PAIRS["gpt2"][0], teacher)), config, total_iters=TOTAL_ITERS)
+        losses[quirks] = method.train(samples(), 1)["loss/prompt_kd"]
+        assert not method.teacher.training
+    assert abs(losses[()] - losses[("teacher-dropout",)]) > 1e-3
+
+
+def test_the_teacher_has_no_dropout_while_the_prompt_learns():
+    run_distributed(check_teacher_dropout, 1)
+
+
+def test_whitening_counts_real_tokens_and_the_reference_padding_too():
+    values, mask = torch.tensor([[1.0, 2.0, 3.0, 9.0]]), torch.tensor([[1.0, 1.0, 1.0, 0.0]])
+    assert whiten(values, mask)[0].tolist() == pytest.approx([-1.224745, 0.0, 1.224745, 0.0], abs=1e-5)
+    padded = whiten(values, mask, count=4)[0]
+    mean, deviation = 6 / 4, (14 / 4 - (6 / 4) ** 2) ** 0.5
+    assert padded.tolist() == pytest.approx([(v - mean) / deviation for v in (1, 2, 3)] + [0.0], abs=1e-5)
