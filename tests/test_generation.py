@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache, partial
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ VARIANTS = {
     "opt": {"family": "opt"},
     "llama": {"family": "llama"},
     "llama, one key/value head": {"family": "llama", "num_key_value_heads": 1, "layers": 3},
+    "qwen2": {"family": "qwen2", "layers": 2},
+    "mistral": {"family": "mistral", "layers": 2, "sliding_window": 32},
 }
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]  # tp, pp
 LENGTHS = (5, 17, 9, 12, 3, 8, 8)
@@ -54,26 +57,31 @@ def load(layout, folder, **overrides):
 
 def every_kind(layout, folders):
     """Responses by variant and kind, from models as training has them: sequence parallel, in train mode, with dropout."""
-    responses, count = {}, len(LENGTHS)
+    responses = {}
     for name, folder in folders.items():
         model = load(layout, folder, sequence_parallel=True, hidden_dropout=0.3, attention_dropout=0.3).train()
-        run = lambda sampling, model=model, **options: generate(model, prompts(), IDS, sampling, **{"eos_id": EOS} | options)
-        teacher = load(layout, folders["gpt2"])
+        run = partial(generate, model, prompts(), IDS, eos_id=EOS)
         responses[name] = {
             "greedy": run(GREEDY),
-            "no repeats": run(NO_REPEATS),
             "soft prompt": run(GREEDY, soft_prompt=soft_prompt()),
-            "limits": run(GREEDY, limits=range(1, count + 1)),
+            "limits": run(GREEDY, limits=range(1, len(LENGTHS) + 1)),
             "sampled": run(SAMPLED),
-            "one by one": run(SAMPLED, batch_size=1),
             "in threes": run(SAMPLED, batch_size=3),
-            "tails cut": run(TAILS_CUT),
-            "mixed": run(SAMPLED, mix_with=[Voice(teacher, 0.4, soft_prompt())]),
         }
-        backwards = generate(model, prompts()[::-1], IDS[::-1], SAMPLED, eos_id=EOS)
-        responses[name]["backwards"] = backwards[::-1]
+        if name == "llama":
+            responses[name] |= more_kinds(run, teacher=load(layout, folders["gpt2"]))
+            responses[name]["backwards"] = generate(model, prompts()[::-1], IDS[::-1], SAMPLED, eos_id=EOS)[::-1]
         assert model.training and model.config.sequence_parallel == (layout.tp_size > 1)
     return responses
+
+
+def more_kinds(run, teacher):
+    return {
+        "no repeats": run(NO_REPEATS),
+        "one by one": run(SAMPLED, batch_size=1),
+        "tails cut": run(TAILS_CUT),
+        "mixed": run(SAMPLED, mix_with=[Voice(teacher, 0.4, soft_prompt())]),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -88,17 +96,18 @@ def responses(folders):
     return {(tp, pp): run_distributed(every_kind, tp * pp, folders, tp=tp, pp=pp) for tp, pp in LAYOUTS}
 
 
-def transformers_responses(folder, soft=None, **settings) -> list[list[int]]:
+@cache
+def transformers_responses(folder, soft: bool = False, **settings) -> list[list[int]]:
     """Prompt by prompt, without padding."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     found = []
     for prompt in prompts():
         given = {"input_ids": torch.tensor([prompt]), "attention_mask": torch.ones(1, len(prompt), dtype=torch.long)}
-        if soft is not None:
-            embedded = torch.cat([soft, model.get_input_embeddings()(given["input_ids"][0])])[None]
+        if soft:
+            embedded = torch.cat([soft_prompt(), model.get_input_embeddings()(given["input_ids"][0])])[None]
             given = {"inputs_embeds": embedded, "attention_mask": torch.ones(1, embedded.shape[1], dtype=torch.long)}
         out = model.generate(**given, max_new_tokens=NEW, do_sample=False, pad_token_id=1, eos_token_id=EOS, **settings)[0]
-        found.append(out.tolist() if soft is not None else out[len(prompt) :].tolist())
+        found.append(out.tolist() if soft else out[len(prompt) :].tolist())
     return found
 
 
@@ -110,7 +119,7 @@ def test_greedy_tokens_are_those_of_transformers(folders, responses, name, layou
     for rank in responses[layout]:
         assert rank[name]["greedy"] == plain
         assert rank[name]["limits"] == [response[: i + 1] for i, response in enumerate(plain)]
-        assert rank[name]["soft prompt"] == transformers_responses(folders[name], soft_prompt())
+        assert rank[name]["soft prompt"] == transformers_responses(folders[name], soft=True)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -124,12 +133,12 @@ def test_repetition_limits_are_those_of_transformers(folders, responses, layout)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sampled_tokens_are_the_same_on_every_layout_in_every_batch_and_order(responses, name, layout):
     first = responses[1, 1][0][name]
+    assert first["sampled"] != first["greedy"]
     for rank in responses[layout]:
-        for kind in ("sampled", "tails cut", "mixed"):
-            assert rank[name][kind] == first[kind], kind
-        for kind in ("one by one", "in threes", "backwards"):
-            assert rank[name][kind] == first["sampled"], kind
-    assert first["sampled"] != first["tails cut"] != first["mixed"]
+        assert rank[name]["sampled"] == rank[name]["in threes"] == first["sampled"]
+        if name == "llama":
+            assert rank[name]["one by one"] == rank[name]["backwards"] == first["sampled"]
+            assert (rank[name]["tails cut"], rank[name]["mixed"]) == (first["tails cut"], first["mixed"])
 
 
 def replica_responses(layout, folder):
@@ -241,7 +250,7 @@ def chi_square_deviations(observed: Tensor, expected: Tensor) -> float:
 def test_samples_follow_the_softmax_with_temperature_top_k_and_top_p():
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    z, count = torch.randn(200, generator=torch.Generator().manual_seed(0)) * 2, 50_000
+    z, count = torch.randn(200, generator=torch.Generator().manual_seed(0)) * 2, 20_000
     together = {"temperature": 1.3, "top_k": 40, "top_p": 0.8}
     for settings in ({}, {"temperature": 0.6}, {"temperature": 1.7}, {"top_k": 12}, {"top_p": 0.7}, together):
         warped = z[None] / settings.get("temperature", 1.0)
