@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from distributed import run_distributed
+from megakd_kernels import launch
 from oracle import ADAM, Oracle, StateDictSource
 from tiny import VOCABULARY, tiny_config, tiny_model
 
@@ -178,6 +179,27 @@ def check_seqkd_writes_once(layout):
 def test_a_response_of_the_teacher_is_written_once_for_all_replicas():
     first, second = run_distributed(check_seqkd_writes_once, 2)
     assert first == second and len(first) == 8
+
+
+def losses_of_three_iterations(layout, method_name):
+    """With the kernels of this device, and with the reference."""
+    logged = {}
+    for implementation in ("rows", "reference"):
+        with launch.use(implementation):
+            config = run_config(method_name, 4, {})
+            method = METHODS[method_name](cast(layout, config, PAIRS["llama"]), config, total_iters=TOTAL_ITERS)
+            logged[implementation] = [method.train(deal(samples(), layout.dp_size)[layout.dp_rank], i) for i in (1, 2, 3)]
+    return logged
+
+
+@pytest.mark.parametrize("tp, pp", [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize("method_name", ["kd", "promptkd"])
+def test_training_with_the_kernels_equals_training_with_the_reference(method_name, tp, pp):
+    for logged in run_distributed(losses_of_three_iterations, tp * pp, method_name, tp=tp, pp=pp):
+        for ours, reference in zip(logged["rows"], logged["reference"]):
+            assert {name: ours[name] for name in ours if "loss" in name} == pytest.approx(
+                {name: reference[name] for name in reference if "loss" in name}, rel=1e-6, abs=1e-6
+            )
 
 
 def check_unequal_widths(layout, method_name):
