@@ -191,7 +191,7 @@ class Trainer:
         seconds = time.perf_counter() - start
         check_finite(metrics, self.iteration)
         metrics |= {"tokens_per_second": metrics["positions"] / seconds, "memory_gib": peak_memory() / GIB}
-        self.logger.log(self.iteration, metrics | self.method.time.take() | {"time/iteration": seconds})
+        self.logger.log(self.iteration, metrics | self.method.time.take())
         if self.config.output.save_rollouts and self.method.rollouts:
             self._write_rollouts()
 
