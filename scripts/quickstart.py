@@ -57,7 +57,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def train_models(out: Path, seed: int) -> None:
-    """A teacher learns from 20,000 answers, a student from 1,000; it then goes on with its answers, or with its teacher."""
+    """A teacher learns from 20,000 answers, a student from 600; it then goes on with its answers, or with its teacher."""
     few, many = f"--train-data {out}/data/train_few.jsonl", f"--train-data {out}/data/train.jsonl"
     common = f"{LENGTHS} {OPTIMIZER} --seed {seed} --valid-data {out}/data/valid.jsonl"
     first = f"--method sft {common} --lr-warmup-iters 30 --lr 4e-3"
