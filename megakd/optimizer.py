@@ -23,7 +23,7 @@ def learning_rate(iteration: int, *, lr: float, total_iters: int, config: Traini
     The first iteration already moves, by lr · 1/warm-up; with the reference's `zero-lr-start` its learning rate is 0.
     """
     iteration -= config.quirk("zero-lr-start")
-    if iteration <= config.lr_warmup_iters:
+    if iteration < config.lr_warmup_iters:
         return lr * iteration / config.lr_warmup_iters
     if config.lr_decay_style == "constant":
         return lr
