@@ -11,6 +11,7 @@ import dataclasses
 import io
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ Quirk = Literal[
     "all", "mean-of-means", "zero-lr-start", "lost-last-step", "decay-norms", "teacher-dropout", "special-tokens-in-prompt", "forced-eos",
     "whiten-padding", "seqkd-with-kd",
 ]  # fmt: skip
+GRACE_SECONDS = 3.0  # the launcher ends all ranks a moment after the first has ended
 TEACHER_METHODS = ("kd", "seqkd", "minillm", "promptkd")
 
 
@@ -452,7 +454,13 @@ def flatten(nested: dict[str, Any]) -> dict[str, Any]:
 
 
 def fail(message: str) -> None:
-    """One line on rank 0, and exit code 2 on every rank."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
+    """One line, and exit code 2 on every rank.
+
+    A mistake that all ranks find is told by rank 0 alone: its end ends the others within the grace that they give it. One that rank
+    0 does not share (a file that only another machine lacks) is told by whoever has it.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(GRACE_SECONDS)
+    print(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -17,10 +17,11 @@ from distributed import run_distributed
 from safetensors.torch import load_file, save_file
 from tiny import tiny_folder
 
-from megakd import trainer
+from megakd import config, trainer
 from megakd.config import parse
 from megakd.data.tasks import make_rows
 from megakd.data.train_tokenizer import train_tokenizer
+from megakd.runtime.initialize import process_group_closed_at_exit
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +179,22 @@ def test_a_loss_that_is_no_number_names_itself():
     with pytest.raises(ValueError, match=r"iteration 3: loss/lm is nan; lower --lr"):
         trainer.check_finite({"loss/lm": float("nan")}, 3)
     trainer.check_finite({"loss/lm": torch.tensor(1.0).item()}, 3)
+
+
+def test_a_mistake_that_rank_zero_does_not_share_is_told_by_whoever_has_it(monkeypatch, capsys):
+    monkeypatch.setattr(config, "GRACE_SECONDS", 0.0)
+    for rank, said in {"0": "error: no such file", "3": "error on rank 3: no such file"}.items():
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as exit:
+            config.fail("no such file")
+        assert exit.value.code == 2 and capsys.readouterr().err == f"{said}\n"
+
+
+def leave_by_an_error(layout):
+    with pytest.raises(KeyError), process_group_closed_at_exit():
+        raise KeyError
+    return torch.distributed.is_initialized()
+
+
+def test_no_rank_waits_for_the_others_with_an_error_to_tell():
+    assert run_distributed(leave_by_an_error, 1) == [True]
