@@ -19,17 +19,17 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 import yaml
 
-MethodName = Literal["sft", "kd", "seqkd", "minillm", "promptkd"]
+MethodName = Literal["sft", "kd", "seqkd", "distillm", "minillm", "promptkd"]
 Objective = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
 METHOD_HELP = (
     "sft: cross-entropy on the responses; kd: a divergence on the responses; seqkd: the teacher's own responses; "
-    "minillm: policy gradient on the student's responses; promptkd: KL to a prompted teacher on the student's responses"
+    "distillm: kd with the student's own text as it begins to help; minillm: policy gradient on the student's responses; promptkd: KL to a prompted teacher on the student's responses"
 )
 Quirk = Literal[
     "all", "mean-of-means", "zero-lr-start", "lost-last-step", "decay-norms", "teacher-dropout", "special-tokens-in-prompt", "forced-eos",
     "whiten-padding", "seqkd-with-kd",
 ]  # fmt: skip
-TEACHER_METHODS = ("kd", "seqkd", "minillm", "promptkd")
+TEACHER_METHODS = ("kd", "seqkd", "distillm", "minillm", "promptkd")
 
 
 def flag(default: Any, help: str) -> Any:
@@ -109,13 +109,14 @@ class DistillationConfig:
     """What the student learns from the teacher."""
 
     kd_ratio: Annotated[float | None, alias("--kd-alpha")] = flag(
-        None, "share of the divergence, the rest is cross-entropy on the responses; default: 0.5 (kd, minillm's text), 0 (seqkd)"
+        None, "share of the divergence, the rest is cross-entropy on the responses; default: 0.5 (kd, minillm's text), 0 (seqkd), 1 (distillm)"
     )
     kd_objective: Objective = flag("forward_kl", "kd: which divergence between teacher p and student q")
     kd_temperature: float = flag(1.0, "kd: temperature of both distributions in the divergence, never of sampling")
     beta: float = flag(0.5, "jsd: the teacher's share of the mixture")
     skew_alpha: float = flag(0.1, "skew_*: share of the first distribution in the mixture (DistiLLM)")
     on_policy_ratio: Annotated[float, alias("--lmbda")] = flag(0.0, "kd: share of the batches that the student writes itself (GKD's lambda)")
+    replay_capacity: int = flag(1000, "distillm: responses of the student that are kept to be learnt from again")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +250,8 @@ class Config(BaseConfig):
             yield f"--max-prompt-length {data.max_prompt_length} leaves no room for a response in --max-length {data.max_length}; lower it"
         if self.method == "minillm" and self.minillm.num_rollouts % training.global_batch_size:
             yield f"--num-rollouts {self.minillm.num_rollouts} is not a multiple of --global-batch-size {training.global_batch_size}; make it one"
+        if self.method == "distillm" and not data.valid_data:
+            yield "--method distillm needs --valid-data; it watches the held-out loss"
         phase = self.minillm.num_rollouts // training.global_batch_size * self.minillm.ppo_epochs
         if self.method == "minillm" and self.output.save_interval and self.output.save_interval % max(1, phase):
             yield f"--save-interval {self.output.save_interval} is not a multiple of MiniLLM's phase of {phase} iterations; its rollouts are not saved"
@@ -336,7 +339,7 @@ POSITIVE = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size", "global_batch_size", "train_iters", "epochs",
     "max_length", "max_prompt_length", "max_new_tokens", "rollout_batch_size", "prompt_len", "temperature", "save_interval",
     "eval_interval", "eval_iters", "log_interval", "lr", "kd_temperature", "batch_size", "exposure_bias_samples",
-    "num_rollouts", "ppo_epochs", "reward_scaling", "cliprange", "cliprange_reward",
+    "num_rollouts", "ppo_epochs", "replay_capacity", "reward_scaling", "cliprange", "cliprange_reward",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "lm_coef", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "base_coef", "top_k", "teacher_lr", "adam_eps",

@@ -214,6 +214,7 @@ class Trainer:
         with self.method.time("evaluation"):
             metrics = held_out_losses(self.method, self._valid_samples(), self.layout)
             self._show_samples()
+        self.method.observe(metrics)
         self.logger.log(self.iteration, metrics | self.method.time.take())
 
     def _valid_samples(self) -> list[Sample]:

@@ -181,6 +181,38 @@ def test_a_response_of_the_teacher_is_written_once_for_all_replicas():
     assert first == second and len(first) == 8
 
 
+def check_distillm(layout):
+    """The three sources of a batch, and the buffer that a checkpoint brings back; a function of (seed, iteration) at any layout."""
+    config = run_config("distillm", 2, {})
+    config = replace(config, distillation=replace(config.distillation, kd_objective="skew_reverse_kl", replay_capacity=16))
+    config = replace(config, data=replace(config.data, max_length=32))
+    method = METHODS["distillm"](cast(layout, config, PAIRS["gpt2"]), config, total_iters=1000)
+    mine = deal(samples(), layout.dp_size)[layout.dp_rank]
+    learnt = []
+    method.learn = lambda rows, iteration, *, kd_ratio: learnt.append(rows) or {"kd_ratio": kd_ratio}
+    method.train(mine, 1)
+    assert learnt[-1] == mine, "φ = 0: the data"
+    for loss in (2.0, 1.0, 2.05, 2.1):  # compared with the first, 2.0
+        method.observe({"valid/lm": loss})
+    assert method.threshold.item() == pytest.approx(0.1)
+    method.threshold.fill_(1.0)
+    assert method.train(mine, 2)["kd_ratio"] == 1.0 and [s.prompt for s in learnt[-1]] == [s.prompt for s in mine]
+    assert method.buffer.written == 8 and learnt[-1] != mine, "the student writes, and the buffer keeps it"
+    method.train(mine, 3)
+    again = METHODS["distillm"](cast(layout, config, PAIRS["gpt2"]), config, total_iters=1000)
+    for name, tensor in again.extra_tensors().items():
+        tensor.copy_(method.extra_tensors()[name])
+    kept = [again.buffer[i] for i in range(16)]
+    method.train(mine, 999)
+    assert method.buffer.is_full and all(sample in kept for sample in learnt[-1]), "a draw from the buffer"
+    return kept, sorted(learnt[-1], key=lambda s: s.response)
+
+
+def test_distillm_takes_its_batches_where_the_paper_does():
+    kept = [run_distributed(check_distillm, dp)[0][0] for dp in (1, 2)]
+    assert kept[0] == kept[1]
+
+
 def losses_of_three_iterations(layout, method_name):
     """With the kernels of this device, and with the reference."""
     logged = {}

@@ -50,6 +50,9 @@ class Method:
         """The same, on this rank's share of the global batch."""
         raise NotImplementedError
 
+    def observe(self, metrics: dict[str, float]) -> None:
+        """Held-out metrics, after every evaluation."""
+
     def extra_tensors(self) -> dict[str, torch.Tensor]:
         """What the method itself learns: saved with a checkpoint, and filled in place when it is loaded."""
         return {}
