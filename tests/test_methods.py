@@ -10,7 +10,7 @@ import torch
 from distributed import run_distributed
 from megakd_kernels import launch
 from oracle import ADAM, Oracle, StateDictSource
-from tiny import VOCABULARY, tiny_config, tiny_model
+from tiny import tiny_config, tiny_model
 
 from megakd.config import Config
 from megakd.data.batch import Sample
@@ -234,28 +234,32 @@ def test_training_with_the_kernels_equals_training_with_the_reference(method_nam
             )
 
 
-def check_unequal_widths(layout, method_name):
-    """A student of 97 rows and a teacher of 160 (another padded width): the loss is that of the first 97, dense, in float64."""
-    pair = ({"family": "llama", "layers": 2}, {"family": "llama", "layers": 2, "vocab_size": 160})
+def check_unequal_widths(layout, method_name, widths, hidden):
+    """Models of unequal width, either way round: the loss is that of the ids they share, dense, in float64."""
+    pair = [{"family": "llama", "layers": 2, "hidden": hidden, "vocab_size": width} for width in widths]
+    shared = min(widths)
     for student, teacher in (pair, pair[::-1]):
         config = run_config(method_name, 4, {})
         method = METHODS[method_name](cast(layout, config, (student, teacher)), config, total_iters=TOTAL_ITERS)
-        assert method.student.real_vocab_size == method.teacher.real_vocab_size == VOCABULARY
+        assert method.student.real_vocab_size == method.teacher.real_vocab_size == shared
         vectors = method.extra_tensors().get("vectors", torch.empty(0)).clone()
         got = method.train(samples(), 1)
         reference = oracle((student, teacher))
-        reference.vocab_size = VOCABULARY
+        reference.vocab_size = shared
         want = expected(reference, method_name, all_samples(method, layout), vectors)
         for key in got.keys() & want.keys():
-            assert got[key] == pytest.approx(float(want[key]), rel=1e-6, abs=1e-6), key
-        assert all(token < VOCABULARY for _, response in all_samples(method, layout) for token in response)
+            rel = 1e-5 if "grad_norm" in key else 1e-6  # float32 sums of millions of squares
+            assert got[key] == pytest.approx(float(want[key]), rel=rel, abs=1e-6), key
+        assert all(token < shared for _, response in all_samples(method, layout) for token in response)
         check_weights(method.student, reference.student, "unequal widths")
 
 
-@pytest.mark.parametrize("method_name", ["kd", "promptkd"])
 @pytest.mark.parametrize("tp", [1, 2])
-def test_vocabularies_of_unequal_width_are_aligned_by_token_id(tp, method_name):
-    run_distributed(check_unequal_widths, tp, method_name, tp=tp)
+@pytest.mark.parametrize(
+    "method_name, widths, hidden", [("promptkd", (97, 160), 64), ("kd", (151_936, 152_064), 16)], ids=["97 and 160", "151,936 and 152,064"]
+)
+def test_vocabularies_of_unequal_width_are_aligned_by_token_id(tp, method_name, widths, hidden):
+    run_distributed(check_unequal_widths, tp, method_name, widths, hidden, tp=tp)
 
 
 def text_rows() -> list[Sample]:
