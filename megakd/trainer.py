@@ -167,7 +167,9 @@ class Trainer:
         if iteration is None:
             return 0
         method = self.method
-        saved = load_checkpoint(self.checkpoints, iteration, model=method.student, optimizer=method.optimizer.optimizer, flag="--save")
+        saved = load_checkpoint(
+            self.checkpoints, iteration, model=method.student, optimizer=method.optimizer.optimizer, flag="--save"
+        )
         for name, tensor in method.extra_tensors().items():
             tensor.copy_(saved[name])
         return iteration
@@ -231,7 +233,8 @@ class Trainer:
         responses = generate(self.method.student, prompts, ids, sampling, eos_id=eos_id(self.tokenizer))
         decode = lambda tokens: self.tokenizer.decode(tokens, skip_special_tokens=True)
         rows = [
-            {"prompt": decode(s.prompt), "student": decode(response), "reference": decode(s.response)} for s, response in zip(shown, responses)
+            {"prompt": decode(s.prompt), "student": decode(response), "reference": decode(s.response)}
+            for s, response in zip(shown, responses)
         ]
         self.logger.log_samples(self.iteration, rows)
 
@@ -277,7 +280,9 @@ def check_finite(metrics: dict[str, float], iteration: int) -> None:
     """A loss that is not a number ends the run with its name; the last checkpoint is whole."""
     for name, value in metrics.items():
         if not math.isfinite(value):
-            raise ValueError(f"iteration {iteration}: {name} is {value}; lower --lr, or use --dtype fp32 to see whether precision is the reason")
+            raise ValueError(
+                f"iteration {iteration}: {name} is {value}; lower --lr, or use --dtype fp32 to see whether precision is the reason"
+            )
 
 
 def peak_memory() -> int:

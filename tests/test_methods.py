@@ -54,7 +54,12 @@ def run_config(method: str, micro_batch_size: int, parallel: dict) -> Config:
         config.training, micro_batch_size=micro_batch_size, global_batch_size=8, lr=LR, lr_decay_style="constant", weight_decay=WEIGHT_DECAY,
         clip_grad=CLIP, adam_beta1=ADAM["betas"][0], adam_beta2=ADAM["betas"][1], adam_eps=ADAM["eps"],
     )  # fmt: skip
-    return replace(config, training=training, parallel=replace(config.parallel, **parallel), generation=replace(config.generation, max_new_tokens=12))
+    return replace(
+        config,
+        training=training,
+        parallel=replace(config.parallel, **parallel),
+        generation=replace(config.generation, max_new_tokens=12),
+    )
 
 
 TOKENIZER = SimpleNamespace(encode=lambda text, add_special_tokens: [11, 12, 13], eos_token_id=0)
@@ -125,18 +130,28 @@ def check_prompt(method, want, name):
     gradient = method.prompt.vectors.grad
     assert (gradient.double() - clipped).abs().max() <= 1e-6 * max(1.0, clipped.abs().max()), name
     assert (method.prompt.vectors.double() - want["vectors"]).abs().max() <= 2e-6, name
-    assert all(param.grad is None and not hasattr(param, "main_grad") for param in method.teacher.parameters()), "the teacher is frozen"
+    assert all(param.grad is None and not hasattr(param, "main_grad") for param in method.teacher.parameters()), (
+        "the teacher is frozen"
+    )
 
 
 @pytest.mark.parametrize("method_name", ["sft", "kd", "promptkd"])
 @pytest.mark.parametrize("tp, pp, dp, sp, zero, micro_batch_size", LAYOUTS)
 def test_one_iteration_equals_float64_transformers(method_name, tp, pp, dp, sp, zero, micro_batch_size):
-    parallel = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "sequence_parallel": sp, "use_distributed_optimizer": zero}
+    parallel = {
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "sequence_parallel": sp,
+        "use_distributed_optimizer": zero,
+    }
     run_distributed(check_one_iteration, tp * pp * dp, method_name, PAIRS, micro_batch_size, parallel, tp=tp, pp=pp)
 
 
 OBJECTIVES = ["reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
-FEWER_LAYOUTS = [pytest.param(*layout, id=f"TP{layout[0]} PP{layout[1]} DP{layout[2]}") for layout in [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)]]
+FEWER_LAYOUTS = [
+    pytest.param(*layout, id=f"TP{layout[0]} PP{layout[1]} DP{layout[2]}")
+    for layout in [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)]
+]
 
 
 def check_divergences(layout, parallel):
@@ -144,7 +159,9 @@ def check_divergences(layout, parallel):
     pair = PAIRS["llama"]
     for objective in OBJECTIVES:
         config = run_config("kd", 4, parallel)
-        config = replace(config, distillation=replace(config.distillation, kd_objective=objective, kd_temperature=2.0, beta=0.3, kd_ratio=0.8))
+        config = replace(
+            config, distillation=replace(config.distillation, kd_objective=objective, kd_temperature=2.0, beta=0.3, kd_ratio=0.8)
+        )
         method = METHODS["kd"](cast(layout, config, pair), config, total_iters=TOTAL_ITERS)
         got = method.train(deal(samples(), layout.dp_size)[layout.dp_rank], 1)
         reference = oracle(pair)
@@ -256,7 +273,9 @@ def check_unequal_widths(layout, method_name, widths, hidden):
 
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize(
-    "method_name, widths, hidden", [("promptkd", (97, 160), 64), ("kd", (151_936, 152_064), 16)], ids=["97 and 160", "151,936 and 152,064"]
+    "method_name, widths, hidden",
+    [("promptkd", (97, 160), 64), ("kd", (151_936, 152_064), 16)],
+    ids=["97 and 160", "151,936 and 152,064"],
 )
 def test_vocabularies_of_unequal_width_are_aligned_by_token_id(tp, method_name, widths, hidden):
     run_distributed(check_unequal_widths, tp, method_name, widths, hidden, tp=tp)

@@ -8,4 +8,11 @@ from megakd.methods.promptkd import PromptKD
 from megakd.methods.seqkd import SeqKD
 from megakd.methods.sft import SFT
 
-METHODS: dict[str, type[Method]] = {"sft": SFT, "kd": KD, "distillm": DistiLLM, "minillm": MiniLLM, "promptkd": PromptKD, "seqkd": SeqKD}
+METHODS: dict[str, type[Method]] = {
+    "sft": SFT,
+    "kd": KD,
+    "distillm": DistiLLM,
+    "minillm": MiniLLM,
+    "promptkd": PromptKD,
+    "seqkd": SeqKD,
+}

@@ -40,7 +40,9 @@ class Method:
         self.tokenizer, self.time = cast.tokenizer, cast.stopwatch
         self.config, self.total_iters = config, total_iters
         self.layout = cast.student.layout
-        self.vocabulary = VocabularySplit(share_vocabulary(list(filter(None, (cast.student, cast.teacher)))), self.layout.tp_group)
+        self.vocabulary = VocabularySplit(
+            share_vocabulary(list(filter(None, (cast.student, cast.teacher)))), self.layout.tp_group
+        )
 
     def train_iteration(self, loader: DataLoader, iteration: int) -> dict[str, float]:
         """One iteration, counted from 1; returns what to log, the same on every rank."""
