@@ -23,7 +23,8 @@ MethodName = Literal["sft", "kd", "seqkd", "distillm", "minillm", "promptkd"]
 Objective = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
 METHOD_HELP = (
     "sft: cross-entropy on the responses; kd: a divergence on the responses; seqkd: the teacher's own responses; "
-    "distillm: kd with the student's own text as it begins to help; minillm: policy gradient on the student's responses; promptkd: KL to a prompted teacher on the student's responses"
+    "distillm: kd with the student's own text as it begins to help; minillm: policy gradient on the student's responses; "
+    "promptkd: KL to a prompted teacher on the student's responses"
 )
 Quirk = Literal[
     "all", "mean-of-means", "zero-lr-start", "lost-last-step", "decay-norms", "teacher-dropout", "special-tokens-in-prompt", "forced-eos",
@@ -47,7 +48,7 @@ class ModelConfig:
 
     model: Annotated[str, alias("--model-name-or-path", "--model-path")] = flag("", "the student's folder")
     teacher_model: Annotated[str, alias("--teacher-model-name-or-path", "--teacher-model-path")] = flag("", "the teacher's folder")
-    dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "weights and activations; bf16 keeps fp32 master weights; auto: bf16 on a GPU, fp32 on a CPU")
+    dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "weights, activations; bf16 has fp32 master weights; auto: bf16 on a GPU, else fp32")
     hidden_dropout: float | None = flag(None, "the student's dropout while it learns; default: what its config.json says")
     attention_dropout: float | None = flag(None, "the student's attention dropout; default: what its config.json says")
 
@@ -100,7 +101,7 @@ class TrainingConfig:
     adam_eps: float = flag(1e-8, "AdamW's epsilon")
     clip_grad: float = flag(1.0, "largest global gradient norm; 0: no clipping")
     recompute: bool = flag(False, "recompute each layer's activations in the backward pass: less memory, a third more work")
-    reference_behaviour: tuple[Quirk, ...] = flag((), "bring back what PromptKD's code does otherwise, by name or all; docs/fidelity.md says what each is")
+    reference_behaviour: tuple[Quirk, ...] = flag((), "do as PromptKD's code does, by name or all; docs/fidelity.md explains each")
     seed: int = flag(1234, "of data order, dropout, prompt and sampling; no result depends on the layout through it")
 
 
@@ -109,13 +110,13 @@ class DistillationConfig:
     """What the student learns from the teacher."""
 
     kd_ratio: Annotated[float | None, alias("--kd-alpha")] = flag(
-        None, "share of the divergence, the rest is cross-entropy on the responses; default: 0.5 (kd, minillm's text), 0 (seqkd), 1 (distillm)"
+        None, "share of the divergence, the rest is cross-entropy; default: 0.5 (kd, minillm's text), 0 (seqkd), 1 (distillm)"
     )
     kd_objective: Objective = flag("forward_kl", "kd: which divergence between teacher p and student q")
     kd_temperature: float = flag(1.0, "kd: temperature of both distributions in the divergence, never of sampling")
     beta: float = flag(0.5, "jsd: the teacher's share of the mixture")
     skew_alpha: float = flag(0.1, "skew_*: share of the first distribution in the mixture (DistiLLM)")
-    on_policy_ratio: Annotated[float, alias("--lmbda")] = flag(0.0, "kd: share of the batches that the student writes itself (GKD's lambda)")
+    on_policy_ratio: Annotated[float, alias("--lmbda")] = flag(0.0, "kd: share of the batches that the student writes (GKD's lambda)")
     replay_capacity: int = flag(1000, "distillm: responses of the student that are kept to be learnt from again")
 
 
@@ -249,12 +250,14 @@ class Config(BaseConfig):
         if data.max_prompt_length >= data.max_length:
             yield f"--max-prompt-length {data.max_prompt_length} leaves no room for a response in --max-length {data.max_length}; lower it"
         if self.method == "minillm" and self.minillm.num_rollouts % training.global_batch_size:
-            yield f"--num-rollouts {self.minillm.num_rollouts} is not a multiple of --global-batch-size {training.global_batch_size}; make it one"
+            rows = training.global_batch_size
+            yield f"--num-rollouts {self.minillm.num_rollouts} is not a multiple of --global-batch-size {rows}; make it one"
         if self.method == "distillm" and not data.valid_data:
             yield "--method distillm needs --valid-data; it watches the held-out loss"
         phase = self.minillm.num_rollouts // training.global_batch_size * self.minillm.ppo_epochs
         if self.method == "minillm" and self.output.save_interval and self.output.save_interval % max(1, phase):
-            yield f"--save-interval {self.output.save_interval} is not a multiple of MiniLLM's phase of {phase} iterations; its rollouts are not saved"
+            every = self.output.save_interval
+            yield f"--save-interval {every} is no multiple of MiniLLM's phase of {phase} iterations, whose rollouts are not saved; make it one"
         if training.min_lr > training.lr:
             yield f"--min-lr {training.min_lr} is above --lr {training.lr}; lower it"
 
@@ -345,7 +348,9 @@ NOT_NEGATIVE = (
     "lm_coef", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "base_coef", "top_k", "teacher_lr", "adam_eps",
     "no_repeat_ngram_size",
 )  # fmt: skip
-FRACTIONS = ("teacher_mixed_alpha", "gamma", "kd_ratio", "on_policy_ratio", "beta", "skew_alpha", "top_p", "adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout")
+FRACTIONS = (
+    "teacher_mixed_alpha", "gamma", "kd_ratio", "on_policy_ratio", "beta", "skew_alpha", "top_p", "adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout",
+)  # fmt: skip
 
 
 RANGES = (
