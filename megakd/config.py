@@ -48,7 +48,7 @@ class ModelConfig:
 
     model: Annotated[str, alias("--model-name-or-path", "--model-path")] = flag("", "the student's folder")
     teacher_model: Annotated[str, alias("--teacher-model-name-or-path", "--teacher-model-path")] = flag("", "the teacher's folder")
-    dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "weights, activations; bf16 has fp32 master weights; auto: bf16 on a GPU, else fp32")
+    dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "bf16 has fp32 master weights; auto: bf16 on a GPU, else fp32")
     hidden_dropout: float | None = flag(None, "the student's dropout while it learns; default: what its config.json says")
     attention_dropout: float | None = flag(None, "the student's attention dropout; default: what its config.json says")
 
@@ -257,7 +257,7 @@ class Config(BaseConfig):
         phase = self.minillm.num_rollouts // training.global_batch_size * self.minillm.ppo_epochs
         if self.method == "minillm" and self.output.save_interval and self.output.save_interval % max(1, phase):
             every = self.output.save_interval
-            yield f"--save-interval {every} is no multiple of MiniLLM's phase of {phase} iterations, whose rollouts are not saved; make it one"
+            yield f"--save-interval {every} is no multiple of MiniLLM's phase of {phase} iterations, which is not saved; make it one"
         if training.min_lr > training.lr:
             yield f"--min-lr {training.min_lr} is above --lr {training.lr}; lower it"
 
@@ -349,7 +349,8 @@ NOT_NEGATIVE = (
     "no_repeat_ngram_size",
 )  # fmt: skip
 FRACTIONS = (
-    "teacher_mixed_alpha", "gamma", "kd_ratio", "on_policy_ratio", "beta", "skew_alpha", "top_p", "adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout",
+    "teacher_mixed_alpha", "gamma", "kd_ratio", "on_policy_ratio", "beta", "skew_alpha", "top_p", "adam_beta1", "adam_beta2",
+    "hidden_dropout", "attention_dropout",
 )  # fmt: skip
 
 
