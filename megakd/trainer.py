@@ -99,6 +99,8 @@ class Trainer:
         self._write_config()
         if self.iteration == 0:
             self._evaluate()
+        elif is_rank_zero():
+            print(f"continuing {self.folder} after iteration {self.iteration}/{self.total_iters}", flush=True)
         while self.iteration < self.total_iters:
             self.iteration += 1
             self._iterate()
