@@ -251,6 +251,7 @@ class Trainer:
             source=self.folders.student,
             extra_tensors=self.method.extra_tensors(),
             run_config=self.folder / "config.yaml",
+            teacher_layout=self.method.teacher.layout if self.method.teacher else None,
         )
 
     def _finish(self) -> None:
