@@ -190,6 +190,7 @@ class Trainer:
 
     def _iterate(self) -> None:
         seed_everything(self.config.training.seed + self.iteration, self.layout)  # nothing random has to be saved
+        self.method.rollouts = ()  # an iteration that writes none has none to show
         start = time.perf_counter()
         metrics = self.method.train_iteration(self.loader, self.iteration)
         seconds = time.perf_counter() - start
