@@ -95,8 +95,8 @@ def ratio_columns(names: Sequence[str], iterations: Mapping, generations: Mappin
     ours, theirs = names
     ratios = {}
     for what, times in (("iteration", iterations), ("generation", generations)):
-        if times:
-            ratios |= {f"{what}{'' if clock == 'wall' else '_cpu'}_ratio": median_ratio(times[theirs], times[ours], clock) for clock in ("wall", "cpu")}
+        for suffix, clock in (("", "wall"), ("_cpu", "cpu")) if times else ():
+            ratios[f"{what}{suffix}_ratio"] = median_ratio(times[theirs], times[ours], clock)
     if peaks:
         ratios["peak_ratio"] = peaks[theirs] / peaks[ours]
     return ratios
@@ -133,7 +133,8 @@ def table(rows: Sequence[Row]) -> str:
         values = [row.get(column, "") for row in rows]
         if any(value != "" for value in values):
             lines.append(f"{title:34}" + "".join(f"{'' if value == '' else form.format(value):>22}" for value in values))
-    lines += [f"{rows[-1]['system']} / {rows[0]['system']}, {title}: {rows[-1][name]:.2f}" for name, title in RATIOS.items() if name in rows[-1]]
+    ours, theirs = rows[0]["system"], rows[-1]["system"]
+    lines += [f"{theirs} / {ours}, {title}: {rows[-1][name]:.2f}" for name, title in RATIOS.items() if name in rows[-1]]
     return "\n".join(lines)
 
 

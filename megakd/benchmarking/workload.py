@@ -62,7 +62,7 @@ def read_rows(config: BenchmarkConfig) -> tuple[Sequence[Sample], list[int], int
     rows = SFTDataset(config.data, tokenizer, max_length=config.max_length, max_prompt_length=config.max_prompt_length)
     vocab_size = config.vocab_size or len(tokenizer)
     if vocab_size < len(tokenizer):
-        raise ValueError(f"--vocab-size {vocab_size} is less than the {len(tokenizer)} tokens of --tokenizer {config.tokenizer}; leave it out")
+        raise ValueError(f"--vocab-size {vocab_size} is less than the {len(tokenizer)} tokens of --tokenizer {config.tokenizer}; raise it")
     settings = PromptKDConfig()
     ids = tokenizer.encode(settings.prompt_init_text, add_special_tokens=False)
     return [rows[i] for i in range(len(rows))], (ids * settings.prompt_len)[: settings.prompt_len], vocab_size
@@ -76,8 +76,10 @@ def draw_rows(config: BenchmarkConfig) -> tuple[Sequence[Sample], list[int], int
     def length(median: float, spread: float, most: int) -> int:
         return max(2, min(most, round(rng.lognormvariate(0, spread) * median * config.max_length / 512)))
 
-    sizes = [(length(55, 0.6, config.max_prompt_length), length(38, 1.1, config.max_new_tokens)) for _ in range(4 * config.global_batch_size)]
-    rows = [Sample(i, draw(prompt), draw(response)) for i, (prompt, response) in enumerate(sizes)]
+    def row(i: int) -> Sample:
+        return Sample(i, draw(length(55, 0.6, config.max_prompt_length)), draw(length(38, 1.1, config.max_new_tokens)))
+
+    rows = [row(i) for i in range(4 * config.global_batch_size)]
     return rows, list(draw(PromptKDConfig().prompt_len)), vocab_size
 
 
@@ -88,9 +90,8 @@ def gpt2_config(layers: int, hidden: int, vocab_size: int) -> GPT2Config:
     """GPT-2 of this size, without dropout: systems draw other random numbers."""
     dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     specials = {"bos_token_id": vocab_size - 1, "eos_token_id": vocab_size - 1}
-    return GPT2Config(
-        vocab_size=vocab_size, n_positions=CONTEXT, n_embd=hidden, n_layer=layers, n_head=max(1, hidden // HEAD_SIZE), **specials, **dropouts
-    )
+    sizes = {"n_positions": CONTEXT, "n_embd": hidden, "n_layer": layers, "n_head": max(1, hidden // HEAD_SIZE)}
+    return GPT2Config(vocab_size=vocab_size, **sizes, **specials, **dropouts)
 
 
 def model_configs(config: BenchmarkConfig, workload: Workload) -> dict[str, GPT2Config]:
