@@ -45,7 +45,9 @@ class StudentOptimizer:
         ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
         self.ddp = DistributedDataParallel(model.config, ddp_config, model, pg_collection=model.layout.groups)
         settings = optimizer_config(config, model.config.params_dtype, distributed)
-        self.optimizer: MegatronOptimizer = get_megatron_optimizer(settings, [self.ddp], self._weight_decay_overrides(model, settings))
+        self.optimizer: MegatronOptimizer = get_megatron_optimizer(
+            settings, [self.ddp], self._weight_decay_overrides(model, settings)
+        )
         model.config.finalize_model_grads_func = finalize_model_grads
         model.config.grad_scale_func = self.optimizer.scale_loss
         model.config.no_sync_func = self.ddp.no_sync
@@ -92,7 +94,9 @@ class SoftPromptOptimizer:
     def __init__(self, prompt: torch.nn.Module, config: TrainingConfig, *, lr: float, total_iters: int):
         self.prompt, self.config, self.lr, self.total_iters = prompt, config, lr, total_iters
         betas = (config.adam_beta1, config.adam_beta2)
-        self.adam = torch.optim.AdamW(prompt.parameters(), lr=lr, betas=betas, eps=config.adam_eps, weight_decay=config.weight_decay)
+        self.adam = torch.optim.AdamW(
+            prompt.parameters(), lr=lr, betas=betas, eps=config.adam_eps, weight_decay=config.weight_decay
+        )
 
     def zero_grad(self) -> None:
         self.adam.zero_grad()

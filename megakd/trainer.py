@@ -99,6 +99,8 @@ class Trainer:
         self._write_config()
         if self.iteration == 0:
             self._evaluate()
+        elif is_rank_zero():
+            print(f"continuing {self.folder} after iteration {self.iteration}/{self.total_iters}", flush=True)
         while self.iteration < self.total_iters:
             self.iteration += 1
             self._iterate()
@@ -167,7 +169,9 @@ class Trainer:
         if iteration is None:
             return 0
         method = self.method
-        saved = load_checkpoint(self.checkpoints, iteration, model=method.student, optimizer=method.optimizer.optimizer, flag="--save")
+        saved = load_checkpoint(
+            self.checkpoints, iteration, model=method.student, optimizer=method.optimizer.optimizer, flag="--save"
+        )
         for name, tensor in method.extra_tensors().items():
             tensor.copy_(saved[name])
         return iteration
@@ -215,6 +219,7 @@ class Trainer:
         with self.method.time("evaluation"):
             metrics = held_out_losses(self.method, self._valid_samples(), self.layout)
             self._show_samples()
+        self.method.observe(metrics)
         self.logger.log(self.iteration, metrics | self.method.time.take())
 
     def _valid_samples(self) -> list[Sample]:
@@ -231,7 +236,8 @@ class Trainer:
         responses = generate(self.method.student, prompts, ids, sampling, eos_id=eos_id(self.tokenizer))
         decode = lambda tokens: self.tokenizer.decode(tokens, skip_special_tokens=True)
         rows = [
-            {"prompt": decode(s.prompt), "student": decode(response), "reference": decode(s.response)} for s, response in zip(shown, responses)
+            {"prompt": decode(s.prompt), "student": decode(response), "reference": decode(s.response)}
+            for s, response in zip(shown, responses)
         ]
         self.logger.log_samples(self.iteration, rows)
 
@@ -246,6 +252,7 @@ class Trainer:
             source=self.folders.student,
             extra_tensors=self.method.extra_tensors(),
             run_config=self.folder / "config.yaml",
+            teacher_layout=self.method.teacher.layout if self.method.teacher else None,
         )
 
     def _finish(self) -> None:
@@ -277,7 +284,9 @@ def check_finite(metrics: dict[str, float], iteration: int) -> None:
     """A loss that is not a number ends the run with its name; the last checkpoint is whole."""
     for name, value in metrics.items():
         if not math.isfinite(value):
-            raise ValueError(f"iteration {iteration}: {name} is {value}; lower --lr, or use --dtype fp32 to see whether precision is the reason")
+            raise ValueError(
+                f"iteration {iteration}: {name} is {value}; lower --lr, or use --dtype fp32 to see whether precision is the reason"
+            )
 
 
 def peak_memory() -> int:

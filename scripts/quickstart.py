@@ -62,7 +62,8 @@ def train_models(out: Path, seed: int) -> None:
     common = f"{LENGTHS} {OPTIMIZER} --seed {seed} --valid-data {out}/data/valid.jsonl"
     first = f"--method sft {common} --lr-warmup-iters 30 --lr 4e-3"
     further = f"--model {out}/student/hf {common} --micro-batch-size 64 --train-iters 200 --lr 2e-3"
-    distil = f"--method promptkd --teacher-model {out}/teacher/hf --prompt-len 6 --tensor-model-parallel-size 2"
+    distil = f"--method promptkd --teacher-model {out}/teacher/hf --tensor-model-parallel-size 2"
+    distil += " --prompt-len 6"  # the soft prompt starts as "Suppose you are a student.", six tokens, a preamble of the data
     train(f"{first} --model {out}/teacher-init {many} --micro-batch-size 32 --train-iters 300 --save {out}/teacher", ranks=2)
     train(f"{first} --model {out}/student-init {few} --micro-batch-size 64 --train-iters 200 --save {out}/student")
     train(f"--method sft {further} {few} --save {out}/student-longer")

@@ -33,7 +33,7 @@ class PromptKD(Method):
 
     def train(self, samples, iteration):
         with self.time("rollout"):
-            self.rollouts = rollout(self.student, samples, self.config, self.tokenizer, iteration)
+            self.rollouts = self.respond(samples, iteration)
         batches = self.batches(self.rollouts)
         metrics = self.prompt_step(batches, iteration)
         with self.time("teacher"):
@@ -43,6 +43,10 @@ class PromptKD(Method):
             return reverse_kl_loss(self.through_student(hidden), self.through_teacher(prompted[number]), self.vocabulary)
 
         return self.student_step(batches, loss, ("loss/reverse_kl",), iteration) | metrics
+
+    def respond(self, samples, iteration):
+        """(a)"""
+        return rollout(self.student, samples, self.config, self.tokenizer, iteration)
 
     def prompt_step(self, batches, iteration):
         """(b): the teacher's weights are frozen, the student's distribution is a constant."""
