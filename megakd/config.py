@@ -260,6 +260,13 @@ class Config(BaseConfig):
         if self.method == "minillm" and self.output.save_interval and self.output.save_interval % max(1, phase):
             every = self.output.save_interval
             yield f"--save-interval {every} is no multiple of MiniLLM's phase of {phase} iterations, which is not saved; make it one"
+        distillation = self.distillation
+        share = {"jsd": "beta", "skew_forward_kl": "skew_alpha", "skew_reverse_kl": "skew_alpha"}.get(distillation.kd_objective)
+        if share and getattr(distillation, share) in (0, 1):
+            value, objective = getattr(distillation, share), distillation.kd_objective
+            yield f"{flag_name(share)} {value} leaves {objective} no mixture; use a number between 0 and 1"
+        if self.method == "minillm" and self.minillm.teacher_mixed_alpha == 1:
+            yield "--teacher-mixed-alpha 1 leaves the student no say in its responses; use a number below 1"
         if training.min_lr > training.lr:
             yield f"--min-lr {training.min_lr} is above --lr {training.lr}; lower it"
 

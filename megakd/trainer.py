@@ -122,6 +122,8 @@ class Trainer:
             dataset = PromptDataset(data.train_data, self.tokenizer, max_prompt_length=data.max_prompt_length)
         else:
             dataset = SFTDataset(data.train_data, self.tokenizer, **lengths)
+            if METHODS[self.config.method].answers_prompts(self.config):
+                check_prompts(dataset)
         self.loader = DataLoader(
             dataset,
             global_batch_size=training.global_batch_size,
@@ -261,6 +263,19 @@ class Trainer:
             plot_training(self.folder)
         self.logger.close()
         dist.barrier()
+
+
+def check_prompts(dataset: SFTDataset) -> None:
+    """A student that answers the data's prompts, be it now and then, needs one in every row.
+
+    Raises:
+        ValueError: a row of plain text.
+    """
+    plain = next((i for i, sample in enumerate(dataset) if not sample.prompt), None)
+    if plain is not None:
+        raise ValueError(
+            f"{dataset.where(plain)} has no prompt that the student could answer; give data with prompts, or leave out --on-policy-ratio"
+        )
 
 
 def total_iterations(config: Config, loader: DataLoader, dp_size: int) -> int:

@@ -45,6 +45,8 @@ def break_models(root: Path) -> None:
 
     (copy("no-config") / "config.json").unlink()
     change_json(copy("other-family") / "config.json", model_type="bert")
+    change_json(copy("remote-code") / "config.json", model_type="other", auto_map={"AutoConfig": "code.Config"})
+    (root / "remote-code" / "code.py").write_text("raise SystemExit('code of the folder ran')\n")
     change_json(copy("not-json") / "config.json", text="{")
     weights = copy("truncated") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -70,6 +72,7 @@ def break_data(root: Path) -> None:
     write_jsonl(root / "wrong-type.jsonl", [{"prompt": "a", "response": 7}])
     write_jsonl(root / "no-response.jsonl", [{"prompt": "a"}])
     write_jsonl(root / "long-prompts.jsonl", [{"prompt": "Copy: a b c d\nAnswer:" * 20, "response": " b"}])
+    write_jsonl(root / "text.jsonl", [{"text": "a text of a few words"}] * 8)
     (root / "unknown-key.yaml").write_text("lr: 1e-3\nlearning_speed: 3\n")
     (root / "not.yaml").write_text("lr: [1\n")
 
@@ -128,6 +131,10 @@ CASES = {  # what is wrong: flags over the good ones (None takes one away), what
     "a field of the wrong type": ({"train-data": "{root}/wrong-type.jsonl"}, r"wrong-type.jsonl.*(response|7)"),
     "no responses to learn": ({"train-data": "{root}/no-response.jsonl"}, r"no-response.jsonl.* has no response; training needs"),
     "prompts that are all too long": ({"train-data": "{root}/long-prompts.jsonl"}, r"--max-prompt-length"),
+    "text without prompts to answer": ({"train-data": "{root}/text.jsonl", "on-policy-ratio": "0.5"}, r"text.jsonl line 1 has no prompt .*give data with prompts, or"),
+    "a mixture of one": ({"kd-objective": "jsd", "beta": "0"}, r"--beta 0.0 leaves jsd no mixture; use a number between 0 and 1"),
+    "a student without a say": ({"method": "minillm", "teacher-mixed-alpha": "1", "num-rollouts": "4"}, r"--teacher-mixed-alpha 1 leaves the student no say .*below 1"),
+    "a config that names code": ({"model": "{root}/remote-code"}, r"--model .*remote-code: config.json cannot be read .*; give"),
     "the folder of another run": ({"save": "{root}/other-run"}, r"--lr 5e-05 differs from the 0.1 of the run in --save .*another --save"),
 }  # fmt: skip
 
