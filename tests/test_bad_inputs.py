@@ -21,6 +21,7 @@ from megakd import config, trainer
 from megakd.config import parse
 from megakd.data.tasks import make_rows
 from megakd.data.train_tokenizer import train_tokenizer
+from megakd.models.hf_checkpoint import load_hf_config
 from megakd.runtime.initialize import process_group_closed_at_exit
 
 
@@ -197,6 +198,12 @@ def test_a_mistake_that_rank_zero_does_not_share_is_told_by_whoever_has_it(monke
         with pytest.raises(SystemExit) as exit:
             config.fail("no such file")
         assert exit.value.code == 2 and capsys.readouterr().err == f"{said}\n"
+
+
+def test_code_that_a_config_names_is_never_asked_about(inputs, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    with pytest.raises(ValueError, match=r"config.json cannot be read"):
+        load_hf_config(inputs / "remote-code", flag="--model")
 
 
 def leave_by_an_error(layout):

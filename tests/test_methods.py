@@ -38,6 +38,7 @@ LAYOUTS = [  # tp, pp, dp, sequence parallel, distributed optimizer, micro-batch
     pytest.param(2, 2, 1, True, False, 2, id="TP2 PP2 SP, 4 micro-batches"),
     pytest.param(1, 1, 2, False, True, 2, id="DP2 distributed optimizer, 2 micro-batches"),
     pytest.param(1, 1, 2, False, True, 1, id="DP2 distributed optimizer, 4 micro-batches"),
+    pytest.param(2, 2, 2, True, True, 1, id="TP2 PP2 DP2 SP distributed optimizer, 4 micro-batches", marks=pytest.mark.slow),
 ]
 
 
@@ -92,9 +93,8 @@ def check_one_iteration(layout, method_name, pairs, micro_batch_size, parallel):
         got = method.train(deal(samples(), layout.dp_size)[layout.dp_rank], 1)
         reference = oracle(pair)
         want = expected(reference, method_name, all_samples(method, layout), vectors)
-        for key, value in want.items():
-            if key in got:
-                assert got[key] == pytest.approx(float(value), rel=1e-6, abs=1e-6), (name, key)
+        for key in want.keys() - {"gradient", "vectors"}:
+            assert got[key] == pytest.approx(float(want[key]), rel=1e-6, abs=1e-6), (name, key)
         check_weights(method.student, reference.student, name)
         if method_name == "promptkd":
             check_prompt(method, want, name)
