@@ -19,18 +19,19 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 import yaml
 
-MethodName = Literal["sft", "kd", "seqkd", "minillm", "promptkd"]
+MethodName = Literal["sft", "kd", "seqkd", "distillm", "minillm", "promptkd"]
 Objective = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
 METHOD_HELP = (
     "sft: cross-entropy on the responses; kd: a divergence on the responses; seqkd: the teacher's own responses; "
-    "minillm: policy gradient on the student's responses; promptkd: KL to a prompted teacher on the student's responses"
+    "distillm: kd with the student's own text as it begins to help; minillm: policy gradient on the student's responses; "
+    "promptkd: KL to a prompted teacher on the student's responses"
 )
 TEMPLATE_HELP = "how an instruction becomes a prompt: alpaca (MiniLLM's), plain, or the path of a .jinja file"
 Quirk = Literal[
     "all", "mean-of-means", "zero-lr-start", "lost-last-step", "decay-norms", "teacher-dropout", "special-tokens-in-prompt", "forced-eos",
     "whiten-padding", "seqkd-with-kd",
 ]  # fmt: skip
-TEACHER_METHODS = ("kd", "seqkd", "minillm", "promptkd")
+TEACHER_METHODS = ("kd", "seqkd", "distillm", "minillm", "promptkd")
 
 
 def flag(default: Any, help: str) -> Any:
@@ -48,7 +49,7 @@ class ModelConfig:
 
     model: Annotated[str, alias("--model-name-or-path", "--model-path")] = flag("", "the student's folder")
     teacher_model: Annotated[str, alias("--teacher-model-name-or-path", "--teacher-model-path")] = flag("", "the teacher's folder")
-    dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "weights and activations; bf16 keeps fp32 master weights; auto: bf16 on a GPU, fp32 on a CPU")
+    dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "bf16 has fp32 master weights; auto: bf16 on a GPU, else fp32")
     hidden_dropout: float | None = flag(None, "the student's dropout while it learns; default: what its config.json says")
     attention_dropout: float | None = flag(None, "the student's attention dropout; default: what its config.json says")
 
@@ -102,7 +103,7 @@ class TrainingConfig:
     adam_eps: float = flag(1e-8, "AdamW's epsilon")
     clip_grad: float = flag(1.0, "largest global gradient norm; 0: no clipping")
     recompute: bool = flag(False, "recompute each layer's activations in the backward pass: less memory, a third more work")
-    reference_behaviour: tuple[Quirk, ...] = flag((), "bring back what PromptKD's code does otherwise, by name or all; docs/fidelity.md says what each is")
+    reference_behaviour: tuple[Quirk, ...] = flag((), "do as PromptKD's code does, by name or all; docs/fidelity.md explains each")
     seed: int = flag(1234, "of data order, dropout, prompt and sampling; no result depends on the layout through it")
 
 
@@ -111,13 +112,14 @@ class DistillationConfig:
     """What the student learns from the teacher."""
 
     kd_ratio: Annotated[float | None, alias("--kd-alpha")] = flag(
-        None, "share of the divergence, the rest is cross-entropy on the responses; default: 0.5 (kd, minillm's text), 0 (seqkd)"
+        None, "share of the divergence, the rest is cross-entropy; default: 0.5 (kd, minillm's text), 0 (seqkd), 1 (distillm)"
     )
     kd_objective: Objective = flag("forward_kl", "kd: which divergence between teacher p and student q")
     kd_temperature: float = flag(1.0, "kd: temperature of both distributions in the divergence, never of sampling")
     beta: float = flag(0.5, "jsd: the teacher's share of the mixture")
     skew_alpha: float = flag(0.1, "skew_*: share of the first distribution in the mixture (DistiLLM)")
-    on_policy_ratio: Annotated[float, alias("--lmbda")] = flag(0.0, "kd: share of the batches that the student writes itself (GKD's lambda)")
+    on_policy_ratio: Annotated[float, alias("--lmbda")] = flag(0.0, "kd: share of the batches that the student writes (GKD's lambda)")
+    replay_capacity: int = flag(1000, "distillm: responses of the student that are kept to be learnt from again")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,10 +252,14 @@ class Config(BaseConfig):
         if data.max_prompt_length >= data.max_length:
             yield f"--max-prompt-length {data.max_prompt_length} leaves no room for a response in --max-length {data.max_length}; lower it"
         if self.method == "minillm" and self.minillm.num_rollouts % training.global_batch_size:
-            yield f"--num-rollouts {self.minillm.num_rollouts} is not a multiple of --global-batch-size {training.global_batch_size}; make it one"
+            rows = training.global_batch_size
+            yield f"--num-rollouts {self.minillm.num_rollouts} is not a multiple of --global-batch-size {rows}; make it one"
+        if self.method == "distillm" and not data.valid_data:
+            yield "--method distillm needs --valid-data; it watches the held-out loss"
         phase = self.minillm.num_rollouts // training.global_batch_size * self.minillm.ppo_epochs
         if self.method == "minillm" and self.output.save_interval and self.output.save_interval % max(1, phase):
-            yield f"--save-interval {self.output.save_interval} is not a multiple of MiniLLM's phase of {phase} iterations; its rollouts are not saved"
+            every = self.output.save_interval
+            yield f"--save-interval {every} is no multiple of MiniLLM's phase of {phase} iterations, which is not saved; make it one"
         if training.min_lr > training.lr:
             yield f"--min-lr {training.min_lr} is above --lr {training.lr}; lower it"
 
@@ -335,17 +341,84 @@ class GenerateConfig(AnsweringConfig):
             yield "--save is missing; name the jsonl file to write"
 
 
+PRESETS = {  # layers and hidden size of student and teacher
+    "gpt2-small-cpu": ((6, 384), (12, 512)),
+    "gpt2-base": ((12, 768), (24, 1024)),
+    "gpt2-xl": ((12, 768), (48, 1600)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig(BaseConfig):
+    """One PromptKD iteration taken apart, of random models, on its own or beside transformers and PEFT in turn.
+
+    python scripts/benchmark.py --preset gpt2-small-cpu --baseline hf --data dolly/train.jsonl --tokenizer gpt2
+    """
+
+    preset: Literal["gpt2-small-cpu", "gpt2-base", "gpt2-xl"] = flag(
+        "gpt2-small-cpu", "student and teacher of 6×384 and 12×512, 12×768 and 24×1024, 12×768 and 48×1600 (layers × hidden size)"
+    )
+    student_layers: int | None = flag(None, "instead of the preset's")
+    student_hidden: int | None = flag(None, "instead of the preset's; heads are of 64")
+    teacher_layers: int | None = flag(None, "instead of the preset's")
+    teacher_hidden: int | None = flag(None, "instead of the preset's; heads are of 64")
+    vocab_size: int | None = flag(None, "default: the tokenizer's, or GPT-2's 50257")
+    data: str = flag("", "jsonl with prompts and right answers: a response ends where its answer does; none: lengths are drawn")
+    tokenizer: str = flag("", "folder of the tokenizer for --data")
+    max_length: int = flag(512, "tokens of prompt and response together; the baseline pads to it")
+    max_prompt_length: int = flag(256, "tokens of a prompt; the baseline pads to it")
+    micro_batch_size: Annotated[int, alias("--mbs")] = flag(8, "rows of one forward pass on one rank")
+    global_batch_size: Annotated[int, alias("--gbs")] = flag(32, "rows of one iteration")
+    parallel: tyro.conf.OmitArgPrefixes[ParallelConfig] = field(default_factory=ParallelConfig)
+    dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "weights and activations; auto: bf16 on a GPU, fp32 on a CPU")
+    lr: float = flag(5e-5, "of student and soft prompt")
+    baseline: Literal["none", "hf"] = flag("none", "hf: the same iteration as the reference does it, in turn with ours")
+    measure: tuple[Literal["iteration", "generation", "memory"], ...] = flag(("iteration", "generation", "memory"), "what to measure")
+    repetitions: int = flag(5, "iterations measured, each on its own global batch; medians are shown")
+    threads: int | None = flag(None, "CPU threads of a rank; default: torch's")
+    out: str = flag("", "where CSV and figure go, no suffix; default: benchmarks/results/iteration_<cpu or gpu>")
+    seed: int = flag(1234, "of rows and sampling")
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Layers and hidden size of `student` and `teacher`."""
+        student, teacher = PRESETS[self.preset]
+        return {
+            "student": (self.student_layers or student[0], self.student_hidden or student[1]),
+            "teacher": (self.teacher_layers or teacher[0], self.teacher_hidden or teacher[1]),
+        }
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.max_length - self.max_prompt_length
+
+    def complaints(self):
+        if bool(self.data) != bool(self.tokenizer):
+            yield "--data and --tokenizer go together; give both or none"
+        if self.max_prompt_length >= self.max_length:
+            yield f"--max-prompt-length {self.max_prompt_length} leaves no room for a response in --max-length {self.max_length}; lower it"
+        if self.baseline == "hf" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            yield "--baseline hf runs in one process; leave out torchrun, or the baseline"
+        for name, (_, hidden) in self.sizes.items():
+            if hidden > 64 and hidden % 64:
+                yield f"--{name}-hidden {hidden} is not a multiple of 64, the size of a head; make it one"
+
+
 POSITIVE = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size", "global_batch_size", "train_iters", "epochs",
     "max_length", "max_prompt_length", "max_new_tokens", "rollout_batch_size", "prompt_len", "temperature", "save_interval",
     "eval_interval", "eval_iters", "log_interval", "lr", "kd_temperature", "batch_size", "exposure_bias_samples",
-    "num_rollouts", "ppo_epochs", "reward_scaling", "cliprange", "cliprange_reward",
+    "num_rollouts", "ppo_epochs", "replay_capacity", "reward_scaling", "cliprange", "cliprange_reward",
+    "student_layers", "student_hidden", "teacher_layers", "teacher_hidden", "vocab_size", "repetitions", "threads",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "lm_coef", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "base_coef", "top_k", "teacher_lr", "adam_eps",
     "no_repeat_ngram_size",
 )  # fmt: skip
-FRACTIONS = ("teacher_mixed_alpha", "gamma", "kd_ratio", "on_policy_ratio", "beta", "skew_alpha", "top_p", "adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout")
+FRACTIONS = (
+    "teacher_mixed_alpha", "gamma", "kd_ratio", "on_policy_ratio", "beta", "skew_alpha", "top_p", "adam_beta1", "adam_beta2",
+    "hidden_dropout", "attention_dropout",
+)  # fmt: skip
 
 
 RANGES = (

@@ -18,18 +18,20 @@ from megakd.config import TrainingConfig
 
 
 def learning_rate(iteration: int, *, lr: float, total_iters: int, config: TrainingConfig) -> float:
-    """Linear warm-up to `lr`, then constant, linear or cosine decay to `min_lr` at the last iteration. Iterations count from 1.
+    """Linear warm-up to `lr`, then constant, linear or cosine decay to `min_lr` at the last iteration, never upwards. Iterations
+    count from 1.
 
     The first iteration already moves, by lr · 1/warm-up; with the reference's `zero-lr-start` its learning rate is 0.
     """
     iteration -= config.quirk("zero-lr-start")
-    if iteration <= config.lr_warmup_iters:
+    if iteration < config.lr_warmup_iters:
         return lr * iteration / config.lr_warmup_iters
     if config.lr_decay_style == "constant":
         return lr
     progress = (iteration - config.lr_warmup_iters) / max(1, total_iters - config.lr_warmup_iters)
     left = 1 - progress if config.lr_decay_style == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return config.min_lr + (lr - config.min_lr) * left
+    lowest = min(config.min_lr, lr)  # --teacher-lr may lie below it
+    return lowest + (lr - lowest) * left
 
 
 class StudentOptimizer:
@@ -43,7 +45,9 @@ class StudentOptimizer:
         ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
         self.ddp = DistributedDataParallel(model.config, ddp_config, model, pg_collection=model.layout.groups)
         settings = optimizer_config(config, model.config.params_dtype, distributed)
-        self.optimizer: MegatronOptimizer = get_megatron_optimizer(settings, [self.ddp], self._weight_decay_overrides(model, settings))
+        self.optimizer: MegatronOptimizer = get_megatron_optimizer(
+            settings, [self.ddp], self._weight_decay_overrides(model, settings)
+        )
         model.config.finalize_model_grads_func = finalize_model_grads
         model.config.grad_scale_func = self.optimizer.scale_loss
         model.config.no_sync_func = self.ddp.no_sync
@@ -90,7 +94,9 @@ class SoftPromptOptimizer:
     def __init__(self, prompt: torch.nn.Module, config: TrainingConfig, *, lr: float, total_iters: int):
         self.prompt, self.config, self.lr, self.total_iters = prompt, config, lr, total_iters
         betas = (config.adam_beta1, config.adam_beta2)
-        self.adam = torch.optim.AdamW(prompt.parameters(), lr=lr, betas=betas, eps=config.adam_eps, weight_decay=config.weight_decay)
+        self.adam = torch.optim.AdamW(
+            prompt.parameters(), lr=lr, betas=betas, eps=config.adam_eps, weight_decay=config.weight_decay
+        )
 
     def zero_grad(self) -> None:
         self.adam.zero_grad()

@@ -24,7 +24,11 @@ def check(config: Config, student: ModelFolder, teacher: ModelFolder | None) -> 
         ValueError: the first thing that does not fit.
     """
     parallel = config.parallel
-    tp, pp, world_size = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, int(os.environ.get("WORLD_SIZE", "1"))
+    tp, pp, world_size = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        int(os.environ.get("WORLD_SIZE", "1")),
+    )
     check_world_size(tp, pp, world_size)
     for folder in filter(None, (student, teacher)):
         family_of(folder.config, flag=folder.flag, name=str(folder.path))

@@ -58,9 +58,7 @@ def forward_backward(
     return token_means(layout.broadcast_from_last_stage(sums), names, layout)
 
 
-def evaluate_loss(
-    model: torch.nn.Module, batches: Sequence[Batch], loss_function: LossFunction, names: Sequence[str]
-) -> Tensor:
+def evaluate_loss(model: torch.nn.Module, batches: Sequence[Batch], loss_function: LossFunction, names: Sequence[str]) -> Tensor:
     """Sums of all `names` and, last, the token count, over this rank's micro-batches, on every stage. No dropout, no gradient."""
     with torch.no_grad(), evaluation_mode(model):
         sums = _run_loss(model, batches, loss_function, names, None, forward_only=True)

@@ -98,6 +98,8 @@ class Trainer:
         self._write_config()
         if self.iteration == 0:
             self._evaluate()
+        elif is_rank_zero():
+            print(f"continuing {self.folder} after iteration {self.iteration}/{self.total_iters}", flush=True)
         while self.iteration < self.total_iters:
             self.iteration += 1
             self._iterate()
@@ -162,7 +164,9 @@ class Trainer:
         if iteration is None:
             return 0
         method = self.method
-        saved = load_checkpoint(self.checkpoints, iteration, model=method.student, optimizer=method.optimizer.optimizer, flag="--save")
+        saved = load_checkpoint(
+            self.checkpoints, iteration, model=method.student, optimizer=method.optimizer.optimizer, flag="--save"
+        )
         for name, tensor in method.extra_tensors().items():
             tensor.copy_(saved[name])
         return iteration
@@ -181,12 +185,13 @@ class Trainer:
 
     def _iterate(self) -> None:
         seed_everything(self.config.training.seed + self.iteration, self.layout)  # nothing random has to be saved
+        self.method.rollouts = ()  # an iteration that writes none has none to show
         start = time.perf_counter()
         metrics = self.method.train_iteration(self.loader, self.iteration)
         seconds = time.perf_counter() - start
         check_finite(metrics, self.iteration)
         metrics |= {"tokens_per_second": metrics["positions"] / seconds, "memory_gib": peak_memory() / GIB}
-        self.logger.log(self.iteration, metrics | self.method.time.take() | {"time/iteration": seconds})
+        self.logger.log(self.iteration, metrics | self.method.time.take())
         if self.config.output.save_rollouts and self.method.rollouts:
             self._write_rollouts()
 
@@ -209,6 +214,7 @@ class Trainer:
         with self.method.time("evaluation"):
             metrics = held_out_losses(self.method, self._valid_samples(), self.layout)
             self._show_samples()
+        self.method.observe(metrics)
         self.logger.log(self.iteration, metrics | self.method.time.take())
 
     def _valid_samples(self) -> list[Sample]:
@@ -225,7 +231,8 @@ class Trainer:
         responses = generate(self.method.student, prompts, ids, sampling, eos_id=eos_id(self.tokenizer))
         decode = lambda tokens: self.tokenizer.decode(tokens, skip_special_tokens=True)
         rows = [
-            {"prompt": decode(s.prompt), "student": decode(response), "reference": decode(s.response)} for s, response in zip(shown, responses)
+            {"prompt": decode(s.prompt), "student": decode(response), "reference": decode(s.response)}
+            for s, response in zip(shown, responses)
         ]
         self.logger.log_samples(self.iteration, rows)
 
@@ -240,6 +247,7 @@ class Trainer:
             source=self.folders.student,
             extra_tensors=self.method.extra_tensors(),
             run_config=self.folder / "config.yaml",
+            teacher_layout=self.method.teacher.layout if self.method.teacher else None,
         )
 
     def _finish(self) -> None:
@@ -271,7 +279,9 @@ def check_finite(metrics: dict[str, float], iteration: int) -> None:
     """A loss that is not a number ends the run with its name; the last checkpoint is whole."""
     for name, value in metrics.items():
         if not math.isfinite(value):
-            raise ValueError(f"iteration {iteration}: {name} is {value}; lower --lr, or use --dtype fp32 to see whether precision is the reason")
+            raise ValueError(
+                f"iteration {iteration}: {name} is {value}; lower --lr, or use --dtype fp32 to see whether precision is the reason"
+            )
 
 
 def peak_memory() -> int:

@@ -1,6 +1,6 @@
 """A smaller student out of a teacher: some of its layers, everything else as it is. A start for distillation, not a finished model.
 
-    python scripts/make_student.py --model TEACHER --layers 0 2 4 --save STUDENT
+python scripts/make_student.py --model TEACHER --layers 0 2 4 --save STUDENT
 """
 
 import argparse

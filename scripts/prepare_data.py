@@ -37,7 +37,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     for split, default in {"train": 20000, "valid": 500, "test": 500}.items():
         parser.add_argument(f"--num-{split}", type=positive, default=default, help=f"rows of {split}.jsonl (default {default})")
-    parser.add_argument("--num-few", type=positive, default=1000, help="rows of train_few.jsonl (default 1000)")
+    parser.add_argument("--num-few", type=positive, default=600, help="rows of train_few.jsonl (default 600)")
     parser.add_argument("--seed", type=int, default=1234, help="same seed, same data (default 1234)")
     return parser.parse_args()
 

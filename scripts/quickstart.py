@@ -1,15 +1,14 @@
-"""From nothing to a distilled student in minutes, on two CPU cores: data, teacher, student, PromptKD at TP 2, a table and a figure.
+"""From nothing to a distilled student in minutes, on two CPU cores: data, teacher, student, PromptKD at TP 2, table and figure.
 
     python scripts/quickstart.py --out quickstart
 
-Nothing is downloaded: the data are the project's own small tasks, the models are random GPT-2s. Every step is a command that works
-the same on a cluster; it is printed before it runs.
+Nothing is downloaded: the data are the project's own small tasks, the models start as random Llamas. Every step is a command that
+works the same on a cluster; it is printed before it runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import subprocess
@@ -17,78 +16,101 @@ import sys
 import time
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a core for each rank: more threads than cores are slower by far
+
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-LENGTHS = "--max-length 16 --max-prompt-length 10"
-TRAINING = "--micro-batch-size 32 --global-batch-size 64 --log-interval 50"
-TEACHER = {"n_layer": 4, "n_embd": 128, "n_head": 4}
-STUDENT = {"n_layer": 2, "n_embd": 64, "n_head": 4}
+LENGTHS = "--max-length 24 --max-prompt-length 18"
+OPTIMIZER = "--global-batch-size 64 --adam-beta2 0.95 --lr-decay-style linear --log-interval 50"
+TEACHER = {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 336}
+STUDENT = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 168}
+
+MODELS = {  # title in the table: folder
+    "teacher": "teacher",
+    "student (SFT)": "student",
+    "student (SFT, longer)": "student-longer",
+    "student (PromptKD)": "promptkd",
+}
 
 
 def main() -> None:
-    out = parse_args().out.resolve()
+    args = parse_args()
+    out = args.out.resolve()
     started = time.perf_counter()
-    run("prepare_data.py", f"--out {out}/data")
+    run("prepare_data.py", f"--out {out}/data --seed {args.seed}")
     for name, sizes in {"teacher": TEACHER, "student": STUDENT}.items():
-        random_gpt2(out / f"{name}-init", sizes, out / "data" / "tokenizer")
-    train_models(out)
+        random_llama(out / f"{name}-init", sizes, out / "data" / "tokenizer", seed=args.seed)
+    train_models(out, args.seed)
+    check_loads(out / "promptkd" / "hf")
     results = evaluate_models(out)
     print_table(results)
     draw(results, out / "comparison.png")
-    check_loads(out / "promptkd" / "hf")
-    print(f"\n{time.perf_counter() - started:.0f} s; the distilled student is {out / 'promptkd' / 'hf'}, the figure {out / 'comparison.png'}")
+    seconds = time.perf_counter() - started
+    print(f"\n{seconds:.0f} s; the distilled student is {out / 'promptkd' / 'hf'}, the figure {out / 'comparison.png'}")
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("quickstart"), help="folder to fill (default: quickstart)")
+    parser.add_argument("--seed", type=int, default=1234, help="of data, models and training (default: 1234)")
     return parser.parse_args()
 
 
-def train_models(out: Path) -> None:
-    """A teacher that learns from 20,000 answers, a student that gets 1,000, and the same student taught by the teacher."""
-    data, valid = out / "data", f"--valid-data {out}/data/valid.jsonl"
-    few = f"--train-data {data}/train_few.jsonl {valid}"
-    many = f"--train-data {data}/train.jsonl {valid}"
-    sft = f"{LENGTHS} {TRAINING} --method sft"
-    run("pretrain_kd.py", f"{sft} --model {out}/teacher-init {many} --train-iters 400 --lr 2e-3 --save {out}/teacher", ranks=2)
-    run("pretrain_kd.py", f"{sft} --model {out}/student-init {few} --train-iters 400 --lr 3e-3 --save {out}/student", ranks=2)
-    run("pretrain_kd.py", f"{sft} --model {out}/student/hf {few} --train-iters 300 --lr 1e-3 --save {out}/student-longer", ranks=2)
-    run(
-        "pretrain_kd.py",
-        f"{LENGTHS} {TRAINING} --method promptkd --model {out}/student/hf --teacher-model {out}/teacher/hf {many} --train-iters 300 "
-        f"--lr 1e-3 --teacher-lr 1e-3 --tensor-model-parallel-size 2 --save {out}/promptkd",
-        ranks=2,
-    )
+def train_models(out: Path, seed: int) -> None:
+    """A teacher learns from 20,000 answers, a student from 600; it then goes on with its answers, or with its teacher."""
+    few, many = f"--train-data {out}/data/train_few.jsonl", f"--train-data {out}/data/train.jsonl"
+    common = f"{LENGTHS} {OPTIMIZER} --seed {seed} --valid-data {out}/data/valid.jsonl"
+    first = f"--method sft {common} --lr-warmup-iters 30 --lr 4e-3"
+    further = f"--model {out}/student/hf {common} --micro-batch-size 64 --train-iters 200 --lr 2e-3"
+    distil = f"--method promptkd --teacher-model {out}/teacher/hf --tensor-model-parallel-size 2"
+    distil += " --prompt-len 6"  # the soft prompt starts as "Suppose you are a student.", six tokens, a preamble of the data
+    train(f"{first} --model {out}/teacher-init {many} --micro-batch-size 32 --train-iters 300 --save {out}/teacher", ranks=2)
+    train(f"{first} --model {out}/student-init {few} --micro-batch-size 64 --train-iters 200 --save {out}/student")
+    train(f"--method sft {further} {few} --save {out}/student-longer")
+    train(f"{distil} {further} {many} --save {out}/promptkd", ranks=2)
 
 
 def evaluate_models(out: Path) -> dict[str, dict[str, float]]:
-    """Exact match, Rouge-L and KL to the teacher on prompts that nobody trained on."""
-    names = {"teacher": "teacher", "student (SFT)": "student", "student (SFT, longer)": "student-longer", "student (PromptKD)": "promptkd"}
+    """Exact match, Rouge-L and KL to the teacher on prompts that nobody trained on. One process for all saves their starts."""
+    from megakd.config import EvaluateConfig, parse
+    from megakd.evaluation.evaluator import evaluate
+    from megakd.runtime.initialize import process_group_closed_at_exit
+
+    lengths = "--max-prompt-length 18 --max-new-tokens 6 --greedy --micro-batch-size 64"
     results = {}
-    for title, run_name in names.items():
-        run(
-            "evaluate.py",
-            f"--model {out}/{run_name}/hf --teacher-model {out}/teacher/hf --data test={out}/data/test.jsonl --max-prompt-length 10 "
-            f"--max-new-tokens 6 --greedy --save {out}/evaluation/{run_name}",
-            ranks=2,
-        )
-        results[title] = json.loads((out / "evaluation" / run_name / "results.json").read_text())["sets"]["test"]
+    with process_group_closed_at_exit():
+        for title, name in MODELS.items():
+            folders = f"--model {out}/{name}/hf --teacher-model {out}/teacher/hf --save {out}/evaluation/{name}"
+            arguments = f"{folders} --data test={out}/data/test.jsonl {lengths}"
+            print(f"\n$ python scripts/evaluate.py {arguments}", flush=True)
+            results[title] = evaluate(parse(shlex.split(arguments), EvaluateConfig))["sets"]["test"]
     return results
 
 
-def random_gpt2(folder: Path, sizes: dict[str, int], tokenizer_folder: Path) -> None:
-    """An untrained GPT-2 with the data's tokenizer, as an ordinary Hugging Face folder."""
+def random_llama(folder: Path, sizes: dict[str, int], tokenizer_folder: Path, *, seed: int) -> None:
+    """An untrained Llama with the data's tokenizer, as an ordinary Hugging Face folder."""
     import torch
-    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    torch.manual_seed(0)
-    eos = tokenizer.eos_token_id
-    dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    config = GPT2Config(vocab_size=len(tokenizer), n_positions=32, bos_token_id=eos, eos_token_id=eos, **sizes, **dropouts)
-    GPT2LMHeadModel(config).save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # the usual 10,000 is for texts of thousands of tokens
+        num_attention_heads=4,
+        initializer_range=0.05,  # so narrow a model learns faster from larger weights than the usual 0.02
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **sizes,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def train(arguments: str, *, ranks: int = 1) -> None:
+    run("pretrain_kd.py", arguments, ranks=ranks)
 
 
 def run(script: str, arguments: str, *, ranks: int = 1) -> None:
@@ -96,8 +118,7 @@ def run(script: str, arguments: str, *, ranks: int = 1) -> None:
     launcher = TORCHRUN if ranks > 1 else [sys.executable]
     shown = f"torchrun --nproc_per_node {ranks}" if ranks > 1 else "python"
     print(f"\n$ {shown} scripts/{script} {arguments}", flush=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # a rank a core: more threads than cores are slower by far
-    subprocess.run([*launcher, str(ROOT / "scripts" / script), *shlex.split(arguments)], check=True, env=environment)
+    subprocess.run([*launcher, str(ROOT / "scripts" / script), *shlex.split(arguments)], check=True)
 
 
 METRICS = {"exact_match": "exact match, %", "rouge_l": "Rouge-L", "reverse_kl": "KL(q‖p), nats a token"}

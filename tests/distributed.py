@@ -19,7 +19,10 @@ def run_distributed(fn: Callable, world_size: int, *args, tp: int = 1, pp: int =
     """`fn(layout, *args)` on every rank of a TP × PP × DP grid; returns what each rank returned, rank 0 first."""
     with tempfile.TemporaryDirectory() as folder:
         results = CONTEXT.SimpleQueue()
-        ranks = [CONTEXT.Process(target=_rank, args=(rank, world_size, folder, fn, args, tp, pp, results)) for rank in range(world_size)]
+        ranks = [
+            CONTEXT.Process(target=_rank, args=(rank, world_size, folder, fn, args, tp, pp, results))
+            for rank in range(world_size)
+        ]
         for rank in ranks:
             rank.start()
         try:
@@ -46,7 +49,9 @@ def _rank(rank: int, world_size: int, folder: str, fn, args, tp: int, pp: int, r
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)}
     try:
         with process_group_closed_at_exit():
-            torch.distributed.init_process_group("gloo", init_method=f"file://{Path(folder) / 'store'}", rank=rank, world_size=world_size)
+            torch.distributed.init_process_group(
+                "gloo", init_method=f"file://{Path(folder) / 'store'}", rank=rank, world_size=world_size
+            )
             layout = initialize(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
             value = fn(layout, *args)
         results.put((rank, (None, value)))

@@ -9,7 +9,10 @@ ADAM = {"betas": (0.9, 0.999), "eps": 1e-3}  # a large epsilon: the update stays
 
 
 class Oracle:
-    """`vocab_size` cuts both models' logits to the ids they share. A student and, for some methods, a teacher, both as transformers models in float64; samples are (prompt, response) id lists."""
+    """A student and, for some methods, a teacher, both as transformers models in float64; samples are (prompt, response) id lists.
+
+    `vocab_size` cuts both models' logits to the ids they share.
+    """
 
     vocab_size = None
 

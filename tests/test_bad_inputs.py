@@ -133,7 +133,9 @@ CASES = {  # what is wrong: flags over the good ones (None takes one away), what
 
 def command(root: Path, changes: dict) -> list[str]:
     flags = {name: value for name, value in (GOOD | changes).items() if value is not None}
-    words = [word for name, value in flags.items() for word in (f"--{name}", *([] if value == "True" else [value.format(root=root)]))]
+    words = [
+        word for name, value in flags.items() for word in (f"--{name}", *([] if value == "True" else [value.format(root=root)]))
+    ]
     return words
 
 

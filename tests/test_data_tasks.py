@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megakd.data.sft_dataset import SFTDataset
-from megakd.data.tasks import TASKS, make_rows
+from megakd.data.tasks import PREAMBLES, TASKS, make_rows
 from megakd.data.tokenizer import encode, load_tokenizer
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "prepare_data.py"
@@ -41,20 +41,30 @@ def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def question_of(row: dict) -> str:
+    """The prompt without its preamble."""
+    return "\n".join(row["prompt"].split("\n")[-2:])
+
+
 def test_every_answer_is_the_right_one():
     for row in make_rows(2000, seed=3):
-        instruction, items = row["prompt"].removesuffix("\nAnswer:").split(": ")
+        instruction, items = question_of(row).removesuffix("\nAnswer:").split(": ")
         if instruction != "Opposite":
             assert row["response"] == " " + " ".join(RIGHT[instruction](items.split())), row
     opposites = [row for row in make_rows(2000, seed=3) if row["task"] == "opposite"]
     assert any("hot" in row["prompt"].split() and "cold" in row["response"].split() for row in opposites)
 
 
-def test_every_kind_of_task_comes_up_and_no_prompt_twice(folder):
+def test_every_kind_of_task_comes_up_and_no_task_twice_under_any_preamble(folder):
     rows = [row for split in ("train", "valid", "test") for row in rows_of(folder / f"{split}.jsonl")]
     assert {row["task"] for row in rows} == set(TASKS)
-    assert len({row["prompt"] for row in rows}) == len(rows) == 2100
-    assert rows_of(folder / "train_few.jsonl") == rows[:1000]
+    assert len({question_of(row) for row in rows}) == len(rows) == 2100
+    assert {row["prompt"].removesuffix(question_of(row)) for row in rows} == set(PREAMBLES)
+    assert rows_of(folder / "train_few.jsonl") == rows[:600]
+
+
+def test_any_slice_of_the_rows_holds_every_kind_of_task():
+    assert {row["task"] for row in make_rows(8000, seed=7)[-200:]} == set(TASKS)  # count has long run out of tasks by then
 
 
 def test_the_same_seed_gives_the_same_files(folder, tmp_path):
@@ -67,7 +77,7 @@ def test_the_same_seed_gives_the_same_files(folder, tmp_path):
 def test_the_tokenizer_gives_each_word_one_id_and_encodes_any_text(folder):
     tokenizer = load_tokenizer(folder / "tokenizer")
     data = SFTDataset(folder / "train.jsonl", tokenizer)
-    assert {len(sample.prompt) for sample in data} == {9}
+    assert {len(sample.prompt) for sample in data} == {9, 13, 15, 16}  # a preamble is none or 4 to 7 words
     assert {len(sample.response) for sample in data} == {2, 5}  # with EOS
     assert tokenizer.decode(data[0].response[:-1]) == rows_of(folder / "train.jsonl")[0]["response"]
     (ids,) = encode(tokenizer, ["naïve — 日本\n"])

@@ -11,9 +11,16 @@ from transformers.utils import is_kernels_available
 ROOT = Path(__file__).parents[1]
 ROOMS = [  # a file imports from rooms above its own, or from its own
     "megakd_kernels", "config", "reporting", "runtime", "data", "optimizer", "losses", "schedules", "models", "generation", "methods",
-    "checkpointing", "preflight", "evaluation", "trainer",
+    "checkpointing", "preflight", "evaluation", "trainer", "benchmarking",
 ]  # fmt: skip
-WITHOUT_MEGATRON = ["kernels/megakd_kernels", "megakd/config.py", "megakd/data", "megakd/losses", "megakd/evaluation/metrics.py", "megakd/evaluation/gsm8k.py"]
+WITHOUT_MEGATRON = [
+    "kernels/megakd_kernels",
+    "megakd/config.py",
+    "megakd/data",
+    "megakd/losses",
+    "megakd/evaluation/metrics.py",
+    "megakd/evaluation/gsm8k.py",
+]
 FILES = sorted(path for folder in ("megakd", "kernels", "scripts", "checkpoint_tools") for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -35,7 +42,9 @@ def room(dotted: str) -> str | None:
     return parts[1] if parts[0] == "megakd" and len(parts) > 1 and parts[1] in ROOMS else None
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.is_relative_to(ROOT / "megakd") and p.parent != ROOT], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if p.is_relative_to(ROOT / "megakd") and p.parent != ROOT], ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_a_file_imports_only_from_rooms_above_its_own(path):
     own = path.relative_to(ROOT / "megakd").with_suffix("").parts[0]
     if own == "__init__":
@@ -65,8 +74,12 @@ def test_nothing_imports_scripts_tools_or_tests():
 
 
 def test_every_room_has_a_name_and_kernels_is_no_package():
-    assert not [path for path in FILES if path.name in ("utils.py", "helpers.py", "misc.py", "inspect.py", "profile.py", "logging.py")]
-    assert not list(ROOT.glob("kernels/*.py")) and not is_kernels_available(), "transformers takes kernels/ for Hugging Face's library"
+    assert not [
+        path for path in FILES if path.name in ("utils.py", "helpers.py", "misc.py", "inspect.py", "profile.py", "logging.py")
+    ]
+    assert not list(ROOT.glob("kernels/*.py")) and not is_kernels_available(), (
+        "transformers takes kernels/ for Hugging Face's library"
+    )
 
 
 def test_functions_are_short_and_public_names_documented():

@@ -24,7 +24,15 @@ VARIANTS = {
     "mistral": {"family": "mistral", "sliding_window": 32},
     "llama, biases": {"family": "llama", "attention_bias": True, "mlp_bias": True},
 }
-LAYOUTS = [(1, 1, 1, False), (2, 1, 1, False), (1, 2, 1, False), (2, 1, 1, True), (2, 2, 1, False), (2, 1, 2, False), (1, 3, 1, False)]  # tp, pp, dp, sp
+LAYOUTS = [
+    (1, 1, 1, False),
+    (2, 1, 1, False),
+    (1, 2, 1, False),
+    (2, 1, 1, True),
+    (2, 2, 1, False),
+    (2, 1, 2, False),
+    (1, 3, 1, False),
+]  # tp, pp, dp, sp
 
 
 def batches():
@@ -86,7 +94,9 @@ def test_llama3_rope_scaling_equals_transformers(tmp_path):
 
 def test_a_layout_that_does_not_divide_the_model_is_refused_with_the_sizes_that_do():
     xl = tiny_config("gpt2", n_head=25, hidden=1600, layers=48)
-    with pytest.raises(ValueError, match=r"--tensor-model-parallel-size 2 does not divide the 25 attention heads.*use one of \[1, 5, 25\]"):
+    with pytest.raises(
+        ValueError, match=r"--tensor-model-parallel-size 2 does not divide the 25 attention heads.*use one of \[1, 5, 25\]"
+    ):
         check_layout(xl, 2, 1, name="gpt2-xl")
     with pytest.raises(ValueError, match=r"--pipeline-model-parallel-size 5 is more than the 4 layers.*use 4 or fewer"):
         check_layout(tiny_config("llama"), 1, 5)

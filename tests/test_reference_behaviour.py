@@ -35,6 +35,12 @@ def test_warm_up_begins_above_zero_and_the_reference_at_zero():
     assert [learning_rate(i, config=theirs, **settings) for i in (1, 4, 5)] == [0.0, 0.75, 1.0]
 
 
+@pytest.mark.parametrize("style", ["constant", "linear", "cosine"])
+def test_without_warm_up_the_reference_begins_at_the_highest_rate(style):
+    config = TrainingConfig(lr_decay_style=style, reference_behaviour=("all",))
+    assert learning_rate(1, lr=1.0, total_iters=10, config=config) == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("style, values", [("linear", [1.0, 0.55, 0.1]), ("cosine", [1.0, 0.55, 0.1])])
 def test_decay_ends_at_the_lowest_rate_in_the_last_iteration(style, values):
     config = TrainingConfig(min_lr=0.1, lr_decay_style=style, lr_warmup_iters=2)

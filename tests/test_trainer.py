@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -25,8 +26,8 @@ def inputs(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("run")
     rows = make_rows(48, seed=0)
     tokenizer = train_tokenizer([row["prompt"] + row["response"] for row in rows])
-    for name, overrides in {"student": {"resid_pdrop": 0.1, "embd_pdrop": 0.1}, "teacher": {}}.items():
-        tiny_folder(root / name, "gpt2", layers=2, vocab_size=len(tokenizer), seed=len(name), **overrides)
+    for seed, (name, overrides) in enumerate({"student": {"resid_pdrop": 0.1, "embd_pdrop": 0.1}, "teacher": {}}.items()):
+        tiny_folder(root / name, "gpt2", layers=2, vocab_size=len(tokenizer), seed=seed, **overrides)
         tokenizer.save_pretrained(root / name)
     for name, part in {"train": rows[:32], "valid": rows[32:]}.items():
         lines = [json.dumps({"prompt": row["prompt"], "response": row["response"]}) for row in part]
@@ -41,7 +42,9 @@ def command(root: Path, save: str, method: str, **flags) -> list[str]:
         "save-interval": 2, "eval-interval": 2,
     }  # fmt: skip
     settings |= {} if method == "sft" else {"teacher-model": root / "teacher"}
-    return [str(word) for name, value in (settings | flags).items() for word in (f"--{name}", *([] if value is True else [value]))]
+    return [
+        str(word) for name, value in (settings | flags).items() for word in (f"--{name}", *([] if value is True else [value]))
+    ]
 
 
 class CutOffError(Exception):
@@ -59,19 +62,21 @@ def run(layout, arguments, cut_off_before=None):
         iterate(self)
 
     trainer.Trainer._iterate = until
-    try:
+    with contextlib.suppress(CutOffError):
         trainer.train(parse(arguments))
-    except CutOffError:
-        pass
 
 
 def numbers(folder: Path) -> list[dict]:
     """What was logged, without seconds."""
     kept = ("iteration", "loss", "valid", "grad_norm", "lr", "tokens")
-    return [{name: value for name, value in row.items() if name.split("/")[0] in kept} for row in read_jsonl(folder / "metrics.jsonl")]
+    return [
+        {name: value for name, value in row.items() if name.split("/")[0] in kept} for row in read_jsonl(folder / "metrics.jsonl")
+    ]
 
 
-@pytest.mark.parametrize("method, flags", [("sft", {}), ("promptkd", {}), ("minillm", {"num-rollouts": 8, "ppo-epochs": 2}), ("seqkd", {})])
+@pytest.mark.parametrize(
+    "method, flags", [("sft", {}), ("promptkd", {}), ("minillm", {"num-rollouts": 8, "ppo-epochs": 2}), ("seqkd", {})]
+)
 def test_a_run_cut_off_and_continued_logs_the_same_numbers(inputs, method, flags):
     unbroken, broken = f"{method}-unbroken", f"{method}-broken"
     run_distributed(run, 2, command(inputs, unbroken, method, **flags), tp=2)
@@ -88,7 +93,9 @@ def test_a_run_continues_at_another_layout(inputs):
     run_distributed(run, 2, command(inputs, "moved", "promptkd", **{"pp": 2, "save-rollouts": True, "hidden-dropout": 0}), pp=2)
     for ours, theirs in zip(numbers(inputs / "moved"), numbers(inputs / "tp2"), strict=True):
         assert ours == pytest.approx(theirs, rel=2e-4, abs=2e-5)
-    rollouts = [[(row["sample_id"], row["response"]) for row in read_jsonl(inputs / name / "rollouts.jsonl")] for name in ("moved", "tp2")]
+    rollouts = [
+        [(row["sample_id"], row["response"]) for row in read_jsonl(inputs / name / "rollouts.jsonl")] for name in ("moved", "tp2")
+    ]
     assert rollouts[0] == rollouts[1]
 
 
@@ -105,7 +112,15 @@ def test_a_run_leaves_what_it_promises(inputs):
         assert name in left, name
     assert not [name for name in left if "tmp" in name.lower()], "nothing half-written"
     metrics = read_jsonl(folder / "metrics.jsonl")
-    parts = {"loss/reverse_kl", "loss/prompt_kd", "loss/prompt_base", "time/rollout", "time/teacher", "time/prompt_step", "time/student_step"}
+    parts = {
+        "loss/reverse_kl",
+        "loss/prompt_kd",
+        "loss/prompt_base",
+        "time/rollout",
+        "time/teacher",
+        "time/prompt_step",
+        "time/student_step",
+    }
     assert parts <= metrics[1].keys()
     model, report = AutoModelForCausalLM.from_pretrained(folder / "hf", output_loading_info=True)
     assert not any(report.values()), report
@@ -120,6 +135,16 @@ def test_rollouts_recompute_a_step(inputs):
     assert all(len(row["loss_mask"]) == len(row["prompt"]) + len(row["response"]) - 1 for row in rows)
 
 
+@pytest.mark.parametrize(
+    "method, flags, written_in",
+    [("minillm", {"num-rollouts": 8, "ppo-epochs": 2}, [1, 3]), ("kd", {"on-policy-ratio": 0.5, "seed": 1}, [1, 2, 3])],
+)
+def test_a_rollout_is_written_down_in_its_own_iteration_alone(inputs, method, flags, written_in):
+    run_distributed(run, 1, command(inputs, f"{method}-rollouts", method, **flags, **{"save-rollouts": True}))
+    rows = read_jsonl(inputs / f"{method}-rollouts" / "rollouts.jsonl")
+    assert [row["iteration"] for row in rows] == [iteration for iteration in written_in for _ in range(8)]
+
+
 def test_minillm_saves_between_phases_only(inputs):
-    with pytest.raises(AssertionError, match="--save-interval 2 .* phase of 4 iterations"):
+    with pytest.raises(AssertionError, match=r"--save-interval 2 is no multiple of MiniLLM.s phase of 4"):
         run_distributed(run, 1, command(inputs, "phase", "minillm", **{"num-rollouts": 16, "ppo-epochs": 2}))

@@ -17,11 +17,25 @@ SPECIALS = {"bos_token_id": 0, "eos_token_id": 0}
 def tiny_config(family: str, *, layers: int = 4, hidden: int = 64, vocab_size: int = VOCABULARY, **overrides) -> PretrainedConfig:
     """No dropout, 4 heads, 64 positions; Llama has 2 key/value heads and its own head."""
     if family == "gpt2":
-        fields = {"n_embd": hidden, "n_layer": layers, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        fields = {
+            "n_embd": hidden,
+            "n_layer": layers,
+            "n_head": 4,
+            "n_positions": 64,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        }
         return GPT2Config(**{"vocab_size": vocab_size, **SPECIALS, **fields, **overrides})
     fields = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": 4, "max_position_embeddings": 64}
     if family == "opt":
-        fields |= {"ffn_dim": 2 * hidden, "word_embed_proj_dim": hidden, "dropout": 0.0, "attention_dropout": 0.0, "pad_token_id": 1}
+        fields |= {
+            "ffn_dim": 2 * hidden,
+            "word_embed_proj_dim": hidden,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+            "pad_token_id": 1,
+        }
         return OPTConfig(**{"vocab_size": vocab_size, **SPECIALS, **fields, **overrides})
     fields |= {"intermediate_size": 112, "num_key_value_heads": 2, "tie_word_embeddings": False}
     kind = {"llama": LlamaConfig, "qwen2": Qwen2Config, "mistral": MistralConfig}[family]

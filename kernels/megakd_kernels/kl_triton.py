@@ -4,7 +4,7 @@ The mathematics are those of `kl_rows`, in base 2: u = k a - A with k = log2(e) 
 A program walks one row, or one of its splits, in tiles [R, L]. A tile is reduced over R inside each thread, and the L lanes keep
 private statistics, so that nothing crosses a warp before the row ends. Rows of an odd width (V = 50257) start at any address: the
 first numbers are peeled off up to a 16-byte boundary, and all other loads are 128 bits wide. Only the first and the last tile are
-masked. Registers, spills and widths for sm_90 are held by tests/kernels/test_sm90.py.
+masked. Registers, spills and widths for sm_90 are held by tests/kernel_tests/test_sm90.py.
 
 N rows, V columns here, K statistics (5 or 8), P partial statistics (splits, then ranks).
 """

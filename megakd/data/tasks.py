@@ -3,8 +3,9 @@
     Sort: 7 2 9 4              Reverse: k f m b           Opposite: hot big near dry
     Answer: 2 4 7 9            Answer: b m f k            Answer: cold small far wet
 
-Every word is one token and every prompt has nine, the four items always in the same places. A small model then learns the tasks
-from nothing in a minute on a CPU; with items that move about it takes several times as long to learn where to look.
+Every word is one token and a task has nine; half of the prompts begin with a preamble such as "Suppose you are a student." and a
+new line. A small model of relative (rotary) positions learns the tasks from nothing in a minute on a CPU. The preambles teach it
+what a pretrained model knows: a task stays the same whatever stands in front of it, be it a text or a soft prompt.
 """
 
 import random
@@ -19,6 +20,9 @@ PAIRS = (
 )
 OPPOSITES = dict(pair.split() for pair in PAIRS.split(", "))
 OPPOSITES |= {right: left for left, right in OPPOSITES.items()}
+PREAMBLES = (  # one prompt in two has none
+    "Suppose you are a student.\n", "You are a good teacher.\n", "Here is a task.\n", "Please answer.\n", "", "", "", "",
+)  # fmt: skip
 
 Task = tuple[str, list[str], list[str]]  # instruction, items, answer
 
@@ -79,9 +83,10 @@ TASKS: dict[str, Callable[[random.Random], Task]] = {
 
 
 def make_rows(number: int, *, seed: int) -> list[dict[str, str]]:
-    """`number` rows with fields task, prompt, response; no prompt twice, so any slices of them are disjoint.
+    """`number` rows with fields task, prompt, response; no task twice, whatever its preamble, so any slices are disjoint.
 
-    Kinds of task come equally often until one has no prompt left to give (count has 625).
+    Kinds of task come equally often until one has no prompt left to give (count has 625); the order is random, so any slice
+    holds all kinds alike.
     The response begins with a space: a word is then one and the same token wherever it stands.
     """
     rng = random.Random(seed)
@@ -89,6 +94,8 @@ def make_rows(number: int, *, seed: int) -> list[dict[str, str]]:
     while len(rows) < number:
         name = rng.choice(list(TASKS))
         instruction, items, answer = TASKS[name](rng)
-        prompt = f"{instruction}: {' '.join(items)}\nAnswer:"
-        rows[prompt] = {"task": name, "prompt": prompt, "response": f" {' '.join(answer)}"}
-    return list(rows.values())
+        question = f"{instruction}: {' '.join(items)}\nAnswer:"
+        rows[question] = {"task": name, "prompt": rng.choice(PREAMBLES) + question, "response": f" {' '.join(answer)}"}
+    shuffled = list(rows.values())
+    rng.shuffle(shuffled)
+    return shuffled

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-
 Hidden = tuple[Tensor, Tensor]
 """Hidden states [N, H] and the output layer [V, H] that turns them into logits."""
 
@@ -91,7 +90,13 @@ def prompt_loss(
 
 
 def prompt_loss_of_kinds(
-    prompted: Hidden, student: Hidden, base_hidden_NH: Tensor, vocabulary: VocabularySplit, *, base_coef: float, kinds: tuple[str, str]
+    prompted: Hidden,
+    student: Hidden,
+    base_hidden_NH: Tensor,
+    vocabulary: VocabularySplit,
+    *,
+    base_coef: float,
+    kinds: tuple[str, str],
 ) -> dict[str, Tensor]:
     """`prompt_loss` with either term `reverse`, KL(p_P‖·), or `forward`, KL(·‖p_P): PromptKD's ablation."""
     others = student, (base_hidden_NH, prompted[1])

@@ -44,7 +44,9 @@ def whiten(values_RT: Tensor, mask_RT: Tensor, *, group: ProcessGroup | None = N
     `count` puts another number than the mask's in the denominators: the reference counts padding, as values of 0.
     """
     values_RT = values_RT.double() * mask_RT
-    sums = torch.stack([values_RT.sum(), (values_RT**2).sum(), mask_RT.double().sum() if count is None else mask_RT.new_tensor(count).double()])
+    sums = torch.stack(
+        [values_RT.sum(), (values_RT**2).sum(), mask_RT.double().sum() if count is None else mask_RT.new_tensor(count).double()]
+    )
     if group is not None and group.size() > 1:
         dist.all_reduce(sums, group=group)
     mean, square = sums[0] / sums[2], sums[1] / sums[2]

@@ -40,7 +40,9 @@ class Method:
         self.tokenizer, self.time = cast.tokenizer, cast.stopwatch
         self.config, self.total_iters = config, total_iters
         self.layout = cast.student.layout
-        self.vocabulary = VocabularySplit(share_vocabulary(list(filter(None, (cast.student, cast.teacher)))), self.layout.tp_group)
+        self.vocabulary = VocabularySplit(
+            share_vocabulary(list(filter(None, (cast.student, cast.teacher)))), self.layout.tp_group
+        )
 
     def train_iteration(self, loader: DataLoader, iteration: int) -> dict[str, float]:
         """One iteration, counted from 1; returns what to log, the same on every rank."""
@@ -49,6 +51,9 @@ class Method:
     def train(self, samples: Sequence[Sample], iteration: int) -> dict[str, float]:
         """The same, on this rank's share of the global batch."""
         raise NotImplementedError
+
+    def observe(self, metrics: dict[str, float]) -> None:
+        """Held-out metrics, after every evaluation."""
 
     def extra_tensors(self) -> dict[str, torch.Tensor]:
         """What the method itself learns: saved with a checkpoint, and filled in place when it is loaded."""

@@ -79,7 +79,9 @@ class MiniLLM(Method):
         rewards = token_rewards(log_p, log_q, scale=settings.reward_scaling, limit=settings.cliprange_reward)
         weights = importance_weights(log_p, log_q, alpha=settings.teacher_mixed_alpha)
         lengths = batch.loss_mask.sum(1).long().tolist()
-        for number, *parts in zip(batch.sample_ids.tolist(), *(x.split(lengths) for x in (log_q, rewards, weights, teacher_hidden))):
+        for number, *parts in zip(
+            batch.sample_ids.tolist(), *(x.split(lengths) for x in (log_q, rewards, weights, teacher_hidden))
+        ):
             self.experience[number] = Experience(*parts)
 
     def chosen(self, phase, step):
@@ -124,7 +126,9 @@ class MiniLLM(Method):
     def text_loss(self, hidden, teacher_hidden, batch):
         q, p = self.through_student(hidden), self.through_teacher(teacher_hidden)
         ratio = DEFAULT_RATIO if self.config.distillation.kd_ratio is None else self.config.distillation.kd_ratio
-        text = kd_loss(q, p, supervised_labels(batch), self.vocabulary, kd_ratio=ratio, divergence=Divergence("forward_kl"))["loss/total"]
+        text = kd_loss(q, p, supervised_labels(batch), self.vocabulary, kd_ratio=ratio, divergence=Divergence("forward_kl"))[
+            "loss/total"
+        ]
         zero = torch.zeros_like(text)
         return {"loss/total": self.settings.lm_coef * text, "loss/policy": zero, "loss/reverse_kl": zero, "loss/text": text}
 
@@ -156,4 +160,3 @@ class MiniLLM(Method):
             dp_rank=self.layout.dp_rank,
             dp_size=self.layout.dp_size,
         )
-

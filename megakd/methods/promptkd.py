@@ -26,14 +26,14 @@ class PromptKD(Method):
     def __init__(self, cast, config, *, total_iters):
         super().__init__(cast, config, total_iters=total_iters)
         self.prompt = initial_prompt(self.teacher, config, self.tokenizer)
-        lr = config.promptkd.teacher_lr or config.training.lr
+        lr = config.training.lr if config.promptkd.teacher_lr is None else config.promptkd.teacher_lr
         kinds = (config.promptkd.teacher_kld_type, config.promptkd.base_kld_type)
         self.prompt_loss = prompt_loss if kinds == ("reverse", "reverse") else partial(prompt_loss_of_kinds, kinds=kinds)
         self.prompt_optimizer = SoftPromptOptimizer(self.prompt, config.training, lr=lr, total_iters=total_iters)
 
     def train(self, samples, iteration):
         with self.time("rollout"):
-            self.rollouts = rollout(self.student, samples, self.config, self.tokenizer, iteration)
+            self.rollouts = self.respond(samples, iteration)
         batches = self.batches(self.rollouts)
         metrics = self.prompt_step(batches, iteration)
         with self.time("teacher"):
@@ -43,6 +43,10 @@ class PromptKD(Method):
             return reverse_kl_loss(self.through_student(hidden), self.through_teacher(prompted[number]), self.vocabulary)
 
         return self.student_step(batches, loss, ("loss/reverse_kl",), iteration) | metrics
+
+    def respond(self, samples, iteration):
+        """(a)"""
+        return rollout(self.student, samples, self.config, self.tokenizer, iteration)
 
     def prompt_step(self, batches, iteration):
         """(b): the teacher's weights are frozen, the student's distribution is a constant."""

@@ -47,5 +47,7 @@ def rollout(
         mix_with=mix_with,
     )
     if config.training.quirk("forced-eos"):
-        responses = [[*response[:-1], eos_id(tokenizer)] if len(response) == config.max_new_tokens else response for response in responses]
+        responses = [
+            [*response[:-1], eos_id(tokenizer)] if len(response) == config.max_new_tokens else response for response in responses
+        ]
     return [replace(sample, response=tuple(response)) for sample, response in zip(samples, responses)]

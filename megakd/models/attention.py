@@ -18,7 +18,9 @@ from torch import Tensor
 class SDPACoreAttention(MegatronModule):
     """softmax(q kᵀ / √d) v, causal. Exact for GQA and under tensor parallelism (heads are already this rank's)."""
 
-    def __init__(self, config, layer_number, attn_mask_type, attention_type="self", attention_dropout=None, softmax_scale=None, **_):
+    def __init__(
+        self, config, layer_number, attn_mask_type, attention_type="self", attention_dropout=None, softmax_scale=None, **_
+    ):
         super().__init__(config=config)
         assert config.context_parallel_size == 1, "context parallelism is not built"
         self.softmax_scale = softmax_scale

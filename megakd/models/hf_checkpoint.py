@@ -66,14 +66,18 @@ class HFCheckpoint:
         """Folders saved from a base model leave out its prefix: `h.0.ln_1.weight` for `transformer.h.0.ln_1.weight`."""
         found = self.tensors.get(name) or self.tensors.get(without_prefix(name))
         if found is None:
-            raise ValueError(f"{self.flag} {self.folder}: tensor {name!r} is missing; the folder is incomplete or not what its config.json says")
+            raise ValueError(
+                f"{self.flag} {self.folder}: tensor {name!r} is missing; the folder is incomplete or not what its config.json says"
+            )
         return found
 
     def _check_folder(self) -> None:
         if not self.folder.is_dir():
             raise ValueError(f"{self.flag} {self.folder}: no such folder; give a Hugging Face folder or a native checkpoint")
         if not (self.folder / "config.json").is_file():
-            raise ValueError(f"{self.flag} {self.folder}: no config.json; give the folder that save_pretrained wrote, or a native checkpoint")
+            raise ValueError(
+                f"{self.flag} {self.folder}: no config.json; give the folder that save_pretrained wrote, or a native checkpoint"
+            )
 
     def _files(self) -> list[Path]:
         if (self.folder / INDEX).is_file():
@@ -126,4 +130,6 @@ def load_hf_config(folder: Path, *, flag: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{flag} {folder}: config.json cannot be read ({reason}); give a folder that save_pretrained wrote") from error
+        raise ValueError(
+            f"{flag} {folder}: config.json cannot be read ({reason}); give a folder that save_pretrained wrote"
+        ) from error

@@ -22,7 +22,9 @@ from megakd.runtime.parallel_layout import ParallelLayout
 log = logging.getLogger(__name__)
 
 FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (gpt2, opt, llama, qwen2, mistral)}
-VOCABULARY_MULTIPLE = 64  # rows of the output layer per rank: keeps its matrix products aligned (50,257 becomes 50,304 at TP 1 and 2)
+VOCABULARY_MULTIPLE = (
+    64  # rows of the output layer per rank: keeps its matrix products aligned (50,257 becomes 50,304 at TP 1 and 2)
+)
 
 
 def family_of(hf: PretrainedConfig, *, flag: str = "--model", name: str = "") -> Family:
@@ -33,7 +35,9 @@ def family_of(hf: PretrainedConfig, *, flag: str = "--model", name: str = "") ->
     """
     family = FAMILIES.get(hf.model_type)
     if family is None:
-        raise ValueError(f"{flag} {name}: model_type {hf.model_type!r} is not supported; use one of {', '.join(sorted(FAMILIES))}")
+        raise ValueError(
+            f"{flag} {name}: model_type {hf.model_type!r} is not supported; use one of {', '.join(sorted(FAMILIES))}"
+        )
     if reason := family.unsupported(hf):
         raise ValueError(f"{flag} {name}: this {hf.model_type} model cannot be run: {reason}; use another size of the family")
     return family
@@ -92,7 +96,9 @@ def share_vocabulary(models: Sequence[HiddenStateGPTModel]) -> int:
     """
     widths = [model.real_vocab_size for model in models]
     if len(set(widths)) > 1:
-        log.warning("vocabularies of %s rows are aligned by token id: the first %s count", " and ".join(map(str, widths)), min(widths))
+        log.warning(
+            "vocabularies of %s rows are aligned by token id: the first %s count", " and ".join(map(str, widths)), min(widths)
+        )
     for model in models:
         model.real_vocab_size = min(widths)
     return min(widths)
@@ -125,7 +131,9 @@ def build_model(
     return model
 
 
-def transformer_config(hf, family: Family, layout: ParallelLayout, dtype, sequence_parallel: bool, overrides: dict) -> TransformerConfig:
+def transformer_config(
+    hf, family: Family, layout: ParallelLayout, dtype, sequence_parallel: bool, overrides: dict
+) -> TransformerConfig:
     """What is the same for every family; fields that a family or an override also names are theirs."""
     common = {
         "num_layers": hf.num_hidden_layers,
@@ -193,5 +201,7 @@ def load_weights(model: HiddenStateGPTModel, source: Source) -> None:
         shard = mapping.read_shard(source, layout.tp_rank, layout.tp_size)
         if shard.shape != param.shape:
             names = ", ".join(tensor.name for tensor in mapping.sources())
-            raise ValueError(f"{names}: gives a shard of shape {tuple(shard.shape)}, but config.json asks for {tuple(param.shape)}")
+            raise ValueError(
+                f"{names}: gives a shard of shape {tuple(shard.shape)}, but config.json asks for {tuple(param.shape)}"
+            )
         param.copy_(shard)

@@ -21,10 +21,12 @@ FORMATS = {  # by the name before its slash
     "grad_norm": "{name} {value:.2f}",
     "lr": "{name} {value:.1e}",
     "tokens_per_second": "{value:,.0f} tok/s",
+    "real_share": "{value:.0%} real",
     "memory_gib": "{value:.1f} GiB",
     "time": "{last} {value:.2f} s",
 }
 OTHER = "{name} {value:.4g}"
+ONLY_IN_FILES = ("tokens", "positions")
 
 
 class RunLogger:
@@ -94,7 +96,8 @@ def progress_line(iteration: int, total_iterations: int, metrics: Mapping[str, f
     width = len(str(total_iterations))
     parts = [f"iteration {iteration:{width}d}/{total_iterations}"]
     for name, value in metrics.items():
-        parts.append(FORMATS.get(name.split("/")[0], OTHER).format(name=name, value=value, last=name.split("/")[-1]))
+        if name not in ONLY_IN_FILES:
+            parts.append(FORMATS.get(name.split("/")[0], OTHER).format(name=name, value=value, last=name.split("/")[-1]))
     if eta_seconds is not None:
         parts.append(f"ETA {timedelta(seconds=round(eta_seconds))}")
     return " | ".join(parts)

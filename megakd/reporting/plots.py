@@ -115,7 +115,8 @@ def series_of(rows: Sequence[Mapping[str, float]]) -> Series:
 
 def panels_of(series: Series) -> list[tuple[str, str, list[str]]]:
     """Title, unit and metrics of each panel. Held-out metrics have a panel each: their units differ."""
-    panels = [(title, unit, [name for name in series if name.startswith(start)]) for start, (title, unit) in PANELS.items()]
+    shown = [name for name in series if name != "time/evaluation"]  # now and then, not in an iteration
+    panels = [(title, unit, [name for name in shown if name.startswith(start)]) for start, (title, unit) in PANELS.items()]
     panels += [(*HELD_OUT.get(name, (name, "")), [name]) for name in series if name.startswith("valid/")]
     return [panel for panel in panels if panel[2]]
 

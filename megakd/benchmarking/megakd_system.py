@@ -1,0 +1,113 @@
+"""PromptKD as this project trains it, with responses whose ends are given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megakd.benchmarking.workload import PositionCounter, Workload
+from megakd.checkpointing.model_folder import ModelFolder
+from megakd.config import BenchmarkConfig, Config, DataConfig, ModelConfig, TrainingConfig
+from megakd.data.batch import Sample
+from megakd.data.dataloader import deal
+from megakd.generation.generate import generate
+from megakd.generation.sampling import Sampling
+from megakd.methods.base import Cast
+from megakd.methods.promptkd import PromptKD
+from megakd.models.model_provider import build_model, padded_vocab_size
+from megakd.optimizer import StudentOptimizer
+from megakd.runtime.initialize import initialize, resolve_dtype
+from megakd.runtime.parallel_layout import ParallelLayout
+
+TOTAL_ITERS = 1000  # of the run that the measured iterations belong to: says how far the weight of KL(p_P‖p) has fallen
+UNREACHABLE = -1  # no token ends a response
+
+
+class GivenEndsPromptKD(PromptKD):
+    """Writes responses as long as the rows' own, then goes on with the rows' own."""
+
+    def respond(self, samples, iteration):
+        written = self.write(samples, iteration)
+        assert [len(response) for response in written] == [len(sample.response) for sample in samples]
+        return list(samples)
+
+    def write(self, samples: Sequence[Sample], seed: int) -> list[list[int]]:
+        limits = [len(sample.response) for sample in samples]
+        sampling = Sampling(max_new_tokens=max(limits), seed=seed)
+        prompts, ids = [sample.prompt for sample in samples], [sample.sample_id for sample in samples]
+        batch_size = self.config.generation.rollout_batch_size
+        return generate(self.student, prompts, ids, sampling, eos_id=UNREACHABLE, batch_size=batch_size, limits=limits)
+
+
+def join_ranks(config: BenchmarkConfig) -> ParallelLayout:
+    parallel = config.parallel
+    return initialize(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        seed=config.seed,
+    )
+
+
+class MegakdSystem:
+    name = "megakd"
+
+    def __init__(self, config: BenchmarkConfig, workload: Workload, models: Path):
+        self.layout = join_ranks(config)
+        self.method = build_method(config, workload, models, self.layout)
+        self.time, self.counter = self.method.time, PositionCounter()
+        for model in (self.method.student, self.method.teacher):
+            self.counter.watch(model)
+
+    def iterate(self, batch: Sequence[Sample], iteration: int) -> dict[str, float]:
+        """Losses of one PromptKD iteration on this replica's share of a global batch."""
+        return self.method.train(self.mine(batch), iteration)
+
+    def generate(self, batch: Sequence[Sample]) -> list[list[int]]:
+        return self.method.write(self.mine(batch), seed=0)
+
+    def mine(self, batch: Sequence[Sample]) -> list[Sample]:
+        return deal(batch, self.layout.dp_size)[self.layout.dp_rank]
+
+
+def build_method(config: BenchmarkConfig, workload: Workload, models: Path, layout: ParallelLayout) -> GivenEndsPromptKD:
+    run = run_config(config, models)
+    folders = [ModelFolder.open(models / name) for name in ("student", "teacher")]
+    width = padded_vocab_size([workload.vocab_size], layout.tp_size)
+    student, teacher = (load(folder, layout, width, config) for folder in folders)
+    teacher.eval().requires_grad_(False)
+    optimizer = StudentOptimizer(student, run.training, total_iters=TOTAL_ITERS, distributed=config.parallel.use_distributed_optimizer)
+    return GivenEndsPromptKD(Cast(student, optimizer, teacher, PromptTokens(workload.prompt_ids)), run, total_iters=TOTAL_ITERS)
+
+
+def run_config(config: BenchmarkConfig, models: Path) -> Config:
+    """The run that the measured iterations belong to."""
+    return Config(
+        models=ModelConfig(model=str(models / "student"), teacher_model=str(models / "teacher"), dtype=config.dtype),
+        data=DataConfig(max_length=config.max_length, max_prompt_length=config.max_prompt_length),
+        parallel=config.parallel,
+        training=TrainingConfig(
+            micro_batch_size=config.micro_batch_size,
+            global_batch_size=config.global_batch_size,
+            train_iters=TOTAL_ITERS,
+            lr=config.lr,
+            lr_decay_style="constant",
+            seed=config.seed,
+        ),
+    )
+
+
+def load(folder: ModelFolder, layout: ParallelLayout, width: int, config: BenchmarkConfig):
+    dtype, sequence_parallel = resolve_dtype(config.dtype), config.parallel.sequence_parallel
+    model = build_model(folder.config, layout, padded_vocab_size=width, dtype=dtype, sequence_parallel=sequence_parallel)
+    folder.load_into(model)
+    return model
+
+
+class PromptTokens:
+    """As much of a tokenizer as the soft prompt asks for."""
+
+    def __init__(self, ids: Sequence[int]):
+        self.ids = list(ids)
+
+    def encode(self, text: str, **_) -> list[int]:
+        return self.ids

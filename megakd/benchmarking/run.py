@@ -1,0 +1,108 @@
+"""A whole benchmark: models written, systems built, checked and measured, results shown and kept."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megakd.benchmarking import results
+from megakd.benchmarking.measuring import MIB, Timed, generations, iterations, memory, peak_in_own_process
+from megakd.benchmarking.megakd_system import MegakdSystem, join_ranks
+from megakd.benchmarking.workload import Workload, flops_of_iteration, make_workload, model_configs, write_models
+from megakd.config import BenchmarkConfig
+from megakd.runtime.initialize import is_rank_zero, resolve_dtype
+
+Makers = dict[str, Callable]  # name: (config, workload, folder of models) -> system
+
+
+def run(config: BenchmarkConfig) -> None:
+    """Measure, print, append to the CSV, draw.
+
+    Raises:
+        ValueError: something does not fit, or the systems do not compute the same losses.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    join_ranks(config)
+    here, workload = results.machine(), make_workload(config)
+    with model_folder(config, workload) as folder:
+        rows = [here | results.what_ran(config, workload.source) | row for row in measure(config, workload, folder)]
+    if is_rank_zero():
+        keep(config, rows)
+
+
+def measure(config: BenchmarkConfig, workload: Workload, folder: Path) -> list[results.Row]:
+    """One row of numbers a system."""
+    makers, wanted = systems_of(config), config.measure
+    before = memory("VmRSS")
+    peaks = compare_peaks(makers, config, workload, folder) if "memory" in wanted and len(makers) > 1 else {}
+    systems = [make(config, workload, folder) for make in makers.values()]
+    times = iterations(systems, workload, folder, resolve_dtype(config.dtype)) if "iteration" in wanted else {}
+    written = generations(systems, workload) if "generation" in wanted else {}
+    if "memory" in wanted and not peaks:
+        peaks = {system.name: highest(memory("VmHWM") - before) / MIB for system in systems}
+    return as_rows(list(makers), times, written, peaks, needed_flops(config, workload))
+
+
+def as_rows(names: list[str], times: dict[str, list[Timed]], written: dict[str, list[Timed]], peaks: dict[str, float], flops: list[float]):
+    rows = []
+    for name in names:
+        columns = results.iteration_columns(times.get(name, ()), flops) | results.generation_columns(written.get(name, ()))
+        rows.append({"system": name, **columns, **({"peak_mib": peaks[name]} if peaks else {})})
+    if len(names) > 1:
+        rows[-1] |= results.ratio_columns(names, times, written, peaks)
+    return rows
+
+
+def systems_of(config: BenchmarkConfig) -> Makers:
+    makers: Makers = {MegakdSystem.name: MegakdSystem}
+    if config.baseline == "hf":
+        from megakd.benchmarking.hf_system import HFSystem  # PEFT takes seconds to import
+
+        makers[HFSystem.name] = HFSystem
+    return makers
+
+
+def compare_peaks(makers: Makers, config: BenchmarkConfig, workload: Workload, folder: Path) -> dict[str, float]:
+    """MiB of each system on its own."""
+    return {name: peak_in_own_process(make, config, workload, folder) / MIB for name, make in makers.items()}
+
+
+def needed_flops(config: BenchmarkConfig, workload: Workload) -> list[float]:
+    """Of each measured iteration."""
+    configs = model_configs(config, workload)
+    return [flops_of_iteration(configs, batch) for batch in workload.batches[1:]]
+
+
+def highest(value: float) -> float:
+    """The most of all ranks."""
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return max(everyone)
+
+
+@contextmanager
+def model_folder(config: BenchmarkConfig, workload: Workload) -> Iterator[Path]:
+    """A folder with the models, written by rank 0 for all ranks of this machine, gone when all are done."""
+    with tempfile.TemporaryDirectory() as own:
+        if is_rank_zero():
+            write_models(model_configs(config, workload), Path(own))
+        shared = [own]
+        dist.broadcast_object_list(shared)
+        yield Path(shared[0])
+        dist.barrier()
+
+
+def keep(config: BenchmarkConfig, rows: list[results.Row]) -> None:
+    kind = "gpu" if torch.cuda.is_available() else "cpu"
+    out = Path(config.out) if config.out else results.ROOT / "benchmarks" / "results" / f"iteration_{kind}"
+    print(results.table(rows))
+    results.append(out.with_suffix(".csv"), rows)
+    if "iteration" in config.measure:
+        results.draw(out.with_suffix(".png"), rows)
+    print(f"{out.with_suffix('.csv')}")
