@@ -21,8 +21,7 @@ from megakd.checkpointing.training import load_checkpoint, save_checkpoint
 from megakd.config import Config
 from megakd.data.batch import Sample
 from megakd.data.dataloader import DataLoader, deal
-from megakd.data.prompt_dataset import PromptDataset
-from megakd.data.sft_dataset import SFTDataset
+from megakd.data.open_data import open_prompts, open_responses
 from megakd.data.tokenizer import eos_id, load_tokenizer
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
@@ -117,6 +116,7 @@ class Trainer:
 
     def _open_data(self) -> None:
         data, training = self.config.data, self.config.training
+<<<<<<< HEAD
         lengths = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length}
         if METHODS[self.config.method].on_policy:
             dataset = PromptDataset(data.train_data, self.tokenizer, max_prompt_length=data.max_prompt_length)
@@ -124,14 +124,17 @@ class Trainer:
             dataset = SFTDataset(data.train_data, self.tokenizer, **lengths)
             if METHODS[self.config.method].answers_prompts(self.config):
                 check_prompts(dataset)
+=======
+        open_training = open_prompts if METHODS[self.config.method].on_policy else open_responses
+>>>>>>> 4177bd73d6b597ca822d787e109b8ecf871bd26e
         self.loader = DataLoader(
-            dataset,
+            open_training(data.train_data, self.tokenizer, data),
             global_batch_size=training.global_batch_size,
             seed=training.seed,
             dp_rank=self.layout.dp_rank,
             dp_size=self.layout.dp_size,
         )
-        self.valid = SFTDataset(data.valid_data, self.tokenizer, **lengths) if data.valid_data else None
+        self.valid = open_responses(data.valid_data, self.tokenizer, data) if data.valid_data else None
 
     def _build_method(self) -> Method:
         sizes = [folder.config.vocab_size for folder in (self.folders.student, self.folders.teacher) if folder]
