@@ -116,19 +116,12 @@ class Trainer:
 
     def _open_data(self) -> None:
         data, training = self.config.data, self.config.training
-<<<<<<< HEAD
-        lengths = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length}
-        if METHODS[self.config.method].on_policy:
-            dataset = PromptDataset(data.train_data, self.tokenizer, max_prompt_length=data.max_prompt_length)
-        else:
-            dataset = SFTDataset(data.train_data, self.tokenizer, **lengths)
-            if METHODS[self.config.method].answers_prompts(self.config):
-                check_prompts(dataset)
-=======
-        open_training = open_prompts if METHODS[self.config.method].on_policy else open_responses
->>>>>>> 4177bd73d6b597ca822d787e109b8ecf871bd26e
+        method = METHODS[self.config.method]
+        dataset = (open_prompts if method.on_policy else open_responses)(data.train_data, self.tokenizer, data)
+        if not method.on_policy and method.answers_prompts(self.config):
+            check_prompts(dataset)
         self.loader = DataLoader(
-            open_training(data.train_data, self.tokenizer, data),
+            dataset,
             global_batch_size=training.global_batch_size,
             seed=training.seed,
             dp_rank=self.layout.dp_rank,
@@ -268,7 +261,7 @@ class Trainer:
         dist.barrier()
 
 
-def check_prompts(dataset: SFTDataset) -> None:
+def check_prompts(dataset: Sequence[Sample]) -> None:
     """A student that answers the data's prompts, be it now and then, needs one in every row.
 
     Raises:
