@@ -27,6 +27,7 @@ METHOD_HELP = (
     "distillm: kd with the student's own text as it begins to help; minillm: policy gradient on the student's responses; "
     "promptkd: KL to a prompted teacher on the student's responses"
 )
+TEMPLATE_HELP = "how an instruction becomes a prompt: alpaca (MiniLLM's), plain, or the path of a .jinja file"
 Quirk = Literal[
     "all", "mean-of-means", "zero-lr-start", "lost-last-step", "decay-norms", "teacher-dropout", "special-tokens-in-prompt", "forced-eos",
     "whiten-padding", "seqkd-with-kd",
@@ -57,10 +58,11 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """jsonl with prompt/response, instruction/input/output or text."""
+    """jsonl, txt, a dataset folder, parquet, or .bin with .idx: prompts with responses, instructions, chats, text."""
 
-    train_data: Annotated[str, alias("--train-data-path", "--data-path")] = flag("", "jsonl or txt file to learn from")
-    valid_data: Annotated[str, alias("--valid-data-path")] = flag("", "held-out jsonl or txt file; none: no evaluation")
+    train_data: Annotated[str, alias("--train-data-path", "--data-path")] = flag("", "what to learn from, see docs/data.md")
+    valid_data: Annotated[str, alias("--valid-data-path")] = flag("", "held-out data, in any form; none: no evaluation")
+    prompt_template: str = flag("alpaca", TEMPLATE_HELP)
     max_length: Annotated[int, alias("--seq-length")] = flag(512, "tokens of prompt and response together; longer responses are cut")
     max_prompt_length: int = flag(256, "tokens of a prompt; rows with a longer one are left out")
 
@@ -149,7 +151,7 @@ class MiniLLMConfig:
     length_norm: bool = flag(True, "divide a return by the tokens that are left")
     single_step_reg: bool = flag(True, "add the exact KL(q‖p) of every step")
     lm_coef: float = flag(1.0, "weight of the loss on text; 0: none")
-    lm_data: str = flag("", "text for it, jsonl or txt; default: --train-data")
+    lm_data: str = flag("", "text for it, in any form; default: --train-data")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,6 +277,7 @@ class Config(BaseConfig):
 class ResponseConfig(SamplingConfig):
     """How prompts are answered."""
 
+    prompt_template: str = flag("alpaca", TEMPLATE_HELP)
     max_prompt_length: int = flag(256, "tokens of a prompt; rows with a longer one are left out")
     max_new_tokens: int = flag(256, "longest response")
     greedy: bool = flag(False, "the likeliest token each time, nothing random")

@@ -21,8 +21,7 @@ from megakd.checkpointing.training import load_checkpoint, save_checkpoint
 from megakd.config import Config
 from megakd.data.batch import Sample
 from megakd.data.dataloader import DataLoader, deal
-from megakd.data.prompt_dataset import PromptDataset
-from megakd.data.sft_dataset import SFTDataset
+from megakd.data.open_data import open_prompts, open_responses
 from megakd.data.tokenizer import eos_id, load_tokenizer
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
@@ -117,13 +116,10 @@ class Trainer:
 
     def _open_data(self) -> None:
         data, training = self.config.data, self.config.training
-        lengths = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length}
-        if METHODS[self.config.method].on_policy:
-            dataset = PromptDataset(data.train_data, self.tokenizer, max_prompt_length=data.max_prompt_length)
-        else:
-            dataset = SFTDataset(data.train_data, self.tokenizer, **lengths)
-            if METHODS[self.config.method].answers_prompts(self.config):
-                check_prompts(dataset)
+        method = METHODS[self.config.method]
+        dataset = (open_prompts if method.on_policy else open_responses)(data.train_data, self.tokenizer, data)
+        if not method.on_policy and method.answers_prompts(self.config):
+            check_prompts(dataset)
         self.loader = DataLoader(
             dataset,
             global_batch_size=training.global_batch_size,
@@ -131,7 +127,7 @@ class Trainer:
             dp_rank=self.layout.dp_rank,
             dp_size=self.layout.dp_size,
         )
-        self.valid = SFTDataset(data.valid_data, self.tokenizer, **lengths) if data.valid_data else None
+        self.valid = open_responses(data.valid_data, self.tokenizer, data) if data.valid_data else None
 
     def _build_method(self) -> Method:
         sizes = [folder.config.vocab_size for folder in (self.folders.student, self.folders.teacher) if folder]
@@ -265,7 +261,7 @@ class Trainer:
         dist.barrier()
 
 
-def check_prompts(dataset: SFTDataset) -> None:
+def check_prompts(dataset: Sequence[Sample]) -> None:
     """A student that answers the data's prompts, be it now and then, needs one in every row.
 
     Raises:

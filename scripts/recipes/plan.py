@@ -5,19 +5,19 @@ Memory of a rank, P parameters of the student and Q of the teacher, t = TP × PP
     trained       18 P / t bytes in bf16 (weight 2, gradient 4, fp32 master 4, two moments 8), 16 P / t in fp32; with
                   --use-distributed-optimizer the last twelve of the 18 bytes are divided by d
     teacher       2 Q / t in bf16, 4 Q / t in fp32
-    activations   34 bytes a hidden unit, layer and position of a micro-batch (17 values), /t; with --recompute 2 for each layer, and
-                  34 for one; in fp32 twice as much
+    activations   17 values a hidden unit, layer and position of a micro-batch, / t; with --recompute one value a layer, and
+                  17 for the layer in hand
     rollouts      keys and values: 2 values a hidden unit, layer and position, for --rollout-batch-size rows
 
 Time, on a device that reaches F floating-point operations a second and reads B bytes of memory a second:
 
-    learning      a pass of a micro-batch of n positions through P parameters takes 2 P n / (t F), or the device's overhead for each
-                  layer if that is longer; the table PASSES says how many passes a method makes, backward counted as two
-    writing       a token of a batch takes reading the weights once, 2 P bytes / (t B), or its operations, or that overhead, whichever
-                  is longest, and a batch takes as many tokens as its longest response
+    learning      a pass of a micro-batch of n positions through P parameters takes 2 P n / (t F), or the device's overhead for
+                  each layer if that is longer; PASSES says how many passes a method makes, backward counted as two
+    writing       a token of a batch takes reading the weights once, 2 P bytes / (t B), or its operations, or that overhead,
+                  whichever is longest; a batch takes as many tokens as its longest response
 
-A row has as many positions as those of MiniLLM's Dolly on average, 147, and a response 76, or what --max-length leaves. F, B and the
-overhead are what such models reach on the device, not what its sheet promises.
+A row has as many positions as those of MiniLLM's Dolly on average, 147, and a response 76, or what --max-length leaves. F, B and
+the overhead are what such models reach on the device, not what its sheet promises.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PASSES = {  # method: student's, teacher's
     "kd": (3, 1),
     "seqkd": (3, 0),
     "minillm": (6, 2),  # rollouts and text; the teacher reads the rollouts once, which counts less than this
-    "promptkd": (4, 4),  # the prompt step: student, base teacher, prompted teacher and back; then the prompted teacher and the student
+    "promptkd": (4, 4),  # prompt step: student, base teacher, prompted teacher and back; then prompted teacher, student
 }
 STARTING = 20  # seconds of a command before its first iteration
 
@@ -111,7 +111,8 @@ class Plan:
 
     def training(self, name: str, config: Config) -> Stage:
         model = self.teacher if name == "sft_teacher" else self.student
-        return Stage(name, iterations(config), self.training_bytes(config, model), STARTING + self.training_seconds(config, model))
+        seconds = STARTING + self.training_seconds(config, model)
+        return Stage(name, iterations(config), self.training_bytes(config, model), seconds)
 
     def training_bytes(self, config: Config, model: Model) -> float:
         t = tensor_parallel(config)

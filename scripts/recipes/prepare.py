@@ -1,7 +1,7 @@
 """The data stage of the comparison: test sets of the size that the scale asks for and, where it trains from nothing, its models.
 
     OUT/data/test/<set>.jsonl            the first `test_rows` rows of every set that DATA holds
-    OUT/data/student, OUT/data/teacher   random GPT-2s of the scale's sizes, with the tokenizer of TOKENIZER or one made for the data
+    OUT/data/student, OUT/data/teacher   random GPT-2s of the scale's sizes, with TOKENIZER or one made for the data
 
 The folder appears at once, when all of it is there.
 """

@@ -1,10 +1,10 @@
-"""The comparison as one table and four figures, from what the stages left.
+"""The comparison as one table and three figures, from what the stages left.
 
-    OUT/report/table.md, table.json     Rouge-L by set, mean ± standard deviation over seeds; on the first set also held-out losses,
-                                        KL to the teacher and exposure bias
+    OUT/report/table.md, table.json     Rouge-L by set, mean ± standard deviation over seeds; on Dolly also held-out loss, KL to
+                                        the teacher and exposure bias
     OUT/report/rouge_l.png              bars by method, a panel a set
     OUT/report/training.png             held-out loss and held-out KL(q‖p) over each method's training
-    OUT/report/exposure_bias.png        R(l), lε(l) and ExAccErr(l) by response length on the first set
+    OUT/report/exposure_bias.png        R(l), lε(l) and ExAccErr(l) by response length on Dolly
 
 Each figure has its numbers beside it as .csv.
 """
