@@ -116,9 +116,12 @@ class Trainer:
 
     def _open_data(self) -> None:
         data, training = self.config.data, self.config.training
-        open_training = open_prompts if METHODS[self.config.method].on_policy else open_responses
+        method = METHODS[self.config.method]
+        dataset = (open_prompts if method.on_policy else open_responses)(data.train_data, self.tokenizer, data)
+        if not method.on_policy and method.answers_prompts(self.config):
+            check_prompts(dataset)
         self.loader = DataLoader(
-            open_training(data.train_data, self.tokenizer, data),
+            dataset,
             global_batch_size=training.global_batch_size,
             seed=training.seed,
             dp_rank=self.layout.dp_rank,
@@ -256,6 +259,19 @@ class Trainer:
             plot_training(self.folder)
         self.logger.close()
         dist.barrier()
+
+
+def check_prompts(dataset: Sequence[Sample]) -> None:
+    """A student that answers the data's prompts, be it now and then, needs one in every row.
+
+    Raises:
+        ValueError: a row of plain text.
+    """
+    plain = next((i for i, sample in enumerate(dataset) if not sample.prompt), None)
+    if plain is not None:
+        raise ValueError(
+            f"{dataset.where(plain)} has no prompt that the student could answer; give data with prompts, or leave out --on-policy-ratio"
+        )
 
 
 def total_iterations(config: Config, loader: DataLoader, dp_size: int) -> int:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megakd.data.batch import Sample, collate, micro_batches
+from megakd.data.batch import MICRO_BATCH_COST, Sample, collate, cut_by_length, micro_batches
 
 EOS = 9
 
@@ -71,3 +71,19 @@ def test_micro_batches_hold_every_sample_once_and_rows_of_like_length_share_one(
     assert [batch.sample_ids.tolist() for batch in batches] == [[1, 3], [4, 0], [5, 2]]
     assert [batch.seq_length for batch in batches] == [13, 5, 3]
     assert sum(batch.num_supervised for batch in batches) == collate(samples).num_supervised
+
+
+def test_a_long_row_has_a_micro_batch_to_itself_where_padding_costs_more():
+    assert cut_by_length([500, 110, 100, 90, 80], 4) == [slice(0, 1), slice(1, 5)]
+    assert cut_by_length([110, 100, 90, 80], 4) == [slice(0, 4)]
+
+
+def test_no_cut_into_micro_batches_is_cheaper():
+    def cuts(first):
+        yield from [[]] if first == len(lengths) else ([slice(first, n), *rest] for n in range(first + 1, min(first + 3, len(lengths)) + 1) for rest in cuts(n))
+
+    def cost(groups):
+        return sum((group.stop - group.start) * lengths[group.start] + MICRO_BATCH_COST for group in groups)
+
+    lengths = [400, 390, 210, 200, 190, 80, 70, 10]
+    assert cost(cut_by_length(lengths, 3)) == min(map(cost, cuts(0)))

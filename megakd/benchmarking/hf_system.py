@@ -16,6 +16,7 @@ B rows, S positions, V vocabulary, P soft prompt, H hidden.
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -150,7 +151,9 @@ def with_soft_prompt(base: GPT2LMHeadModel, prompt_ids: list[int]) -> torch.nn.M
     vectors_PH = base.get_input_embeddings().weight[prompt_ids].detach().float()
     if not HAS_PEFT:
         return SoftPromptInFront(base, vectors_PH)
-    model = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(prompt_ids)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft calls what transformers is about to rename
+        model = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(prompt_ids)))
     model.prompt_encoder["default"].embedding.weight.data = vectors_PH.to(base.device)
     return model
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+MICRO_BATCH_COST = 128  # positions of padding that are worth one more micro-batch
 PADDING = 0  # any valid id: padded positions are masked out of attention and loss, whatever they hold
 
 
@@ -102,5 +103,23 @@ def micro_batches(samples: Sequence[Sample], micro_batch_size: int, *, multiple_
     Longest first, so that memory that does not suffice shows in the first micro-batch. The order depends on `samples` alone.
     """
     ordered = sorted(samples, key=lambda sample: -sample.num_positions)
-    parts = [ordered[first : first + micro_batch_size] for first in range(0, len(ordered), micro_batch_size)]
-    return [collate(part, multiple_of=multiple_of) for part in parts]
+    parts = cut_by_length([sample.num_positions for sample in ordered], micro_batch_size)
+    return [collate(ordered[part], multiple_of=multiple_of) for part in parts]
+
+
+def cut_by_length(lengths: Sequence[int], most: int) -> list[slice]:
+    """Groups of at most `most` neighbours with the fewest computed positions; `lengths` fall, a group is as wide as its first.
+
+    A group costs as much as `MICRO_BATCH_COST` positions, so that few are made and rows of unlike length still part.
+    """
+    cost, start = [0.0], [0]  # of the best cut of the first n rows: its cost, and where its last group starts
+    for stop in range(1, len(lengths) + 1):
+        choices = [(cost[lo] + (stop - lo) * lengths[lo] + MICRO_BATCH_COST, lo) for lo in range(max(0, stop - most), stop)]
+        best, first = min(choices)
+        cost.append(best)
+        start.append(first)
+    groups, stop = [], len(lengths)
+    while stop:
+        groups.append(slice(start[stop], stop))
+        stop = start[stop]
+    return groups[::-1]
