@@ -165,6 +165,7 @@ def test_token_files_of_every_dtype_are_read_over_all_shards(tmp_path, tokenizer
     prompts = open_prompts(str(tmp_path / "train_0.idx"), tokenizer, SETTINGS)
     assert [(s.prompt, s.response) for s in prompts] == [((5, 6, 7), ()), ((1,), ()), ((1, 2, 3), ())]
     assert data[-1] == data[2]
+    assert data.where(2) == f"{tmp_path / 'train_1.bin'} item 1"
 
 
 def test_items_without_separator_are_text_or_prompts(tmp_path, tokenizer):

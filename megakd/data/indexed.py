@@ -61,12 +61,21 @@ class IndexedDataset(Sequence[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self))[index]
-        item = int(self.kept[index])
-        number = int(np.searchsorted(self.first, item, side="right")) - 1
-        prompt, response = split_item(self.shards[number], item - int(self.first[number]))
+        prompt, response = split_item(*self._place(index))
         if self.prompts_only:
             return Sample(index, prompt or response, ())
         return Sample(index, prompt, response[: self.max_length - len(prompt)])
+
+    def where(self, index: int) -> str:
+        """File and item, as in messages."""
+        shard, item = self._place(index)
+        return f"{shard.path} item {item}"
+
+    def _place(self, index: int) -> tuple[Shard, int]:
+        """The shard of a sample, and which of its items it is."""
+        item = int(self.kept[index])
+        number = int(np.searchsorted(self.first, item, side="right")) - 1
+        return self.shards[number], item - int(self.first[number])
 
 
 def split_item(shard: Shard, item: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -79,7 +79,7 @@ def draw(results: dict[str, dict], out: Path, folder: Path) -> None:
     plot_comparison(bars, dict.fromkeys(sets, "Rouge-L"), folder / "rouge_l.png")
     plot_training(out, folder / "training.png")
     curves = {method: result["exposure_bias"][FIRST] for method, result in results.items() if result["exposure_bias"]}
-    plot_exposure_bias(curves, folder / "exposure_bias.png")
+    plot_exposure_bias(curves, folder / "exposure_bias.png", order=list(results))
 
 
 def by_set(sets: dict[str, dict]) -> dict[str, float]:
@@ -93,7 +93,7 @@ def plot_training(out: Path, path: Path) -> None:
     panels = {name: curves(out, name) for name in PANELS}
     figure, axes = new_figure(rows=1, columns=len(panels))
     for ax, (name, series) in zip(axes, panels.items()):
-        draw_lines(ax, series)
+        draw_lines(ax, series, order=list(TITLES.values()))
         title, unit = PANELS[name]
         ax.set(title=title, ylabel=unit, xlabel="iteration")
     table = [
