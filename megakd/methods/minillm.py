@@ -62,12 +62,11 @@ class MiniLLM(Method):
             voices = [Voice(self.teacher, settings.teacher_mixed_alpha)] if settings.teacher_mixed_alpha else []
             self.rollouts = rollout(self.student, samples, self.config, self.tokenizer, iteration, mix_with=voices)
         self.numbered = [replace(sample, sample_id=number) for number, sample in enumerate(self.rollouts)]
-        batches = self.batches(self.numbered)
+        batches, self.experience = self.batches(self.numbered), {}
         with self.time("teacher"):
             teacher = supervised_hidden(self.teacher, batches)
         with self.time("old_log_q"):
             student = supervised_hidden(self.student, batches)
-        self.experience = {}
         for batch, p, q in zip(batches, teacher, student):
             self._remember(batch, p, q)
 
