@@ -74,7 +74,9 @@ def iterations(systems: Sequence, workload: Workload, folder: Path, dtype: torch
     Raises:
         ValueError: losses differ; nothing was timed, or what was timed is thrown away.
     """
-    loggers = {s.name: RunLogger(folder / s.name, total_iterations=0, enabled=is_rank_zero(), log_interval=10**9) for s in systems}
+    loggers = {
+        s.name: RunLogger(folder / s.name, total_iterations=0, enabled=is_rank_zero(), log_interval=10**9) for s in systems
+    }
     results: dict[str, list[Timed]] = {system.name: [] for system in systems}
     for number, batch in enumerate(workload.batches, start=1):
         losses = {}
@@ -102,7 +104,9 @@ def check_equal(losses: dict[str, dict[str, float]], tolerance: float) -> None:
         for loss in (key for key in theirs if key.startswith("loss/")):
             value = theirs[loss]
             if not math.isclose(ours[loss], value, rel_tol=tolerance, abs_tol=1e-9):
-                raise ValueError(f"{loss} is {ours[loss]:.6g} in {first} and {value:.6g} in {name}: not the same work, so it is not timed")
+                raise ValueError(
+                    f"{loss} is {ours[loss]:.6g} in {first} and {value:.6g} in {name}: not the same work, so it is not timed"
+                )
 
 
 def report_progress(number: int, losses: dict[str, dict[str, float]], seconds: dict[str, float]) -> None:

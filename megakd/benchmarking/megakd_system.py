@@ -75,7 +75,9 @@ def build_method(config: BenchmarkConfig, workload: Workload, models: Path, layo
     width = padded_vocab_size([workload.vocab_size], layout.tp_size)
     student, teacher = (load(folder, layout, width, config) for folder in folders)
     teacher.eval().requires_grad_(False)
-    optimizer = StudentOptimizer(student, run.training, total_iters=TOTAL_ITERS, distributed=config.parallel.use_distributed_optimizer)
+    optimizer = StudentOptimizer(
+        student, run.training, total_iters=TOTAL_ITERS, distributed=config.parallel.use_distributed_optimizer
+    )
     return GivenEndsPromptKD(Cast(student, optimizer, teacher, PromptTokens(workload.prompt_ids)), run, total_iters=TOTAL_ITERS)
 
 

@@ -57,7 +57,13 @@ def what_ran(config: BenchmarkConfig, source: str) -> Row:
     parallel = config.parallel
     sizes = {name: "×".join(map(str, size)) for name, size in config.sizes.items()}
     layout = f"TP{parallel.tensor_model_parallel_size} PP{parallel.pipeline_model_parallel_size} of {os.environ.get('WORLD_SIZE', '1')}"
-    return {**sizes, "data": source, "global_batch": config.global_batch_size, "micro_batch": config.micro_batch_size, "layout": layout}
+    return {
+        **sizes,
+        "data": source,
+        "global_batch": config.global_batch_size,
+        "micro_batch": config.micro_batch_size,
+        "layout": layout,
+    }
 
 
 def iteration_columns(times: Sequence[Timed], flops: Sequence[float]) -> Row:
@@ -158,18 +164,21 @@ def short(value: str | float) -> str | float:
 
 def draw(path: Path, rows: Sequence[Row]) -> None:
     """Where an iteration's time goes, as stacked bars; beside it peak memory and generation alone."""
-    extra = {name: (title, unit) for name, (title, unit) in BARS.items() if all(row.get(name, "") != "" for row in rows)}
+    extra = {name: shown for name, shown in BARS.items() if all(row.get(name, "") != "" for row in rows)}
     figure, (first, *axes) = new_figure(rows=1, columns=1 + len(extra))
     draw_parts(first, rows)
-    for ax, (name, (title, unit)) in zip(axes, extra.items()):
-        draw_bars(ax, {row["system"]: (row[name], None) for row in rows})
+    for ax, (name, (title, unit, divisor)) in zip(axes, extra.items()):
+        draw_bars(ax, {row["system"]: (row[name] / divisor, None) for row in rows})
         ax.set(title=title, ylabel=unit)
     figure.suptitle("student {student}, teacher {teacher}, {device}, {date}".format(**rows[0]), fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 
-BARS = {"peak_mib": ("Peak memory", "MiB"), "generation_s": ("Generation alone", "seconds")}
+BARS = {
+    "peak_mib": ("Peak memory", "GiB", 1024),
+    "generation_s": ("Generation alone", "seconds", 1),
+}  # column: title, unit, divisor
 
 
 def draw_parts(ax, rows: Sequence[Row]) -> None:

@@ -49,7 +49,9 @@ def measure(config: BenchmarkConfig, workload: Workload, folder: Path) -> list[r
     return as_rows(list(makers), times, written, peaks, needed_flops(config, workload))
 
 
-def as_rows(names: list[str], times: dict[str, list[Timed]], written: dict[str, list[Timed]], peaks: dict[str, float], flops: list[float]):
+def as_rows(
+    names: list[str], times: dict[str, list[Timed]], written: dict[str, list[Timed]], peaks: dict[str, float], flops: list[float]
+):
     rows = []
     for name in names:
         columns = results.iteration_columns(times.get(name, ()), flops) | results.generation_columns(written.get(name, ()))

@@ -62,7 +62,9 @@ def read_rows(config: BenchmarkConfig) -> tuple[Sequence[Sample], list[int], int
     rows = SFTDataset(config.data, tokenizer, max_length=config.max_length, max_prompt_length=config.max_prompt_length)
     vocab_size = config.vocab_size or len(tokenizer)
     if vocab_size < len(tokenizer):
-        raise ValueError(f"--vocab-size {vocab_size} is less than the {len(tokenizer)} tokens of --tokenizer {config.tokenizer}; raise it")
+        raise ValueError(
+            f"--vocab-size {vocab_size} is less than the {len(tokenizer)} tokens of --tokenizer {config.tokenizer}; raise it"
+        )
     settings = PromptKDConfig()
     ids = tokenizer.encode(settings.prompt_init_text, add_special_tokens=False)
     return [rows[i] for i in range(len(rows))], (ids * settings.prompt_len)[: settings.prompt_len], vocab_size
