@@ -92,6 +92,7 @@ class TrainingConfig:
         return name in self.reference_behaviour or "all" in self.reference_behaviour
 
     micro_batch_size: Annotated[int, alias("--mbs")] = flag(2, "rows of one forward pass on one rank")
+    micro_batch_tokens: int | None = flag(None, "positions of one forward pass on one rank, a further limit beside --micro-batch-size")
     global_batch_size: Annotated[int, alias("--gbs")] = flag(32, "rows of one optimizer step over all ranks")
     train_iters: Annotated[int | None, alias("--max-steps")] = flag(None, "optimizer steps; or give --epochs")
     epochs: Annotated[int | None, alias("--num-train-epochs")] = flag(None, "passes over the training data; or give --train-iters")
@@ -415,6 +416,7 @@ class BenchmarkConfig(BaseConfig):
 
 POSITIVE = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size", "global_batch_size", "train_iters", "epochs",
+    "micro_batch_tokens",
     "max_length", "max_prompt_length", "max_new_tokens", "rollout_batch_size", "prompt_len", "temperature", "save_interval",
     "eval_interval", "eval_iters", "log_interval", "lr", "kd_temperature", "batch_size", "exposure_bias_samples",
     "num_rollouts", "ppo_epochs", "replay_capacity", "reward_scaling", "cliprange", "cliprange_reward",

@@ -13,7 +13,8 @@ from megakd.runtime.initialize import check_world_size
 
 MAY_CHANGE = {  # between a run and its resumption: the layout, and what is only written down
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel", "use_distributed_optimizer", "micro_batch_size",
-    "rollout_batch_size", "recompute", "save", "save_interval", "eval_interval", "eval_iters", "log_interval", "save_rollouts",
+    "micro_batch_tokens", "rollout_batch_size", "recompute",
+    "save", "save_interval", "eval_interval", "eval_iters", "log_interval", "save_rollouts",
 }  # fmt: skip
 
 

@@ -87,3 +87,10 @@ def test_no_cut_into_micro_batches_is_cheaper():
 
     lengths = [400, 390, 210, 200, 190, 80, 70, 10]
     assert cost(cut_by_length(lengths, 3)) == min(map(cost, cuts(0)))
+
+
+def test_a_token_budget_limits_positions_and_a_longer_row_stands_alone():
+    lengths = [400, 100, 100, 90, 30, 30]
+    groups = cut_by_length(lengths, 6, most_tokens=200)
+    assert lengths[groups[0]] == [400] and sum(len(lengths[group]) for group in groups) == 6
+    assert all((group.stop - group.start) * lengths[group.start] <= 200 for group in groups[1:])

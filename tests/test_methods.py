@@ -198,6 +198,25 @@ def test_a_response_of_the_teacher_is_written_once_for_all_replicas():
     assert first == second and len(first) == 8
 
 
+def losses_by_budget(layout):
+    """The same losses however the rows are cut into micro-batches."""
+    logged = []
+    for tokens in (None, 24, 1):
+        config = run_config("kd", 8, {})
+        config = replace(config, training=replace(config.training, micro_batch_tokens=tokens))
+        method = METHODS["kd"](cast(layout, config, PAIRS["gpt2"]), config, total_iters=TOTAL_ITERS)
+        logged.append((len(method.batches(samples())), method.train(samples(), 1)))
+    return logged
+
+
+def test_a_token_budget_changes_no_loss():
+    (logged,) = run_distributed(losses_by_budget, 1)
+    assert [count for count, _ in logged] == sorted({count for count, _ in logged}) and logged[-1][0] == 8
+    for _, metrics in logged[1:]:
+        for name in ("loss/total", "loss/lm", "loss/forward_kl", "grad_norm"):
+            assert metrics[name] == pytest.approx(logged[0][1][name], rel=1e-6, abs=1e-6), name
+
+
 def check_distillm(layout):
     """The three sources of a batch, and the buffer that a checkpoint brings back; a function of (seed, iteration) at any layout."""
     config = run_config("distillm", 2, {})

@@ -97,25 +97,32 @@ def collate(samples: Sequence[Sample], *, seq_length: int | None = None, multipl
     )
 
 
-def micro_batches(samples: Sequence[Sample], micro_batch_size: int, *, multiple_of: int = 1) -> list[Batch]:
+def micro_batches(
+    samples: Sequence[Sample], micro_batch_size: int, *, most_tokens: int | None = None, multiple_of: int = 1
+) -> list[Batch]:
     """Batches of at most `micro_batch_size` rows of like length, each as wide as its own longest row.
+
+    `most_tokens` limits the positions of a batch as well, padding included; a row that is longer stands alone.
 
     Longest first, so that memory that does not suffice shows in the first micro-batch. The order depends on `samples` alone.
     """
     ordered = sorted(samples, key=lambda sample: -sample.num_positions)
-    parts = cut_by_length([sample.num_positions for sample in ordered], micro_batch_size)
+    parts = cut_by_length([sample.num_positions for sample in ordered], micro_batch_size, most_tokens)
     return [collate(ordered[part], multiple_of=multiple_of) for part in parts]
 
 
-def cut_by_length(lengths: Sequence[int], most: int) -> list[slice]:
-    """Groups of at most `most` neighbours with the fewest computed positions; `lengths` fall, a group is as wide as its first.
+def cut_by_length(lengths: Sequence[int], most: int, most_tokens: int | None = None) -> list[slice]:
+    """Groups of at most `most` neighbours and `most_tokens` positions, with the fewest computed positions.
+
+    `lengths` fall, and a group is as wide as its first.
 
     A group costs as much as `MICRO_BATCH_COST` positions, so that few are made and rows of unlike length still part.
     """
     cost, start = [0.0], [0]  # of the best cut of the first n rows: its cost, and where its last group starts
     for stop in range(1, len(lengths) + 1):
-        choices = [(cost[lo] + (stop - lo) * lengths[lo] + MICRO_BATCH_COST, lo) for lo in range(max(0, stop - most), stop)]
-        best, first = min(choices)
+        sizes = {lo: (stop - lo) * lengths[lo] for lo in range(max(0, stop - most), stop)}
+        fits = {lo: size for lo, size in sizes.items() if most_tokens is None or size <= most_tokens or lo == stop - 1}
+        best, first = min((cost[lo] + size + MICRO_BATCH_COST, lo) for lo, size in fits.items())
         cost.append(best)
         start.append(first)
     groups, stop = [], len(lengths)

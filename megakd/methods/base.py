@@ -65,7 +65,8 @@ class Method:
         return {}
 
     def batches(self, samples: Sequence[Sample]) -> list[Batch]:
-        return micro_batches(samples, self.config.training.micro_batch_size)
+        training = self.config.training
+        return micro_batches(samples, training.micro_batch_size, most_tokens=training.micro_batch_tokens)
 
     def through_student(self, hidden_NH: torch.Tensor) -> Hidden:
         return hidden_NH, self.student.output_weight()
