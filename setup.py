@@ -19,7 +19,7 @@ setup(
     packages=[*find_packages(include=["megakd", "megakd.*"]), "megakd_kernels"],
     package_dir={"megakd_kernels": "kernels/megakd_kernels"},
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.8",  # addmm with out_dtype, which the fused heads take on a GPU
         "megatron-core>=0.16.1,<0.17",  # 0.17 needs Python 3.12
         "transformers>=5",
         "safetensors",

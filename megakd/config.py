@@ -11,6 +11,7 @@ import dataclasses
 import io
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,10 +27,12 @@ METHOD_HELP = (
     "distillm: kd with the student's own text as it begins to help; minillm: policy gradient on the student's responses; "
     "promptkd: KL to a prompted teacher on the student's responses"
 )
+TEMPLATE_HELP = "how an instruction becomes a prompt: alpaca (MiniLLM's), plain, or the path of a .jinja file"
 Quirk = Literal[
     "all", "mean-of-means", "zero-lr-start", "lost-last-step", "decay-norms", "teacher-dropout", "special-tokens-in-prompt", "forced-eos",
     "whiten-padding", "seqkd-with-kd",
 ]  # fmt: skip
+GRACE_SECONDS = 3.0  # the launcher ends all ranks a moment after the first has ended
 TEACHER_METHODS = ("kd", "seqkd", "distillm", "minillm", "promptkd")
 
 
@@ -55,10 +58,11 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """jsonl with prompt/response, instruction/input/output or text."""
+    """jsonl, txt, a dataset folder, parquet, or .bin with .idx: prompts with responses, instructions, chats, text."""
 
-    train_data: Annotated[str, alias("--train-data-path", "--data-path")] = flag("", "jsonl or txt file to learn from")
-    valid_data: Annotated[str, alias("--valid-data-path")] = flag("", "held-out jsonl or txt file; none: no evaluation")
+    train_data: Annotated[str, alias("--train-data-path", "--data-path")] = flag("", "what to learn from, see docs/data.md")
+    valid_data: Annotated[str, alias("--valid-data-path")] = flag("", "held-out data, in any form; none: no evaluation")
+    prompt_template: str = flag("alpaca", TEMPLATE_HELP)
     max_length: Annotated[int, alias("--seq-length")] = flag(512, "tokens of prompt and response together; longer responses are cut")
     max_prompt_length: int = flag(256, "tokens of a prompt; rows with a longer one are left out")
 
@@ -147,7 +151,7 @@ class MiniLLMConfig:
     length_norm: bool = flag(True, "divide a return by the tokens that are left")
     single_step_reg: bool = flag(True, "add the exact KL(q‖p) of every step")
     lm_coef: float = flag(1.0, "weight of the loss on text; 0: none")
-    lm_data: str = flag("", "text for it, jsonl or txt; default: --train-data")
+    lm_data: str = flag("", "text for it, in any form; default: --train-data")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +262,13 @@ class Config(BaseConfig):
         if self.method == "minillm" and self.output.save_interval and self.output.save_interval % max(1, phase):
             every = self.output.save_interval
             yield f"--save-interval {every} is no multiple of MiniLLM's phase of {phase} iterations, which is not saved; make it one"
+        distillation = self.distillation
+        share = {"jsd": "beta", "skew_forward_kl": "skew_alpha", "skew_reverse_kl": "skew_alpha"}.get(distillation.kd_objective)
+        if share and getattr(distillation, share) in (0, 1):
+            value, objective = getattr(distillation, share), distillation.kd_objective
+            yield f"{flag_name(share)} {value} leaves {objective} no mixture; use a number between 0 and 1"
+        if self.method == "minillm" and self.minillm.teacher_mixed_alpha == 1:
+            yield "--teacher-mixed-alpha 1 leaves the student no say in its responses; use a number below 1"
         if training.min_lr > training.lr:
             yield f"--min-lr {training.min_lr} is above --lr {training.lr}; lower it"
 
@@ -266,6 +277,7 @@ class Config(BaseConfig):
 class ResponseConfig(SamplingConfig):
     """How prompts are answered."""
 
+    prompt_template: str = flag("alpaca", TEMPLATE_HELP)
     max_prompt_length: int = flag(256, "tokens of a prompt; rows with a longer one are left out")
     max_new_tokens: int = flag(256, "longest response")
     greedy: bool = flag(False, "the likeliest token each time, nothing random")
@@ -525,7 +537,13 @@ def flatten(nested: dict[str, Any]) -> dict[str, Any]:
 
 
 def fail(message: str) -> None:
-    """One line on rank 0, and exit code 2 on every rank."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
+    """One line, and exit code 2 on every rank.
+
+    A mistake that all ranks find is told by rank 0 alone: its end ends the others within the grace that they give it. One that rank
+    0 does not share (a file that only another machine lacks) is told by whoever has it.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(GRACE_SECONDS)
+    print(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -18,18 +18,20 @@ from megakd.config import TrainingConfig
 
 
 def learning_rate(iteration: int, *, lr: float, total_iters: int, config: TrainingConfig) -> float:
-    """Linear warm-up to `lr`, then constant, linear or cosine decay to `min_lr` at the last iteration. Iterations count from 1.
+    """Linear warm-up to `lr`, then constant, linear or cosine decay that would meet `min_lr` one iteration after the last: every
+    iteration moves. Never upwards. Iterations count from 1.
 
     The first iteration already moves, by lr · 1/warm-up; with the reference's `zero-lr-start` its learning rate is 0.
     """
     iteration -= config.quirk("zero-lr-start")
-    if iteration <= config.lr_warmup_iters:
+    if iteration < config.lr_warmup_iters:
         return lr * iteration / config.lr_warmup_iters
     if config.lr_decay_style == "constant":
         return lr
-    progress = (iteration - config.lr_warmup_iters) / max(1, total_iters - config.lr_warmup_iters)
+    progress = max(0, iteration - config.lr_warmup_iters - 1) / max(1, total_iters - config.lr_warmup_iters)
     left = 1 - progress if config.lr_decay_style == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return config.min_lr + (lr - config.min_lr) * left
+    lowest = min(config.min_lr, lr)  # --teacher-lr may lie below it
+    return lowest + (lr - lowest) * left
 
 
 class StudentOptimizer:

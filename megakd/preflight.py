@@ -17,6 +17,9 @@ MAY_CHANGE = {  # between a run and its resumption: the layout, and what is only
 }  # fmt: skip
 
 
+WATCHED = {"eval_interval", "eval_iters"}  # DistiLLM learns from its evaluations
+
+
 def check(config: Config, student: ModelFolder, teacher: ModelFolder | None) -> None:
     """Models, layout, tokenizers, lengths and batch sizes.
 
@@ -98,8 +101,9 @@ def check_same_run(config: Config) -> None:
     if not saved.is_file():
         return
     before, now = from_yaml(saved).flat(), config.flat()
+    fixed = WATCHED if config.method == "distillm" else set()
     for name, value in now.items():
-        if name not in MAY_CHANGE and before[name] != value:
+        if name not in MAY_CHANGE - fixed and before[name] != value:
             raise ValueError(
                 f"{flag_name(name)} {value} differs from the {before[name]} of the run in --save {config.output.save}; "
                 "give the same command to continue it, or another --save to start anew"

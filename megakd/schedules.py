@@ -25,12 +25,17 @@ LossFunction = Callable[[Tensor, Batch, int], dict[str, Tensor]]
 """(hidden_NH, micro-batch, its number) -> values per token [N] by name; the first is what is minimised."""
 
 
-def forward_only(model: torch.nn.Module, batches: Sequence[Batch], soft_prompt: Tensor | None = None) -> list[Tensor]:
-    """Hidden states [s, b, H] of every micro-batch on the last stage, an empty list on the others. No dropout, no gradient."""
+def forward_only(
+    model: torch.nn.Module, batches: Sequence[Batch], soft_prompt: Tensor | None = None, *, keep: Callable = lambda hidden, batch: hidden
+) -> list[Tensor]:
+    """What `keep` leaves of the hidden states [s, b, H] of every micro-batch on the last stage, an empty list on the others.
+
+    No dropout, no gradient.
+    """
 
     def step(iterator, model):
         batch = next(iterator)
-        return model(batch.tokens, batch.position_ids, soft_prompt), lambda hidden, non_loss_data: hidden
+        return model(batch.tokens, batch.position_ids, soft_prompt), lambda hidden, non_loss_data: keep(hidden, batch)
 
     with torch.no_grad(), evaluation_mode(model):
         return run_schedule(model, batches, step, forward_only=True, collect_non_loss_data=True)
@@ -38,7 +43,7 @@ def forward_only(model: torch.nn.Module, batches: Sequence[Batch], soft_prompt: 
 
 def supervised_hidden(model: torch.nn.Module, batches: Sequence[Batch], soft_prompt: Tensor | None = None) -> list[Tensor]:
     """What a loss needs of a model that does not learn: [N, H] of every micro-batch on the last stage."""
-    return [supervised(hidden, batch) for hidden, batch in zip(forward_only(model, batches, soft_prompt), batches)]
+    return forward_only(model, batches, soft_prompt, keep=supervised)
 
 
 def forward_backward(

@@ -21,8 +21,7 @@ from megakd.checkpointing.training import load_checkpoint, save_checkpoint
 from megakd.config import Config
 from megakd.data.batch import Sample
 from megakd.data.dataloader import DataLoader, deal
-from megakd.data.prompt_dataset import PromptDataset
-from megakd.data.sft_dataset import SFTDataset
+from megakd.data.open_data import open_prompts, open_responses
 from megakd.data.tokenizer import eos_id, load_tokenizer
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
@@ -117,11 +116,10 @@ class Trainer:
 
     def _open_data(self) -> None:
         data, training = self.config.data, self.config.training
-        lengths = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length}
-        if METHODS[self.config.method].on_policy:
-            dataset = PromptDataset(data.train_data, self.tokenizer, max_prompt_length=data.max_prompt_length)
-        else:
-            dataset = SFTDataset(data.train_data, self.tokenizer, **lengths)
+        method = METHODS[self.config.method]
+        dataset = (open_prompts if method.on_policy else open_responses)(data.train_data, self.tokenizer, data)
+        if not method.on_policy and method.answers_prompts(self.config):
+            check_prompts(dataset)
         self.loader = DataLoader(
             dataset,
             global_batch_size=training.global_batch_size,
@@ -129,7 +127,7 @@ class Trainer:
             dp_rank=self.layout.dp_rank,
             dp_size=self.layout.dp_size,
         )
-        self.valid = SFTDataset(data.valid_data, self.tokenizer, **lengths) if data.valid_data else None
+        self.valid = open_responses(data.valid_data, self.tokenizer, data) if data.valid_data else None
 
     def _build_method(self) -> Method:
         sizes = [folder.config.vocab_size for folder in (self.folders.student, self.folders.teacher) if folder]
@@ -190,6 +188,7 @@ class Trainer:
 
     def _iterate(self) -> None:
         seed_everything(self.config.training.seed + self.iteration, self.layout)  # nothing random has to be saved
+        self.method.rollouts = ()  # an iteration that writes none has none to show
         start = time.perf_counter()
         metrics = self.method.train_iteration(self.loader, self.iteration)
         seconds = time.perf_counter() - start
@@ -260,6 +259,19 @@ class Trainer:
             plot_training(self.folder)
         self.logger.close()
         dist.barrier()
+
+
+def check_prompts(dataset: Sequence[Sample]) -> None:
+    """A student that answers the data's prompts, be it now and then, needs one in every row.
+
+    Raises:
+        ValueError: a row of plain text.
+    """
+    plain = next((i for i, sample in enumerate(dataset) if not sample.prompt), None)
+    if plain is not None:
+        raise ValueError(
+            f"{dataset.where(plain)} has no prompt that the student could answer; give data with prompts, or leave out --on-policy-ratio"
+        )
 
 
 def total_iterations(config: Config, loader: DataLoader, dp_size: int) -> int:

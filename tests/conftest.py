@@ -20,3 +20,8 @@ def data_folder() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set MEGAKD_TEST_DATA")
     return folder
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """The README's commands take longest: with two workers they go first."""
+    items.sort(key=lambda item: "test_readme" not in item.nodeid)

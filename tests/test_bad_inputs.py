@@ -17,10 +17,12 @@ from distributed import run_distributed
 from safetensors.torch import load_file, save_file
 from tiny import tiny_folder
 
-from megakd import trainer
+from megakd import config, trainer
 from megakd.config import parse
 from megakd.data.tasks import make_rows
 from megakd.data.train_tokenizer import train_tokenizer
+from megakd.models.hf_checkpoint import load_hf_config
+from megakd.runtime.initialize import process_group_closed_at_exit
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,8 @@ def break_models(root: Path) -> None:
 
     (copy("no-config") / "config.json").unlink()
     change_json(copy("other-family") / "config.json", model_type="bert")
+    change_json(copy("remote-code") / "config.json", model_type="other", auto_map={"AutoConfig": "code.Config"})
+    (root / "remote-code" / "code.py").write_text("raise SystemExit('code of the folder ran')\n")
     change_json(copy("not-json") / "config.json", text="{")
     weights = copy("truncated") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -69,6 +73,7 @@ def break_data(root: Path) -> None:
     write_jsonl(root / "wrong-type.jsonl", [{"prompt": "a", "response": 7}])
     write_jsonl(root / "no-response.jsonl", [{"prompt": "a"}])
     write_jsonl(root / "long-prompts.jsonl", [{"prompt": "Copy: a b c d\nAnswer:" * 20, "response": " b"}])
+    write_jsonl(root / "text.jsonl", [{"text": "a text of a few words"}] * 8)
     (root / "unknown-key.yaml").write_text("lr: 1e-3\nlearning_speed: 3\n")
     (root / "not.yaml").write_text("lr: [1\n")
 
@@ -127,6 +132,10 @@ CASES = {  # what is wrong: flags over the good ones (None takes one away), what
     "a field of the wrong type": ({"train-data": "{root}/wrong-type.jsonl"}, r"wrong-type.jsonl.*(response|7)"),
     "no responses to learn": ({"train-data": "{root}/no-response.jsonl"}, r"no-response.jsonl.* has no response; training needs"),
     "prompts that are all too long": ({"train-data": "{root}/long-prompts.jsonl"}, r"--max-prompt-length"),
+    "text without prompts to answer": ({"train-data": "{root}/text.jsonl", "on-policy-ratio": "0.5"}, r"text.jsonl line 1 has no prompt .*give data with prompts, or"),
+    "a mixture of one": ({"kd-objective": "jsd", "beta": "0"}, r"--beta 0.0 leaves jsd no mixture; use a number between 0 and 1"),
+    "a student without a say": ({"method": "minillm", "teacher-mixed-alpha": "1", "num-rollouts": "4"}, r"--teacher-mixed-alpha 1 leaves the student no say .*below 1"),
+    "a config that names code": ({"model": "{root}/remote-code"}, r"--model .*remote-code: config.json cannot be read .*; give"),
     "the folder of another run": ({"save": "{root}/other-run"}, r"--lr 5e-05 differs from the 0.1 of the run in --save .*another --save"),
 }  # fmt: skip
 
@@ -180,3 +189,28 @@ def test_a_loss_that_is_no_number_names_itself():
     with pytest.raises(ValueError, match=r"iteration 3: loss/lm is nan; lower --lr"):
         trainer.check_finite({"loss/lm": float("nan")}, 3)
     trainer.check_finite({"loss/lm": torch.tensor(1.0).item()}, 3)
+
+
+def test_a_mistake_that_rank_zero_does_not_share_is_told_by_whoever_has_it(monkeypatch, capsys):
+    monkeypatch.setattr(config, "GRACE_SECONDS", 0.0)
+    for rank, said in {"0": "error: no such file", "3": "error on rank 3: no such file"}.items():
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as exit:
+            config.fail("no such file")
+        assert exit.value.code == 2 and capsys.readouterr().err == f"{said}\n"
+
+
+def test_code_that_a_config_names_is_never_asked_about(inputs, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    with pytest.raises(ValueError, match=r"config.json cannot be read"):
+        load_hf_config(inputs / "remote-code", flag="--model")
+
+
+def leave_by_an_error(layout):
+    with pytest.raises(KeyError), process_group_closed_at_exit():
+        raise KeyError
+    return torch.distributed.is_initialized()
+
+
+def test_no_rank_waits_for_the_others_with_an_error_to_tell():
+    assert run_distributed(leave_by_an_error, 1) == [True]

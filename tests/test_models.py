@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from distributed import run_distributed
 from tiny import tiny_config, tiny_folder, tiny_model
 
+from megakd.models import attention
 from megakd.models.hf_checkpoint import HFCheckpoint
 from megakd.models.model_provider import build_model, check_layout, family_of, load_weights, padded_vocab_size, uneven_split
 from megakd.schedules import forward_only
@@ -90,6 +92,20 @@ def test_llama3_rope_scaling_equals_transformers(tmp_path):
     folder = tiny_folder(tmp_path / "m", "llama", rope_parameters=scaling)
     (worst,) = run_distributed(logits_of_every_variant, 1, {"llama3": folder}, False)
     assert worst["llama3"] <= 2e-6
+
+
+def test_flash_attn_is_called_in_its_own_shapes_and_gives_what_sdpa_gives(monkeypatch):
+    """Its kernels need a GPU; its signature does not: [b, s, n, d], fewer key/value heads allowed, causal."""
+
+    def flash_attn_func(q, k, v, dropout_p, softmax_scale, causal):
+        repeat = q.shape[2] // k.shape[2]
+        q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)))
+        return F.scaled_dot_product_attention(q, k, v, None, dropout_p, causal, scale=softmax_scale).transpose(1, 2)
+
+    monkeypatch.setattr(attention, "flash_attn_func", flash_attn_func)
+    query, key, value = torch.randn(7, 2, 4, 8), torch.randn(7, 2, 2, 8), torch.randn(7, 2, 2, 8)
+    ours, theirs = (attend(query, key, value, 0.0, None) for attend in (attention.flash_attention, attention.sdpa_attention))
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_a_layout_that_does_not_divide_the_model_is_refused_with_the_sizes_that_do():

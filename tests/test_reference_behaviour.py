@@ -35,10 +35,16 @@ def test_warm_up_begins_above_zero_and_the_reference_at_zero():
     assert [learning_rate(i, config=theirs, **settings) for i in (1, 4, 5)] == [0.0, 0.75, 1.0]
 
 
-@pytest.mark.parametrize("style, values", [("linear", [1.0, 0.55, 0.1]), ("cosine", [1.0, 0.55, 0.1])])
-def test_decay_ends_at_the_lowest_rate_in_the_last_iteration(style, values):
+@pytest.mark.parametrize("style", ["constant", "linear", "cosine"])
+def test_without_warm_up_the_reference_begins_at_the_highest_rate(style):
+    config = TrainingConfig(lr_decay_style=style, reference_behaviour=("all",))
+    assert learning_rate(1, lr=1.0, total_iters=10, config=config) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("style, values", [("linear", [1.0, 0.55, 0.2125]), ("cosine", [1.0, 0.55, 0.134254])])
+def test_decay_begins_at_the_top_and_every_iteration_moves(style, values):
     config = TrainingConfig(min_lr=0.1, lr_decay_style=style, lr_warmup_iters=2)
-    assert [learning_rate(i, lr=1.0, total_iters=10, config=config) for i in (2, 6, 10)] == pytest.approx(values)
+    assert [learning_rate(i, lr=1.0, total_iters=10, config=config) for i in (3, 7, 10)] == pytest.approx(values, abs=1e-6)
 
 
 def test_the_last_step_is_lost_only_where_gradients_accumulate():

@@ -26,8 +26,8 @@ def inputs(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("run")
     rows = make_rows(48, seed=0)
     tokenizer = train_tokenizer([row["prompt"] + row["response"] for row in rows])
-    for name, overrides in {"student": {"resid_pdrop": 0.1, "embd_pdrop": 0.1}, "teacher": {}}.items():
-        tiny_folder(root / name, "gpt2", layers=2, vocab_size=len(tokenizer), seed=len(name), **overrides)
+    for seed, (name, overrides) in enumerate({"student": {"resid_pdrop": 0.1, "embd_pdrop": 0.1}, "teacher": {}}.items()):
+        tiny_folder(root / name, "gpt2", layers=2, vocab_size=len(tokenizer), seed=seed, **overrides)
         tokenizer.save_pretrained(root / name)
     for name, part in {"train": rows[:32], "valid": rows[32:]}.items():
         lines = [json.dumps({"prompt": row["prompt"], "response": row["response"]}) for row in part]
@@ -133,6 +133,16 @@ def test_rollouts_recompute_a_step(inputs):
     logged = read_jsonl(inputs / "kept" / "metrics.jsonl")[1]
     assert len(rows) == 8 and sum(sum(row["loss_mask"]) for row in rows) == logged["tokens"]
     assert all(len(row["loss_mask"]) == len(row["prompt"]) + len(row["response"]) - 1 for row in rows)
+
+
+@pytest.mark.parametrize(
+    "method, flags, written_in",
+    [("minillm", {"num-rollouts": 8, "ppo-epochs": 2}, [1, 3]), ("kd", {"on-policy-ratio": 0.5, "seed": 1}, [1, 2, 3])],
+)
+def test_a_rollout_is_written_down_in_its_own_iteration_alone(inputs, method, flags, written_in):
+    run_distributed(run, 1, command(inputs, f"{method}-rollouts", method, **flags, **{"save-rollouts": True}))
+    rows = read_jsonl(inputs / f"{method}-rollouts" / "rollouts.jsonl")
+    assert [row["iteration"] for row in rows] == [iteration for iteration in written_in for _ in range(8)]
 
 
 def test_minillm_saves_between_phases_only(inputs):

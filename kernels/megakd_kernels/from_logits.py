@@ -70,8 +70,8 @@ class LossFromLogits(torch.autograd.Function):
 
 
 def weights_for(weights_N: Tensor | None, x: Tensor) -> Tensor | None:
-    """The weights in the dtype that x's sums are made in."""
-    return None if weights_N is None else weights_N.detach().to(accumulation_dtype(x))
+    """The weights in the dtype that x's sums are made in, side by side: the kernels step from one to the next."""
+    return None if weights_N is None else weights_N.detach().to(accumulation_dtype(x)).contiguous()
 
 
 def weighted(outputs: tuple[Tensor, ...], weights_N: Tensor | None) -> tuple[Tensor, ...]:

@@ -109,7 +109,11 @@ def published_by_rank_zero(target: Path) -> Iterator[Path]:
 
 def sharded_state(model: HiddenStateGPTModel, optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
     """What megatron-core saves and loads, with the shard of each tensor that this rank holds."""
-    metadata = {"dp_cp_group": model.layout.groups.dp_cp, "distrib_optim_sharding_type": OPTIMIZER_SHARDING}
+    metadata = {
+        "dp_cp_group": model.layout.groups.dp_cp,
+        "distrib_optim_sharding_type": OPTIMIZER_SHARDING,
+        "distrib_optim_fully_reshardable_mem_efficient": True,  # gathers Adam's state on the host, not on one GPU
+    }
     weights = model.sharded_state_dict(metadata=metadata)
     if HEAD in weights:
         weights[HEAD].allow_shape_mismatch = True  # padded for another TP size; megatron allows it for embeddings only

@@ -20,13 +20,15 @@ class PromptDataset(TextDataset):
     Raises ValueError where the file cannot be used or no row is left.
     """
 
-    def __init__(self, path: str | Path, tokenizer: PreTrainedTokenizerBase, *, max_prompt_length: int = 256) -> None:
+    def __init__(
+        self, path: str | Path, tokenizer: PreTrainedTokenizerBase, *, max_prompt_length: int = 256, template: str = "alpaca"
+    ) -> None:
         super().__init__()
-        rows = read_rows(path)
+        rows = read_rows(path, tokenizer, template=template)
         check_prompts(rows)
         whole = encode(tokenizer, [row.prompt or row.references[0] for row in rows])
         asked = [(row, ids) if row.prompt else opening(row, ids, tokenizer, max_prompt_length) for row, ids in zip(rows, whole)]
-        report_dropped(path, [ids for _, ids in asked], max_prompt_length)
+        report_dropped(path, [len(ids) for _, ids in asked], max_prompt_length)
         for row, ids in asked:
             if 0 < len(ids) <= max_prompt_length:
                 self._add(row, ids, [])

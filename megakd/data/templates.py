@@ -1,4 +1,12 @@
-"""The instruction templates, by name. `alpaca` is the one MiniLLM and PromptKD use for GPT-2, OPT and Llama, to the byte."""
+"""The instruction templates, by name or from a Jinja file.
+
+`alpaca` is the one MiniLLM and PromptKD use for GPT-2, OPT and Llama, to the byte. `plain` is a line with the instruction and one
+with the input if there is one. A .jinja file has the fields instruction and input; input may be empty.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -9,10 +17,41 @@ ALPACA_WITH_INPUT = (
     "Write a response that appropriately completes the request."
     "\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-TEMPLATES = {"alpaca": (ALPACA, ALPACA_WITH_INPUT)}  # name: (without input, with input)
+TEMPLATES = {  # name: (without input, with input)
+    "alpaca": (ALPACA, ALPACA_WITH_INPUT),
+    "plain": ("{instruction}\n", "{instruction}\n{input}\n"),
+}
+
+
+def open_template(name: str) -> Callable[[str, str], str]:
+    """From instruction and input to the text a model is asked to continue.
+
+    Raises ValueError where there is no such template, or the file is none.
+    """
+    if name in TEMPLATES:
+        return partial(render_prompt, template=name)
+    if not (name.endswith(".jinja") and Path(name).is_file()):
+        raise ValueError(f"--prompt-template {name}: no such template; give {', '.join(TEMPLATES)} or the path of a .jinja file")
+    return jinja_template(Path(name))
 
 
 def render_prompt(instruction: str, input: str = "", *, template: str = "alpaca") -> str:
-    """The text a model is asked to continue; `input` may be empty."""
+    """By one of the named templates; `input` may be empty."""
     without_input, with_input = TEMPLATES[template]
     return with_input.format(instruction=instruction, input=input) if input else without_input.format(instruction=instruction)
+
+
+def jinja_template(path: Path) -> Callable[[str, str], str]:
+    """By a file's template, which sees two fields and nothing else."""
+    from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    try:
+        template = environment.from_string(path.read_text(encoding="utf-8"))
+        template.render(instruction="an instruction", input="")
+    except TemplateSyntaxError as error:
+        raise ValueError(f"--prompt-template {path} line {error.lineno}: {error.message}; correct it") from error
+    except TemplateError as error:
+        raise ValueError(f"--prompt-template {path}: {error.message}; its fields are instruction and input") from error
+    return lambda instruction, input: template.render(instruction=instruction, input=input)

@@ -59,9 +59,8 @@ def encode_responses(rows: list[Row], prompts: list[list[int]], tokenizer: PreTr
     return responses
 
 
-def report_dropped(path: str | Path, prompts: list[list[int]], max_prompt_length: int) -> None:
+def report_dropped(path: str | Path, lengths: list[int], max_prompt_length: int) -> None:
     """Logs one line with the number of prompts that are too long. Raises ValueError where that is all of them."""
-    lengths = [len(prompt) for prompt in prompts]
     dropped = sum(length > max_prompt_length for length in lengths)
     if dropped == len(lengths):
         raise ValueError(

@@ -20,7 +20,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(f"{folder} holds none of {', '.join(TOKENIZER_FILES)}; copy the model's tokenizer files into it")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(

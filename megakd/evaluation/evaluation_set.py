@@ -37,8 +37,9 @@ class EvaluationSet(PromptDataset):
         max_prompt_length: int,
         max_response_length: int,
         add_bos: bool = False,
+        template: str = "alpaca",
     ) -> None:
-        super().__init__(path, tokenizer, max_prompt_length=max_prompt_length)
+        super().__init__(path, tokenizer, max_prompt_length=max_prompt_length, template=template)
         self.name, self.path = name, str(path)
         check_responses(self._rows)
         beginning = tokenizer("")["input_ids"] if add_bos else []
@@ -102,4 +103,5 @@ def open_sets(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> lis
     lengths = {"max_prompt_length": config.responses.max_prompt_length, "max_response_length": config.responses.max_new_tokens}
     kinds = [(EvaluationSet, named) for named in named_paths(config.data)]
     kinds += [(GSM8KSet, NamedPath("gsm8k", config.gsm8k))] if config.gsm8k else []
-    return [kind(named.name, named.path, tokenizer, add_bos=config.add_bos, **lengths) for kind, named in kinds]
+    options = {"add_bos": config.add_bos, "template": config.responses.prompt_template, **lengths}
+    return [kind(named.name, named.path, tokenizer, **options) for kind, named in kinds]

@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from megakd.config import GenerateConfig, flag_name, from_yaml
+from megakd.config import GenerateConfig, ResponseConfig, flag_name, from_yaml
 from megakd.data.prompt_dataset import PromptDataset
-from megakd.data.rows import json_objects
+from megakd.data.records import records
 from megakd.data.tokenizer import eos_id, load_tokenizer
 from megakd.evaluation.answers import Writer, response_text, sampling_of
 from megakd.evaluation.models import load_models, open_folders, start
@@ -35,7 +35,7 @@ def write_responses(config: GenerateConfig) -> None:
     config.check()
     folders = open_folders(config)
     tokenizer = load_tokenizer(folders[0].hf_folder)
-    prompts = Prompts(config.data, tokenizer, max_prompt_length=config.responses.max_prompt_length)
+    prompts = Prompts(config.data, tokenizer, config.responses)
     file = ResponseFile(config)
     (model,) = load_models(folders, start(config), config.dtype)
     writer = Writer(model, eos_id(tokenizer), config.responses.batch_size)
@@ -53,12 +53,12 @@ def write_responses(config: GenerateConfig) -> None:
 class Prompts(PromptDataset):
     """The prompts of a jsonl file, with the fields of their rows."""
 
-    def __init__(self, path: str, tokenizer, *, max_prompt_length: int) -> None:
-        super().__init__(path, tokenizer, max_prompt_length=max_prompt_length)
+    def __init__(self, path: str, tokenizer, settings: ResponseConfig) -> None:
+        super().__init__(path, tokenizer, max_prompt_length=settings.max_prompt_length, template=settings.prompt_template)
         self.tokenizer = tokenizer
-        self._fields = dict(json_objects(Path(path)))
+        self._fields = dict(records(Path(path)))
         for i in range(len(self)):
-            if not {"prompt", "instruction", "question"} & self._fields[self.where(i)].keys():
+            if not {"prompt", "instruction", "question", "messages"} & self._fields[self.where(i)].keys():
                 raise ValueError(f"{self.where(i)} is plain text; --data needs rows with prompt, or with instruction and input")
 
     def row(self, index: int, response: Sequence[int], *, token_ids: bool) -> dict[str, Any]:

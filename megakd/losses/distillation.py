@@ -69,7 +69,8 @@ def kd_loss(
     student: Hidden, teacher: Hidden, labels_N: Tensor, vocabulary: VocabularySplit, *, kd_ratio: float, divergence: Divergence
 ) -> dict[str, Tensor]:
     """(1 − r)·(−log q(label)) + r·D(p, q): with KL(p‖q) that of Hinton et al. 2015 as MiniLLM's `finetune.py` weighs it."""
-    lm = sft_loss(student, labels_N, vocabulary)["loss/lm"]
+    with torch.set_grad_enabled(kd_ratio < 1 and torch.is_grad_enabled()):  # at 1 it is for the log alone
+        lm = sft_loss(student, labels_N, vocabulary)["loss/lm"]
     distance = divergence(student, teacher, vocabulary)
     return {"loss/total": (1 - kd_ratio) * lm + kd_ratio * distance, "loss/lm": lm, f"loss/{divergence.objective}": distance}
 

@@ -44,6 +44,11 @@ class Method:
             share_vocabulary(list(filter(None, (cast.student, cast.teacher)))), self.layout.tp_group
         )
 
+    @classmethod
+    def answers_prompts(cls, config: Config) -> bool:
+        """Whether the prompts of the data are answered anew, be it now and then: every row must then have one."""
+        return cls.on_policy
+
     def train_iteration(self, loader: DataLoader, iteration: int) -> dict[str, float]:
         """One iteration, counted from 1; returns what to log, the same on every rank."""
         return self.train(loader.samples(iteration - 1), iteration)

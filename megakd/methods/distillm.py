@@ -29,6 +29,10 @@ class DistiLLM(KD):
         self.buffer = ReplayBuffer(config.distillation.replay_capacity, config.data.max_length)
         self.threshold, self.last_loss = torch.tensor(0.0), torch.tensor(torch.inf)
 
+    @classmethod
+    def answers_prompts(cls, config):
+        return True
+
     def train(self, samples, iteration):
         rng = random.Random(f"{self.config.training.seed}/{iteration}")
         u, threshold = rng.random(), self.threshold.item()

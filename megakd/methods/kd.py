@@ -18,6 +18,10 @@ DEFAULT_RATIO = 0.5  # of --kd-ratio, as in the papers' code
 class KD(Method):
     """The teacher reads first and leaves its hidden states on the last stage; the student learns from them."""
 
+    @classmethod
+    def answers_prompts(cls, config):
+        return cls.on_policy or config.distillation.on_policy_ratio > 0
+
     def train(self, samples, iteration):
         settings = self.config.distillation
         on_policy = random.Random(f"{self.config.training.seed}/{iteration}").random() < settings.on_policy_ratio

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from megakd.data.dataloader import DataLoader
-from megakd.data.sft_dataset import SFTDataset
+from megakd.data.open_data import open_responses
 from megakd.generation.rows import Voice
 from megakd.losses.distillation import Divergence, function_of_log_q, kd_loss, reverse_kl_loss, sft_loss
 from megakd.losses.policy_gradient import advantages, clipped_policy_loss, importance_weights, token_rewards, whiten
@@ -62,12 +62,11 @@ class MiniLLM(Method):
             voices = [Voice(self.teacher, settings.teacher_mixed_alpha)] if settings.teacher_mixed_alpha else []
             self.rollouts = rollout(self.student, samples, self.config, self.tokenizer, iteration, mix_with=voices)
         self.numbered = [replace(sample, sample_id=number) for number, sample in enumerate(self.rollouts)]
-        batches = self.batches(self.numbered)
+        batches, self.experience = self.batches(self.numbered), {}
         with self.time("teacher"):
             teacher = supervised_hidden(self.teacher, batches)
         with self.time("old_log_q"):
             student = supervised_hidden(self.student, batches)
-        self.experience = {}
         for batch, p, q in zip(batches, teacher, student):
             self._remember(batch, p, q)
 
@@ -152,8 +151,7 @@ class MiniLLM(Method):
 
     def _open_text(self):
         data, training = self.config.data, self.config.training
-        path = self.settings.lm_data or data.train_data
-        dataset = SFTDataset(path, self.tokenizer, max_length=data.max_length, max_prompt_length=data.max_prompt_length)
+        dataset = open_responses(self.settings.lm_data or data.train_data, self.tokenizer, data, full_rows=True)
         return DataLoader(
             dataset,
             global_batch_size=training.global_batch_size,

@@ -26,7 +26,7 @@ class PromptKD(Method):
     def __init__(self, cast, config, *, total_iters):
         super().__init__(cast, config, total_iters=total_iters)
         self.prompt = initial_prompt(self.teacher, config, self.tokenizer)
-        lr = config.promptkd.teacher_lr or config.training.lr
+        lr = config.training.lr if config.promptkd.teacher_lr is None else config.promptkd.teacher_lr
         kinds = (config.promptkd.teacher_kld_type, config.promptkd.base_kld_type)
         self.prompt_loss = prompt_loss if kinds == ("reverse", "reverse") else partial(prompt_loss_of_kinds, kinds=kinds)
         self.prompt_optimizer = SoftPromptOptimizer(self.prompt, config.training, lr=lr, total_iters=total_iters)

@@ -127,7 +127,7 @@ def load_hf_config(folder: Path, *, flag: str) -> PretrainedConfig:
         ValueError: not JSON, or a model type that transformers does not know.
     """
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)  # else it may ask, on every rank
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(

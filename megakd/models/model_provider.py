@@ -17,6 +17,7 @@ from megakd.models.family import Family
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.layer_specs import block_spec
 from megakd.models.param_mapping import HFTensor, Mapping, Source
+from megakd.runtime.initialize import is_rank_zero
 from megakd.runtime.parallel_layout import ParallelLayout
 
 log = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def share_vocabulary(models: Sequence[HiddenStateGPTModel]) -> int:
     Returns the number of ids shared.
     """
     widths = [model.real_vocab_size for model in models]
-    if len(set(widths)) > 1:
+    if len(set(widths)) > 1 and is_rank_zero():
         log.warning(
             "vocabularies of %s rows are aligned by token id: the first %s count", " and ".join(map(str, widths)), min(widths)
         )

@@ -68,7 +68,8 @@ class RunLogger:
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, iteration)
         eta = self._eta(iteration)
-        if iteration % self.log_interval == 0 or iteration == self.total_iterations:
+        held_out = any(name.startswith("valid/") for name in metrics)
+        if held_out or iteration % self.log_interval == 0 or iteration == self.total_iterations:
             print(progress_line(iteration, self.total_iterations, metrics, eta), flush=True)
 
     def log_samples(self, iteration: int, samples: Iterable[Mapping[str, Any]]) -> None:

@@ -5,7 +5,7 @@ Colours are those of Okabe and Ito, told apart with any colour vision; lines als
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,14 +77,16 @@ def plot_comparison(results: Mapping[str, Mapping[str, float]], units: Mapping[s
     return save(figure, Path(path), ["method", *names], table)
 
 
-def plot_exposure_bias(curves: Mapping[str, Mapping[str, Sequence[float | None]]], path: str | Path) -> list[Path]:
-    """One panel a statistic, one line a data set over the response length, with the error of its mean; and .csv.
+def plot_exposure_bias(
+    curves: Mapping[str, Mapping[str, Sequence[float | None]]], path: str | Path, *, order: Sequence[str] = ()
+) -> list[Path]:
+    """One panel a statistic, one line a data set (or method) over the response length, with the error of its mean; and .csv.
 
-    curves: data set → `l`, and R, l_eps, ex_acc_err each with _sem, as lists by length; None: not defined there.
+    curves: data set → `l`, and R, l_eps, ex_acc_err each with _sem, as lists by length; None: not defined there. order: see styles.
     """
     figure, axes = new_figure(rows=1, columns=len(EXPOSURE_BIAS))
     for ax, (name, (title, unit)) in zip(axes, EXPOSURE_BIAS.items()):
-        for (data, columns), colour, dash in zip(curves.items(), cycle(COLOURS), cycle(DASHES)):
+        for (data, columns), (colour, dash) in zip(curves.items(), styles(curves, order)):
             draw_band(ax, columns, name, label=data, color=colour, linestyle=dash)
         ax.set(title=title, ylabel=unit, xlabel="response length l, tokens")
     axes[0].legend(frameon=False, fontsize="small")
@@ -136,9 +138,16 @@ def new_figure(*, rows: int, columns: int) -> "tuple[Figure, Sequence[Axes]]":
     return figure, axes
 
 
-def draw_lines(ax: "Axes", series: Series) -> None:
-    """One line a metric; noisy ones pale, with their running mean on top."""
-    for (name, (iterations, values)), colour, dash in zip(series.items(), cycle(COLOURS), cycle(DASHES)):
+def styles(names: Iterable[str], order: Sequence[str] = ()) -> Iterator[tuple[str, str]]:
+    """Colour and dash of each name: the same in every panel and figure that has the same `order`, the names' own by default."""
+    names = list(names)
+    known = dict(zip(order or names, zip(cycle(COLOURS), cycle(DASHES))))
+    return (known[name] for name in names)
+
+
+def draw_lines(ax: "Axes", series: Series, order: Sequence[str] = ()) -> None:
+    """One line a metric; noisy ones pale, with their running mean on top. order: see styles."""
+    for (name, (iterations, values)), (colour, dash) in zip(series.items(), styles(series, order)):
         if len(values) > 50:
             ax.plot(iterations, values, color=colour, alpha=0.25, linewidth=0.8)
             ax.plot(iterations, running_mean(values), color=colour, linestyle=dash, label=label_of(name))
@@ -159,10 +168,10 @@ def draw_stack(ax: "Axes", series: Series) -> None:
 
 
 def draw_bars(ax: "Axes", bars: Mapping[str, tuple[float, float | None]]) -> None:
-    """Method → value and standard deviation (or None), each value written over its bar."""
+    """Method → value and standard deviation (or None), each value written over its bar, the deviation as far as it fits."""
     for x, ((method, (value, deviation)), colour) in enumerate(zip(bars.items(), cycle(COLOURS))):
         drawn = ax.bar(x, value, yerr=deviation, color=colour, width=0.7, capsize=4, label=method)
-        text = f"{value:.3g}" if deviation is None else f"{value:.3g} ± {deviation:.2g}"
+        text = f"{value:.3g}" if deviation is None or len(bars) > 4 else f"{value:.3g} ± {deviation:.2g}"
         ax.bar_label(drawn, labels=[text], padding=3, fontsize="small")
     ax.set_xticks(range(len(bars)), list(bars), rotation=20 if len(bars) > 3 else 0)
     ax.margins(y=0.15)

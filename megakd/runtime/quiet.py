@@ -13,6 +13,7 @@ def quiet_megatron() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # ranks are forked in tests and by checkpoint writers
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", message=FALLBACKS)
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated")  # megatron-core's calls, said on every rank
     for name in ("megatron", "torch.distributed.checkpoint"):
         warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
     logging.getLogger("megatron").setLevel(logging.ERROR)

@@ -196,3 +196,12 @@ def test_settings_without_a_formula_are_refused(options, message):
     s, t = logits(2)
     with pytest.raises(ValueError, match=message):
         kl_div(s, t, **options)
+
+
+@implementations
+def test_weights_may_be_a_column_of_a_matrix(implementation):
+    s, t = (x.to(device_of(implementation)) for x in logits(2))
+    weights = WEIGHTS.to(s.device)
+    column = torch.stack([weights, torch.full_like(weights, 9.0)], 1)[:, 0]
+    with launch.use(implementation):
+        assert torch.equal(kl_div(s, t, weights=column), kl_div(s, t, weights=weights))

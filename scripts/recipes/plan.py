@@ -1,0 +1,214 @@
+"""What a scale of the comparison will do: its stages, the memory each rank needs, and the time they take, without doing it.
+
+Memory of a rank, P parameters of the student and Q of the teacher, t = TP × PP, d = the replicas:
+
+    trained       18 P / t bytes in bf16 (weight 2, gradient 4, fp32 master 4, two moments 8), 16 P / t in fp32; with
+                  --use-distributed-optimizer the last twelve of the 18 bytes are divided by d
+    teacher       2 Q / t in bf16, 4 Q / t in fp32
+    activations   17 values a hidden unit, layer and position of a micro-batch, / t; with --recompute one value a layer, and
+                  17 for the layer in hand
+    rollouts      keys and values: 2 values a hidden unit, layer and position, for --rollout-batch-size rows
+
+Time, on a device that reaches F floating-point operations a second and reads B bytes of memory a second:
+
+    learning      a pass of a micro-batch of n positions through P parameters takes 2 P n / (t F), or the device's overhead for
+                  each layer if that is longer; PASSES says how many passes a method makes, backward counted as two
+    writing       a token of a batch takes reading the weights once, 2 P bytes / (t B), or its operations, or that overhead,
+                  whichever is longest; a batch takes as many tokens as its longest response
+
+A row has as many positions as those of MiniLLM's Dolly on average, 147, and a response 76, or what --max-length leaves. F, B and
+the overhead are what such models reach on the device, not what its sheet promises.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import yaml
+
+from megakd.config import Config, EvaluateConfig, from_yaml
+
+GIB = 1024**3
+TRAINING_STAGES = ("sft_teacher", "sft_student", "kd", "seqkd", "minillm", "promptkd")
+TRAINING_ROWS, DEVELOPMENT_ROWS = 11435, 1000
+ROW, RESPONSE = 147, 76  # positions of a Dolly row, tokens of its response
+TEST_SETS = (500, 242, 80, 1694, 10000)  # rows: Dolly, SelfInst, Vicuna, S-NI, UnNI
+PASSES = {  # method: student's, teacher's
+    "sft": (3, 0),
+    "kd": (3, 1),
+    "seqkd": (3, 0),
+    "minillm": (6, 2),  # rollouts and text; the teacher reads the rollouts once, which counts less than this
+    "promptkd": (4, 4),  # prompt step: student, base teacher, prompted teacher and back; then prompted teacher, student
+}
+STARTING = 20  # seconds of a command before its first iteration
+
+
+@dataclass(frozen=True)
+class Device:
+    flops: float  # a second, reached by a large matrix product with all that is around it
+    bandwidth: float  # bytes a second
+    layer_overhead: float  # seconds a decoder layer takes at least
+    value_bytes: int
+
+
+DEVICES = {
+    "cpu": Device(50e9, 8e9, 1e-3, 4),  # one core
+    "A100": Device(120e12, 1.2e12, 5e-4, 2),
+    "H200": Device(300e12, 3.0e12, 5e-4, 2),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Sizes as in scale.yaml."""
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    vocabulary: int
+    ffn: int = 0  # 4 × hidden where not given
+    gated: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """Matrices and one embedding; norms and positions are left out."""
+        matrices = 3 if self.gated else 2
+        layer = 4 * self.hidden**2 + matrices * self.hidden * (self.ffn or 4 * self.hidden)
+        return self.layers * layer + self.vocabulary * self.hidden
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    iterations: int | None
+    bytes: float
+    seconds: float
+
+
+class Plan:
+    """All stages of one scale."""
+
+    def __init__(self, configs: Path) -> None:
+        self.configs, scale = configs, yaml.safe_load((configs / "scale.yaml").read_text())
+        self.ranks, self.test_rows, self.device = scale["ranks"], scale["test_rows"], DEVICES[scale["device"]]
+        self.device_name = scale["device"]
+        vocabulary = {"vocabulary": scale["vocab_size"]} if "vocab_size" in scale else {}
+        self.student, self.teacher = (Model(**(vocabulary | scale[name])) for name in ("student", "teacher"))
+
+    def stages(self) -> Iterator[Stage]:
+        """In the order of paper.sh; the data, the choice of the initial student and the report take no time to speak of."""
+        for name in TRAINING_STAGES:
+            yield self.training(name, from_yaml(self.configs / f"{name}.yaml"))
+        evaluation = from_yaml(self.configs / "evaluate.yaml", EvaluateConfig)
+        for name in TRAINING_STAGES:
+            yield self.evaluation(f"evaluate {name}", evaluation, self.teacher if name == "sft_teacher" else self.student)
+
+    def training(self, name: str, config: Config) -> Stage:
+        model = self.teacher if name == "sft_teacher" else self.student
+        seconds = STARTING + self.training_seconds(config, model)
+        return Stage(name, iterations(config), self.training_bytes(config, model), seconds)
+
+    def training_bytes(self, config: Config, model: Model) -> float:
+        t = tensor_parallel(config)
+        learner = model.parameters / t * self.bytes_per_parameter(config, self.ranks // t)
+        teacher = self.teacher.parameters / t * self.device.value_bytes if config.needs_teacher else 0
+        width, value = model.hidden / t * config.data.max_length, self.device.value_bytes
+        kept = model.layers + 17 if config.training.recompute else 17 * model.layers
+        activations = kept * width * config.training.micro_batch_size * value
+        writes = config.method in ("seqkd", "minillm", "promptkd")
+        cache = 2 * model.layers * width * config.generation.rollout_batch_size * value if writes else 0
+        return learner + teacher + activations + cache
+
+    def bytes_per_parameter(self, config: Config, replicas: int) -> float:
+        if self.device.value_bytes == 4:
+            return 16
+        return 6 + 12 / (replicas if config.parallel.use_distributed_optimizer else 1)
+
+    def training_seconds(self, config: Config, model: Model) -> float:
+        training, t = config.training, tensor_parallel(config)
+        micro_batches = training.global_batch_size / (training.micro_batch_size * self.ranks / t)
+        positions = training.micro_batch_size * min(ROW, config.data.max_length)
+        own, teachers = PASSES[config.method]
+        reading = own * self.one_pass(model, positions, t) + teachers * self.one_pass(self.teacher, positions, t)
+        return iterations(config) * micro_batches * reading + self.rollout_seconds(config)
+
+    def one_pass(self, model: Model, positions: int, t: int) -> float:
+        """Seconds of a micro-batch's forward pass."""
+        return max(2 * model.parameters * positions / (t * self.device.flops), model.layers * self.device.layer_overhead)
+
+    def rollout_seconds(self, config: Config) -> float:
+        """What is written over the whole run."""
+        rows, t = iterations(config) * config.training.global_batch_size, tensor_parallel(config)
+        write = partial(self.writing, batch=config.generation.rollout_batch_size, length=config.max_new_tokens, t=t)
+        if config.method == "promptkd":
+            return write(self.student, rows)
+        if config.method == "seqkd":  # each prompt once
+            return write(self.teacher, min(rows, TRAINING_ROWS))
+        if config.method == "minillm":  # both, for the mixture
+            return sum(write(model, rows / config.minillm.ppo_epochs) for model in (self.student, self.teacher))
+        return 0
+
+    def writing(self, model: Model, rows: float, *, batch: int, length: int, t: int) -> float:
+        """Seconds for `rows` responses, dealt to all replicas."""
+        device = self.device
+        reading = model.parameters * device.value_bytes / (t * device.bandwidth)
+        computing = 2 * model.parameters * batch * min(RESPONSE, length) / length / (t * device.flops)
+        step = max(reading, computing, model.layers * device.layer_overhead)
+        return rows / (batch * self.ranks / t) * length * step
+
+    def evaluation(self, name: str, config: EvaluateConfig, model: Model) -> Stage:
+        """Answers of the model for every seed; for the exposure bias one more of the teacher."""
+        rows, t = sum(min(self.test_rows, size) for size in TEST_SETS), tensor_parallel(config)
+        batch, length = config.responses.batch_size, config.responses.max_new_tokens
+        write = partial(self.writing, batch=batch, length=length, t=t)
+        seconds = write(model, rows * len(config.seeds)) + write(self.teacher, rows * config.exposure_bias)
+        positions = config.responses.max_prompt_length + length
+        cache = 2 * self.teacher.layers * self.teacher.hidden * positions * batch
+        memory = self.device.value_bytes * (model.parameters + self.teacher.parameters + cache) / t
+        return Stage(name, None, memory, STARTING + seconds)
+
+
+def tensor_parallel(config: Config | EvaluateConfig) -> int:
+    """Ranks that share a model."""
+    return config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+
+
+def iterations(config: Config) -> int:
+    """Optimizer steps, on MiniLLM's Dolly."""
+    training = config.training
+    return training.train_iters or training.epochs * (TRAINING_ROWS // training.global_batch_size)
+
+
+def main() -> None:
+    args = parse_args()
+    plan = Plan(args.configs)
+    print(f"{args.configs.name}: {plan.teacher.name} teaches {plan.student.name}, on {plan.ranks} × {plan.device_name}\n")
+    print(f"{'stage':24}{'iterations':>12}{'GiB a rank':>12}{'time':>18}")
+    total = 0.0
+    for stage in plan.stages():
+        state = "there already" if done(args.out, stage.name) else str(timedelta(seconds=round(stage.seconds)))
+        total += 0 if state == "there already" else stage.seconds
+        print(f"{stage.name:24}{stage.iterations or '':>12}{stage.bytes / GIB:12.1f}{state:>18}")
+    print(f"\nabout {timedelta(seconds=round(total))} in all, into {args.out}; how this is estimated: docs/recipes.md")
+
+
+def done(out: Path, stage: str) -> bool:
+    name = stage.removeprefix("evaluate ")
+    return (out / name / "hf" if name == stage else out / "evaluation" / name / "results.json").exists()
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configs", type=Path, required=True, help="folder of the scale, with scale.yaml")
+    parser.add_argument("--out", type=Path, required=True, help="OUT of paper.sh")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
