@@ -380,3 +380,20 @@ def test_greedy_mixture_is_the_argmax_of_the_mixed_probabilities(folders):
         with torch.no_grad():
             q, p = (model(tokens).logits[0, len(prompt) - 1 : -1].softmax(-1) for model in models)
         assert (0.6 * q + 0.4 * p).argmax(-1).tolist() == response
+
+
+def in_batches(layout, folder):
+    """Forty prompts, this replica's share, by batch size: responses by sample."""
+    model = load(layout, folder)
+    generator = torch.Generator().manual_seed(11)
+    rows = [torch.randint(2, 90, (3 + i % 9,), generator=generator).tolist() for i in range(40)]
+    mine = range(layout.dp_rank, 40, layout.dp_size)
+    run = lambda size: generate(model, [rows[i] for i in mine], list(mine), SAMPLED, eos_id=EOS, batch_size=size)
+    return {size: dict(zip(mine, run(size))) for size in (1, 32)}
+
+
+def test_sampled_tokens_are_the_same_in_batches_of_1_and_32_and_over_replicas(folders):
+    (alone,) = run_distributed(in_batches, 1, folders["llama"])
+    assert alone[1] == alone[32]
+    first, second = run_distributed(in_batches, 2, folders["llama"])
+    assert first[32] | second[32] == alone[32]
