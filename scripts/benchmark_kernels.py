@@ -76,6 +76,23 @@ def two_passes(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return kl.sum(), (x.exp() * (x - (b - (top_b + sum_b.log())) - kl)).to(s.dtype)
 
 
+def prompt_two_passes(t: Tensor, s: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(t || s) + 0.7 KL(t || b) and its gradient, in the same form."""
+    log_t, log_s, log_b = (x - x.logsumexp(-1, keepdim=True) for x in (t.float(), s.float(), b.float()))
+    p, ratio = log_t.exp(), (log_t - log_s) + 0.7 * (log_t - log_b)
+    loss = (p * ratio).sum(-1, keepdim=True)
+    return loss.sum(), (p * (ratio - loss)).to(t.dtype)
+
+
+def jsd_two_passes(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """JSD(0.5) and its gradient, in the same form."""
+    log_q, log_p = (x - x.logsumexp(-1, keepdim=True) for x in (s.float(), t.float()))
+    log_m = torch.logaddexp(log_q, log_p) - torch.log(torch.tensor(2.0))
+    y = (log_q.exp() * (log_q - log_m)).sum(-1, keepdim=True)
+    loss = 0.5 * ((log_p.exp() * (log_p - log_m)).sum() + y.sum())
+    return loss, (0.5 * log_q.exp() * (log_q - log_m - y)).to(s.dtype)
+
+
 def by_autograd(loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
     """(loss, gradient of the first input)"""
     def run(first: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,6 +110,15 @@ def chosen(implementation: str, loss: Callable[..., Tensor]) -> Callable[..., tu
         with launch.use(implementation):
             return run(*inputs)
     return inside
+
+
+def megakd(loss: Callable[..., Tensor], device: str, option: bool = True) -> dict[str, Callable[..., tuple[Tensor, Tensor]]]:
+    """Ours as it comes, and by the option that the divergences have on this device."""
+    ours = {"megakd": by_autograd(loss)}
+    if option:
+        name = "compiled" if device == "cpu" else "single_launch"
+        ours[f"megakd, {name.replace('_', ' ')}"] = chosen(name, loss)
+    return ours
 
 
 def liger_reverse_kl() -> Callable[..., tuple[Tensor, Tensor]] | None:
@@ -138,32 +164,31 @@ def reverse_kl_case(rows: int, columns: int, device: str) -> Case:
         "torch.compile, two passes": torch.compile(two_passes),
         "Liger JSD": liger_reverse_kl() if device == "cuda" else None,
     }
-    loss = lambda s, t: mk.kl_div(s, t).sum()
-    ours = {"megakd": by_autograd(loss)}
-    if device == "cpu":
-        ours["megakd, compiled"] = chosen("compiled", loss)
+    ours = megakd(lambda s, t: mk.kl_div(s, t).sum(), device)
     return Case(f"reverse KL {rows}x{columns}", logits(rows, columns, 2), minimal, 10 * rows * columns, {**others, **ours})
 
 
-def prompt_case(rows: int, columns: int) -> Case:
+def prompt_case(rows: int, columns: int, device: str) -> Case:
     sum_of_two = lambda kl: lambda t, s, b: kl(t, s) + 0.7 * kl(t, b)
     return Case(f"prompt loss {rows}x{columns}", logits(rows, columns, 3), sum_of_two(minimal), 14 * rows * columns, {
         "PromptKD's formula": by_autograd(sum_of_two(promptkd_formula)),
         "minimal eager": by_autograd(sum_of_two(minimal)),
         "torch.compile, autograd": by_autograd(torch.compile(sum_of_two(minimal))),
-        "megakd": by_autograd(lambda t, s, b: mk.promptkd_loss(t, s, b, base_coef=0.7)[0].sum()),
+        "torch.compile, two passes": torch.compile(prompt_two_passes),
+        **megakd(lambda t, s, b: mk.promptkd_loss(t, s, b, base_coef=0.7)[0].sum(), device),
     })
 
 
-def jsd_case(rows: int, columns: int) -> Case:
+def jsd_case(rows: int, columns: int, device: str) -> Case:
     return Case(f"JSD {rows}x{columns}", logits(rows, columns, 2), jsd, 14 * rows * columns, {
         "minimal eager": by_autograd(jsd),
         "torch.compile, autograd": by_autograd(torch.compile(jsd)),
-        "megakd": by_autograd(lambda s, t: mk.kl_div(s, t, objective="jsd").sum()),
+        "torch.compile, two passes": torch.compile(jsd_two_passes),
+        **megakd(lambda s, t: mk.kl_div(s, t, objective="jsd").sum(), device, option=False),
     })
 
 
-def fused_case(rows: int, columns: int, student: int, teacher: int) -> Case:
+def fused_case(rows: int, columns: int, student: int, teacher: int, device: str) -> Case:
     """Both heads and the reverse KL; the student's head learns, and its gradient is made but hidden states' is compared."""
     def inputs(device: torch.device) -> list[Tensor]:
         generator = torch.Generator(device).manual_seed(0)
@@ -179,7 +204,7 @@ def fused_case(rows: int, columns: int, student: int, teacher: int) -> Case:
     return Case(f"fused head {rows}x{columns}, {student}/{teacher}", inputs, whole, 10 * rows * columns, {
         "minimal eager": by_autograd(with_weight(whole)),
         "torch.compile, autograd": by_autograd(torch.compile(with_weight(whole))),
-        "megakd": by_autograd(with_weight(lambda *x: mk.fused_linear_kl(*x).sum())),
+        **megakd(with_weight(lambda *x: mk.fused_linear_kl(*x).sum()), device),
     })
 
 
@@ -206,11 +231,11 @@ def embedding_case(batch: int, length: int, hidden: int) -> Case:
 def cases(device: str) -> list[Case]:
     """The sizes whose targets are written down come first; small ones, where launches cost most, are kept."""
     if device == "cpu":
-        return [reverse_kl_case(512, 50257, device), reverse_kl_case(64, 128256, device), prompt_case(128, 50257),
-                jsd_case(128, 50257), fused_case(256, 50257, 256, 512), embedding_case(8, 512, 1600)]
-    return [reverse_kl_case(8192, 128256, device), prompt_case(8192, 128256), fused_case(8192, 128256, 4096, 4096),
-            jsd_case(8192, 128256), reverse_kl_case(8192, 50257, device), reverse_kl_case(8192, 32000, device),
-            reverse_kl_case(8192, 16032, device), fused_case(8192, 50257, 768, 1600), embedding_case(8, 1024, 5120),
+        return [reverse_kl_case(512, 50257, device), reverse_kl_case(64, 128256, device), prompt_case(128, 50257, device),
+                jsd_case(128, 50257, device), fused_case(256, 50257, 256, 512, device), embedding_case(8, 512, 1600)]
+    return [reverse_kl_case(8192, 128256, device), prompt_case(8192, 128256, device), fused_case(8192, 128256, 4096, 4096, device),
+            jsd_case(8192, 128256, device), reverse_kl_case(8192, 50257, device), reverse_kl_case(8192, 32000, device),
+            reverse_kl_case(8192, 16032, device), fused_case(8192, 50257, 768, 1600, device), embedding_case(8, 1024, 5120),
             reverse_kl_case(1024, 151936, device), reverse_kl_case(64, 32000, device)]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import launch, reference
-from .from_logits import LossFromLogits
+from .from_logits import loss_from_logits
 from .shards import VocabShard
 
 
@@ -25,6 +25,7 @@ class LabelLoss:
     """A RowLoss of one model's logits; `labels_N` count from this shard's first column."""
 
     outputs: ClassVar[int] = 1
+    reads_once: ClassVar[bool] = False
     labels_N: Tensor
     shard: VocabShard
     kernels: ModuleType
@@ -59,4 +60,4 @@ def cross_entropy(logits: Tensor, labels_N: Tensor, *, weights: Tensor | None = 
         return reference.cross_entropy(logits, labels_N, weights=weights, valid_vocab=valid_vocab, vocab_start=vocab_start,
                                        tp_group=tp_group)
     loss = label_loss(logits, labels_N, logits.shape[1], VocabShard(valid_vocab, vocab_start, tp_group))
-    return LossFromLogits.apply(loss, weights, inplace, logits)[0]
+    return loss_from_logits(loss, weights, inplace, logits)[0]

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kl_triton import NEG, _clear, _load, _row_start, _slice, _store, aligned, split_over
+from .kl_triton import NEG, aligned, clear, load_columns, row_start, slice_bounds, split_over, store_columns
 
 BLOCK, WARPS = 4096, 8
 _LOG2E = tl.constexpr(math.log2(math.e))
@@ -46,16 +46,16 @@ def label_statistics_kernel(
             tl.store(out + rows, 1.0)
             tl.store(out + 2 * rows, 0.0)
             return
-    logits = _row_start(logits_ptr, row, stride, ALIGNED)
-    start, lo, hi = _slice(row, stride, split, columns, split_columns, ALIGNED)
+    logits = row_start(logits_ptr, row, stride, ALIGNED)
+    start, lo, hi = slice_bounds(row, stride, split, columns, split_columns, ALIGNED)
     top = tl.full((BLOCK,), NEG, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for tile in range(start, hi, BLOCK):
         offs = tl.multiple_of(tile, 8) + tl.arange(0, BLOCK)
         if (tile >= lo) & (tile + BLOCK <= hi):  # noqa: SIM108, Triton has no conditional expression
-            x = _load(logits, offs, lo, hi, False)
+            x = load_columns(logits, offs, lo, hi, False)
         else:
-            x = _load(logits, offs, lo, hi, True)
+            x = load_columns(logits, offs, lo, hi, True)
         new_top = tl.maximum(top, x)
         total = total * tl.exp2((top - new_top) * _LOG2E) + tl.exp2((x - new_top) * _LOG2E)
         top = new_top
@@ -69,8 +69,8 @@ def label_statistics_kernel(
 
 @triton.jit
 def _label_gradient_tile(logits, grad, offs, lo, hi, top, scale_p, column, scale, MASKED: tl.constexpr):
-    e = tl.exp2((_load(logits, offs, lo, hi, MASKED) - top) * _LOG2E)
-    _store(grad, offs, e * scale_p - tl.where(offs == column, scale, 0.0), lo, hi, MASKED)
+    e = tl.exp2((load_columns(logits, offs, lo, hi, MASKED) - top) * _LOG2E)
+    store_columns(grad, offs, e * scale_p - tl.where(offs == column, scale, 0.0), lo, hi, MASKED)
 
 
 @triton.jit
@@ -82,15 +82,15 @@ def label_gradient_kernel(
     stride, stride_grad, columns, split_columns, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
-    logits = _row_start(logits_ptr, row, stride, ALIGNED)
-    grad = _row_start(grad_ptr, row, stride_grad, ALIGNED)
-    start, lo, hi = _slice(row, stride, tl.program_id(1), columns, split_columns, ALIGNED)
+    logits = row_start(logits_ptr, row, stride, ALIGNED)
+    grad = row_start(grad_ptr, row, stride_grad, ALIGNED)
+    start, lo, hi = slice_bounds(row, stride, tl.program_id(1), columns, split_columns, ALIGNED)
     scale = tl.load(scale_ptr + row)
     top = tl.load(top_ptr + row)
     scale_p = scale / tl.load(sum_ptr + row)
     column = _label_column(labels_ptr, row, stride, ALIGNED)
     if scale == 0.0:
-        _clear(grad, grad, start, lo, hi, True, False, BLOCK)
+        clear(grad, grad, start, lo, hi, True, False, BLOCK)
         return
     for tile in range(start, hi, BLOCK):
         offs = tl.multiple_of(tile, 8) + tl.arange(0, BLOCK)

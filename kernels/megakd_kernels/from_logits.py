@@ -1,12 +1,13 @@
-"""One autograd function for every loss whose gradient is written out: forward makes the statistics, backward the gradient.
+"""The autograd functions of every loss whose gradient is written out: forward makes the statistics, backward the gradient.
 
 A `RowLoss` says what a row costs and what its gradient is; `LossFromLogits` here and `LossFromHidden` in `fused_linear_kl` carry
 it out. Forward keeps the logits and a few numbers a row, nothing of the logits' size; backward writes one gradient a tensor, or
-writes over the logits where it may.
+writes over the logits where it may. `LossAndGradient` is for kernels that make both in one reading.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -22,6 +23,7 @@ class RowLoss(Protocol):
 
     outputs: int  # the loss and its parts
     shard: VocabShard
+    reads_once: bool  # there is `at_once`, which reads the logits once for loss and gradient
 
     def of_rows(self, rows: slice | Tensor) -> RowLoss:
         """The same loss for some of the rows, where it holds something of each row (labels)."""
@@ -32,6 +34,9 @@ class RowLoss(Protocol):
     def differentiate(self, logits_NV: list[Tensor], state: tuple[Tensor | None, ...], scale_N: Tensor,
                       grads_NV: list[Tensor | None]) -> None:
         """Write scale times the loss's gradient into the tensors given, which may be the logits themselves."""
+
+    def at_once(self, logits_NV: list[Tensor], scale_N: Tensor, grads_NV: list[Tensor | None]) -> tuple[Tensor, ...]:
+        """What evaluate gives and what differentiate writes, without a collective."""
 
 
 class LossFromLogits(torch.autograd.Function):
@@ -57,16 +62,72 @@ class LossFromLogits(torch.autograd.Function):
         ctx.spent = inplace
         weights_N, *saved = ctx.saved_tensors
         logits_NV, state = saved[:n], tuple(saved[n:])
-        grads_NV = [None if not wanted else x.detach() if inplace else torch.empty_like(x)
-                    for x, wanted in zip(logits_NV, ctx.needs_input_grad[3:])]
+        grads_NV = _gradients(logits_NV, ctx.needs_input_grad[3:], inplace)
         cut = loss.shard.cut(*logits_NV)
-        columns = cut[0].shape[1]
-        scale_N = grad_N if weights_N is None else grad_N * weights_N
-        loss.differentiate(cut, state, scale_N, [None if g is None else g[:, :columns] for g in grads_NV])
+        loss.differentiate(cut, state, grad_N if weights_N is None else grad_N * weights_N, _real_columns(cut[0], grads_NV))
+        return None, None, None, *grads_NV
+
+
+class LossAndGradient(torch.autograd.Function):
+    """The same for a loss that reads its logits once: the gradient is made in forward, and backward scales its rows."""
+
+    @staticmethod
+    def forward(ctx, loss: RowLoss, weights_N: Tensor | None, inplace: bool, *logits_NV: Tensor) -> tuple[Tensor, ...]:
+        weights_N = weights_for(weights_N, logits_NV[0])
+        ctx.loss, ctx.grads_NV = loss, _gradients(logits_NV, ctx.needs_input_grad[3:], inplace)
+        outputs = value_and_gradient(loss, logits_NV, ctx.grads_NV, weights_N)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_N: Tensor, *_parts):
+        if ctx.grads_NV is None:
+            raise RuntimeError("a loss of one launch has one backward: leave launch.use(\"single_launch\") to repeat it")
+        grads_NV, ctx.grads_NV = ctx.grads_NV, None
         for grad_NV in grads_NV:
             if grad_NV is not None:
-                grad_NV[:, columns:] = 0  # padding
+                ctx.loss.kernels.scale_rows(grad_NV, grad_N)
         return None, None, None, *grads_NV
+
+
+def loss_from_logits(loss: RowLoss, weights_N: Tensor | None, inplace: bool, *logits_NV: Tensor) -> tuple[Tensor, ...]:
+    """(loss_N, *parts_N) with gradient to the logits that require one."""
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in logits_NV)
+    function = LossAndGradient if wanted and loss.reads_once else LossFromLogits
+    return function.apply(loss, weights_N, inplace, *logits_NV)
+
+
+def value_and_gradient(loss: RowLoss, logits_NV: Sequence[Tensor], grads_NV: Sequence[Tensor | None],
+                       weights_N: Tensor | None) -> tuple[Tensor, ...]:
+    """Loss and parts times the weights, each [N]; the loss's gradient goes into grads, which may be the logits."""
+    cut = loss.shard.cut(*logits_NV)
+    grads_NV = _real_columns(cut[0], grads_NV)
+    if all(x is None for x in grads_NV):
+        return weighted(loss.evaluate(cut, weights_N)[0], weights_N)
+    scale_N = weights_N
+    if scale_N is None:
+        scale_N = cut[0].new_ones(len(cut[0]), dtype=accumulation_dtype(cut[0]))
+    if loss.reads_once:
+        outputs = loss.at_once(cut, scale_N, grads_NV)
+    else:
+        outputs, state = loss.evaluate(cut, weights_N)
+        loss.differentiate(cut, state, scale_N, grads_NV)
+    return weighted(outputs, weights_N)
+
+
+def _gradients(logits_NV: Sequence[Tensor], wanted: Sequence[bool], inplace: bool) -> list[Tensor | None]:
+    """Where each gradient goes: over the logits, or into memory of its own."""
+    return [None if not w else x.detach() if inplace else torch.empty_like(x) for x, w in zip(logits_NV, wanted)]
+
+
+def _real_columns(cut_NV: Tensor, grads_NV: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients' real columns; those of the padding become zero."""
+    columns = cut_NV.shape[1]
+    for grad_NV in grads_NV:
+        if grad_NV is not None:
+            grad_NV[:, columns:] = 0
+    return [None if grad_NV is None else grad_NV[:, :columns] for grad_NV in grads_NV]
 
 
 def weights_for(weights_N: Tensor | None, x: Tensor) -> Tensor | None:

@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 
 from . import launch, reference
 from .cross_entropy import label_loss
-from .from_logits import RowLoss, weighted, weights_for
+from .from_logits import RowLoss, value_and_gradient, weights_for
 from .kl_div import divergence
 from .kl_rows import accumulation_dtype
 from .promptkd_loss import prompt_loss
@@ -49,7 +49,7 @@ class LossFromHidden(torch.autograd.Function):
             logits = [torch.mm(x, W.t(), out=z[: len(x)]) for x, W, z in zip(inputs, weight, buffers)]
             grads = [z if a is not None or b is not None else None for z, a, b in zip(logits, dh, dW)]
             weights_R = None if weights_N is None else weights_N[rows]
-            outputs_KN[:, rows] = _loss_and_gradient(loss.of_rows(rows), logits, grads, weights_R)
+            outputs_KN[:, rows] = torch.stack(value_and_gradient(loss.of_rows(rows), logits, grads, weights_R))
             for i, dz in enumerate(grads):
                 if dh[i] is not None:
                     dh[i][rows] = dz @ weight[i]
@@ -82,20 +82,6 @@ def _chunks(hidden_NH: Tensor, weights_N: Tensor | None, chunk_rows: int) -> Ite
     if weights_N is not None and hidden_NH.device.type == "cpu" and not bool((weights_N != 0).all()):
         return iter(weights_N.nonzero()[:, 0].split(chunk_rows))
     return (slice(i, i + chunk_rows) for i in range(0, len(hidden_NH), chunk_rows))
-
-
-def _loss_and_gradient(loss: RowLoss, logits: list[Tensor], grads: list[Tensor | None], weights_N: Tensor | None) -> Tensor:
-    """[outputs, rows]; the gradients replace the logits they belong to."""
-    cut = loss.shard.cut(*logits)
-    outputs, state = loss.evaluate(cut, weights_N)
-    if any(dz is not None for dz in grads):
-        columns = cut[0].shape[1]
-        scale_N = torch.ones_like(outputs[0]) if weights_N is None else weights_N
-        loss.differentiate(cut, state, scale_N, [None if dz is None else dz[:, :columns] for dz in grads])
-        for dz in grads:
-            if dz is not None:
-                dz[:, columns:] = 0  # padding
-    return torch.stack(weighted(outputs, weights_N))
 
 
 def _add_product(dW: Tensor, dz: Tensor, x: Tensor) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import launch, reference
-from .from_logits import LossFromLogits
+from .from_logits import loss_from_logits
 from .kl_rows import Merged, mixture_loss
 from .reference import check_objective
 from .shards import VocabShard
@@ -38,6 +38,10 @@ class Divergence:
     @property
     def is_mixture(self) -> bool:
         return self.objective not in ("reverse_kl", "forward_kl")
+
+    @property
+    def reads_once(self) -> bool:
+        return hasattr(self.kernels, "loss_and_gradient") and not self.is_mixture and self.shard.ranks == 1
 
     def of_rows(self, rows: slice | Tensor) -> Divergence:
         return self
@@ -68,6 +72,13 @@ class Divergence:
             self.kernels.gradient(a_NV, b_NV, None, Merged(*state), scale_N, temperature=self.temperature,
                                   grad_a=grad_a, grad_b=grad_b)
 
+    def at_once(self, logits_NV, scale_N, grads_NV):
+        grad_a, grad_b = self.ordered(*grads_NV)
+        divergences_2N = self.kernels.loss_and_gradient(
+            *self.ordered(*logits_NV), None, scale_N / self.temperature, temperature=self.temperature, grad_a=grad_a,
+            grad_b=grad_b)
+        return (divergences_2N[0],)
+
 
 def divergence(x: Tensor, objective: str, beta: float, alpha: float, temperature: float, shard: VocabShard) -> Divergence:
     """The divergence for tensors like x. ValueError for settings that no formula covers."""
@@ -89,4 +100,4 @@ def kl_div(student_logits: Tensor, teacher_logits: Tensor, *, objective: str = "
                                 temperature=temperature, weights=weights, valid_vocab=valid_vocab, vocab_start=vocab_start,
                                 tp_group=tp_group)
     loss = divergence(student_logits, objective, beta, alpha, temperature, VocabShard(valid_vocab, vocab_start, tp_group))
-    return LossFromLogits.apply(loss, weights, inplace, student_logits, teacher_logits)[0]
+    return loss_from_logits(loss, weights, inplace, student_logits, teacher_logits)[0]

@@ -34,7 +34,7 @@ _SKEW, _JSD, _TVD = tl.constexpr(SKEW), tl.constexpr(JSD), tl.constexpr(TVD)
 
 
 @triton.jit
-def _load(ptr, offs, lo, hi, MASKED: tl.constexpr):
+def load_columns(ptr, offs, lo, hi, MASKED: tl.constexpr):
     if MASKED:
         return tl.load(ptr + offs, mask=(offs >= lo) & (offs < hi), other=float("-inf")).to(tl.float32)
     else:
@@ -42,7 +42,7 @@ def _load(ptr, offs, lo, hi, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _store(ptr, offs, value, lo, hi, MASKED: tl.constexpr):
+def store_columns(ptr, offs, value, lo, hi, MASKED: tl.constexpr):
     if MASKED:
         tl.store(ptr + offs, value.to(ptr.dtype.element_ty), mask=(offs >= lo) & (offs < hi))
     else:
@@ -50,7 +50,7 @@ def _store(ptr, offs, value, lo, hi, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _row_start(ptr, row, stride, ALIGNED: tl.constexpr):
+def row_start(ptr, row, stride, ALIGNED: tl.constexpr):
     """The row's address, moved back to a 16-byte boundary where ALIGNED."""
     offset = row.to(tl.int64) * stride
     if ALIGNED:
@@ -59,7 +59,7 @@ def _row_start(ptr, row, stride, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _slice(row, stride, split, columns, split_columns, ALIGNED: tl.constexpr):
+def slice_bounds(row, stride, split, columns, split_columns, ALIGNED: tl.constexpr):
     """(start, first, end) of a split: it reads tiles from start, of which numbers before first belong to another row."""
     head = 0
     if ALIGNED:
@@ -71,8 +71,8 @@ def _slice(row, stride, split, columns, split_columns, ALIGNED: tl.constexpr):
 @triton.jit
 def _statistics_tile(a, b, c, offs, lo, hi, k, A, SA, D, B, SB, E, C, SC,
                      HAS_C: tl.constexpr, DIFFERENCE: tl.constexpr, MASKED: tl.constexpr):
-    x = _load(a, offs, lo, hi, MASKED)
-    y = _load(b, offs, lo, hi, MASKED)
+    x = load_columns(a, offs, lo, hi, MASKED)
+    y = load_columns(b, offs, lo, hi, MASKED)
     A1 = tl.maximum(A, tl.max(x, 0) * k)
     B1 = tl.maximum(B, tl.max(y, 0) * k)
     u = tl.maximum(tl.fma(x, k, -A1[None, :]), NEG)
@@ -83,7 +83,7 @@ def _statistics_tile(a, b, c, offs, lo, hi, k, A, SA, D, B, SB, E, C, SC,
     shrink = tl.exp2(dA)
     D = shrink * (D + (dA - dB) * SA) + tl.sum(e * (u - v), 0)
     if HAS_C:
-        z = _load(c, offs, lo, hi, MASKED)
+        z = load_columns(c, offs, lo, hi, MASKED)
         if DIFFERENCE:
             z = x - z
             if MASKED:
@@ -100,29 +100,12 @@ def _statistics_tile(a, b, c, offs, lo, hi, k, A, SA, D, B, SB, E, C, SC,
 
 
 @triton.jit
-def statistics_kernel(
-    a_ptr, b_ptr, c_ptr,          # [N, V] any float type; c is read where HAS_C, and holds a - c where DIFFERENCE
-    weights_ptr,                  # [N] float32; a row of weight 0 is not read
-    out_ptr,                      # [P, K, N] float32, base 2: A, SA, D, B, SB (, E, C, SC)
-    stride_a, stride_b, stride_c, rows, columns, split_columns,
-    k,                            # log2(e) / temperature
-    HAS_C: tl.constexpr, DIFFERENCE: tl.constexpr, HAS_WEIGHTS: tl.constexpr, ALIGNED: tl.constexpr,
-    R: tl.constexpr, L: tl.constexpr,
+def store_statistics(
+    a, b, c, out,    # rows' starts, and where the K statistics of one slice go, `rows` numbers apart
+    rows, start, lo, hi, k, HAS_C: tl.constexpr, DIFFERENCE: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
 ):
-    K: tl.constexpr = 8 if HAS_C else 5
+    """Read columns lo to hi of a row once and write their statistics."""
     TILE: tl.constexpr = R * L
-    row = tl.program_id(0)
-    split = tl.program_id(1)
-    out = out_ptr + split.to(tl.int64) * K * rows + row
-    if HAS_WEIGHTS:  # noqa: SIM102, an `and` would load the weight in either case
-        if tl.load(weights_ptr + row) == 0.0:
-            for i in tl.static_range(K):
-                tl.store(out + i * rows, 1.0 if i % 3 == 1 else 0.0)
-            return
-    a = _row_start(a_ptr, row, stride_a, ALIGNED)
-    b = _row_start(b_ptr, row, stride_b, ALIGNED)
-    c = _row_start(c_ptr, row, stride_c, ALIGNED)
-    start, lo, hi = _slice(row, stride_a, split, columns, split_columns, ALIGNED)
     lane = tl.arange(0, R)[:, None] * L + tl.arange(0, L)[None, :]
     A = tl.full((L,), NEG, tl.float32)
     B = tl.full((L,), NEG, tl.float32)
@@ -157,6 +140,32 @@ def statistics_kernel(
         tl.store(out + 5 * rows, tl.sum(scale * (E + ((A - top_a) - (C - top_c)) * SA), 0))
         tl.store(out + 6 * rows, top_c)
         tl.store(out + 7 * rows, tl.sum(SC * tl.exp2(C - top_c), 0))
+
+
+@triton.jit
+def statistics_kernel(
+    a_ptr, b_ptr, c_ptr,          # [N, V] any float type; c is read where HAS_C, and holds a - c where DIFFERENCE
+    weights_ptr,                  # [N] float32; a row of weight 0 is not read
+    out_ptr,                      # [P, K, N] float32, base 2: A, SA, D, B, SB (, E, C, SC)
+    stride_a, stride_b, stride_c, rows, columns, split_columns,
+    k,                            # log2(e) / temperature
+    HAS_C: tl.constexpr, DIFFERENCE: tl.constexpr, HAS_WEIGHTS: tl.constexpr, ALIGNED: tl.constexpr,
+    R: tl.constexpr, L: tl.constexpr,
+):
+    K: tl.constexpr = 8 if HAS_C else 5
+    row = tl.program_id(0)
+    split = tl.program_id(1)
+    out = out_ptr + split.to(tl.int64) * K * rows + row
+    if HAS_WEIGHTS:  # noqa: SIM102, an `and` would load the weight in either case
+        if tl.load(weights_ptr + row) == 0.0:
+            for i in tl.static_range(K):
+                tl.store(out + i * rows, 1.0 if i % 3 == 1 else 0.0)
+            return
+    a = row_start(a_ptr, row, stride_a, ALIGNED)
+    b = row_start(b_ptr, row, stride_b, ALIGNED)
+    c = row_start(c_ptr, row, stride_c, ALIGNED)
+    start, lo, hi = slice_bounds(row, stride_a, split, columns, split_columns, ALIGNED)
+    store_statistics(a, b, c, out, rows, start, lo, hi, k, HAS_C, DIFFERENCE, R, L)
 
 
 @triton.jit
@@ -208,25 +217,25 @@ def merge_kernel(
 
 
 @triton.jit
-def _clear(grad_a, grad_b, start, lo, hi, WANT_A: tl.constexpr, WANT_B: tl.constexpr, BLOCK: tl.constexpr):
+def clear(grad_a, grad_b, start, lo, hi, WANT_A: tl.constexpr, WANT_B: tl.constexpr, BLOCK: tl.constexpr):
     for tile in range(start, hi, BLOCK):
         offs = tl.multiple_of(tile, 8) + tl.arange(0, BLOCK)
         if WANT_A:
-            _store(grad_a, offs, tl.zeros((BLOCK,), tl.float32), lo, hi, True)
+            store_columns(grad_a, offs, tl.zeros((BLOCK,), tl.float32), lo, hi, True)
         if WANT_B:
-            _store(grad_b, offs, tl.zeros((BLOCK,), tl.float32), lo, hi, True)
+            store_columns(grad_b, offs, tl.zeros((BLOCK,), tl.float32), lo, hi, True)
 
 
 @triton.jit
 def _gradient_tile(a, b, c, grad_a, grad_b, offs, lo, hi, k, top_a, top_b, top_c, constant, coef, scale_a, scale_b,
                    HAS_C: tl.constexpr, DIFFERENCE: tl.constexpr, WANT_A: tl.constexpr, WANT_B: tl.constexpr,
                    MASKED: tl.constexpr):
-    x = _load(a, offs, lo, hi, MASKED)
+    x = load_columns(a, offs, lo, hi, MASKED)
     u = tl.maximum(tl.fma(x, k, -top_a), NEG)
-    v = tl.maximum(tl.fma(_load(b, offs, lo, hi, MASKED), k, -top_b), NEG)
+    v = tl.maximum(tl.fma(load_columns(b, offs, lo, hi, MASKED), k, -top_b), NEG)
     scaled_p = tl.exp2(u) * scale_a
     if HAS_C:
-        z = _load(c, offs, lo, hi, MASKED)
+        z = load_columns(c, offs, lo, hi, MASKED)
         if DIFFERENCE:
             z = x - z
         w = tl.maximum(tl.fma(z, k, -top_c), NEG)
@@ -234,47 +243,18 @@ def _gradient_tile(a, b, c, grad_a, grad_b, offs, lo, hi, k, top_a, top_b, top_c
         ratio = u - v
         if HAS_C:
             ratio = tl.fma(u - w, coef, ratio)
-        _store(grad_a, offs, scaled_p * tl.fma(ratio, LN2, -constant), lo, hi, MASKED)
+        store_columns(grad_a, offs, scaled_p * tl.fma(ratio, LN2, -constant), lo, hi, MASKED)
     if WANT_B:
-        _store(grad_b, offs, tl.exp2(v) * scale_b - scaled_p, lo, hi, MASKED)
+        store_columns(grad_b, offs, tl.exp2(v) * scale_b - scaled_p, lo, hi, MASKED)
 
 
 @triton.jit
-def gradient_kernel(
-    a_ptr, b_ptr, c_ptr,                   # [N, V] as in statistics_kernel
-    top_a_ptr, sum_a_ptr, top_b_ptr, sum_b_ptr, kl_ab_ptr, top_c_ptr, sum_c_ptr, kl_ac_ptr,    # [N] float32, from merge_kernel
-    scale_ptr,                             # [N] float32; a row of scale 0 is not read and gets zeros
-    coef_ptr,                              # one float32: the factor of KL_ac
-    grad_a_ptr, grad_b_ptr,                # [N, V]; may be a and b themselves
-    stride_a, stride_b, stride_c, stride_grad_a, stride_grad_b, columns, split_columns, k,
-    HAS_C: tl.constexpr, DIFFERENCE: tl.constexpr, WANT_A: tl.constexpr, WANT_B: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
+def store_gradient(
+    a, b, c, grad_a, grad_b, start, lo, hi, k, top_a, top_b, top_c, constant, coef, scale_a, scale_b,
+    HAS_C: tl.constexpr, DIFFERENCE: tl.constexpr, WANT_A: tl.constexpr, WANT_B: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    a = _row_start(a_ptr, row, stride_a, ALIGNED)
-    b = _row_start(b_ptr, row, stride_b, ALIGNED)
-    c = _row_start(c_ptr, row, stride_c, ALIGNED)
-    grad_a = _row_start(grad_a_ptr, row, stride_grad_a, ALIGNED)
-    grad_b = _row_start(grad_b_ptr, row, stride_grad_b, ALIGNED)
-    start, lo, hi = _slice(row, stride_a, tl.program_id(1), columns, split_columns, ALIGNED)
+    """Read columns lo to hi of a row once more and write their gradients."""
     lane = tl.arange(0, BLOCK)
-    scale = tl.load(scale_ptr + row)
-    if scale == 0.0:
-        _clear(grad_a, grad_b, start, lo, hi, WANT_A, WANT_B, BLOCK)
-        return
-    top_a = tl.load(top_a_ptr + row)
-    top_b = tl.load(top_b_ptr + row)
-    sum_a = tl.load(sum_a_ptr + row)
-    sum_b = tl.load(sum_b_ptr + row)
-    scale_a = scale / sum_a
-    scale_b = scale / sum_b
-    constant = tl.load(kl_ab_ptr + row) + (tl.log2(sum_a) - tl.log2(sum_b)) * LN2
-    top_c = 0.0
-    coef = 0.0
-    if HAS_C:
-        top_c = tl.load(top_c_ptr + row)
-        coef = tl.load(coef_ptr)
-        constant += coef * (tl.load(kl_ac_ptr + row) + (tl.log2(sum_a) - tl.log2(tl.load(sum_c_ptr + row))) * LN2)
     if lo > start:
         _gradient_tile(a, b, c, grad_a, grad_b, start + lane, lo, hi, k, top_a, top_b, top_c, constant, coef, scale_a,
                        scale_b, HAS_C, DIFFERENCE, WANT_A, WANT_B, True)
@@ -289,10 +269,49 @@ def gradient_kernel(
 
 
 @triton.jit
+def gradient_kernel(
+    a_ptr, b_ptr, c_ptr,                   # [N, V] as in statistics_kernel
+    top_a_ptr, sum_a_ptr, top_b_ptr, sum_b_ptr, kl_ab_ptr, top_c_ptr, sum_c_ptr, kl_ac_ptr,    # [N] float32, from merge_kernel
+    scale_ptr,                             # [N] float32; a row of scale 0 is not read and gets zeros
+    coef_ptr,                              # one float32: the factor of KL_ac
+    grad_a_ptr, grad_b_ptr,                # [N, V]; may be a and b themselves
+    stride_a, stride_b, stride_c, stride_grad_a, stride_grad_b, columns, split_columns, k,
+    HAS_C: tl.constexpr, DIFFERENCE: tl.constexpr, WANT_A: tl.constexpr, WANT_B: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    a = row_start(a_ptr, row, stride_a, ALIGNED)
+    b = row_start(b_ptr, row, stride_b, ALIGNED)
+    c = row_start(c_ptr, row, stride_c, ALIGNED)
+    grad_a = row_start(grad_a_ptr, row, stride_grad_a, ALIGNED)
+    grad_b = row_start(grad_b_ptr, row, stride_grad_b, ALIGNED)
+    start, lo, hi = slice_bounds(row, stride_a, tl.program_id(1), columns, split_columns, ALIGNED)
+    scale = tl.load(scale_ptr + row)
+    if scale == 0.0:
+        clear(grad_a, grad_b, start, lo, hi, WANT_A, WANT_B, BLOCK)
+        return
+    top_a = tl.load(top_a_ptr + row)
+    top_b = tl.load(top_b_ptr + row)
+    sum_a = tl.load(sum_a_ptr + row)
+    sum_b = tl.load(sum_b_ptr + row)
+    scale_a = scale / sum_a
+    scale_b = scale / sum_b
+    constant = tl.load(kl_ab_ptr + row) + (tl.log2(sum_a) - tl.log2(sum_b)) * LN2
+    top_c = 0.0
+    coef = 0.0
+    if HAS_C:
+        top_c = tl.load(top_c_ptr + row)
+        coef = tl.load(coef_ptr)
+        constant += coef * (tl.load(kl_ac_ptr + row) + (tl.log2(sum_a) - tl.log2(tl.load(sum_c_ptr + row))) * LN2)
+    store_gradient(a, b, c, grad_a, grad_b, start, lo, hi, k, top_a, top_b, top_c, constant, coef, scale_a, scale_b,
+                   HAS_C, DIFFERENCE, WANT_A, WANT_B, BLOCK)
+
+
+@triton.jit
 def _mixture(q, p, offs, lo, hi, k, top_q, log_q, top_p, log_p, log_share, log_rest, OP: tl.constexpr, MASKED: tl.constexpr):
     """q, p, log2 q/m, log2 p/m and p q / m, of which TVD needs the first two only."""
-    u = tl.maximum(tl.fma(_load(q, offs, lo, hi, MASKED), k, -top_q) - log_q, NEG)
-    v = tl.maximum(tl.fma(_load(p, offs, lo, hi, MASKED), k, -top_p) - log_p, NEG)
+    u = tl.maximum(tl.fma(load_columns(q, offs, lo, hi, MASKED), k, -top_q) - log_q, NEG)
+    v = tl.maximum(tl.fma(load_columns(p, offs, lo, hi, MASKED), k, -top_p) - log_p, NEG)
     m = v
     if OP != _TVD:
         top = tl.maximum(v + log_share, u + log_rest)
@@ -327,9 +346,9 @@ def _mixture_gradient_tile(q, p, grad_q, grad_p, offs, lo, hi, k, top_q, log_q, 
         dq = (1.0 - share) * (eq * y - r)
         dp = ep * (log_p_m * LN2 - x) + (1.0 - share) * (r - ep * y)
     if WANT_Q:
-        _store(grad_q, offs, dq * scale, lo, hi, MASKED)
+        store_columns(grad_q, offs, dq * scale, lo, hi, MASKED)
     if WANT_P:
-        _store(grad_p, offs, dp * scale, lo, hi, MASKED)
+        store_columns(grad_p, offs, dp * scale, lo, hi, MASKED)
 
 
 @triton.jit
@@ -349,9 +368,9 @@ def mixture_sums_kernel(
             tl.store(out, 0.0)
             tl.store(out + rows, 0.0)
             return
-    q = _row_start(q_ptr, row, stride_q, ALIGNED)
-    p = _row_start(p_ptr, row, stride_p, ALIGNED)
-    start, lo, hi = _slice(row, stride_q, split, columns, split_columns, ALIGNED)
+    q = row_start(q_ptr, row, stride_q, ALIGNED)
+    p = row_start(p_ptr, row, stride_p, ALIGNED)
+    start, lo, hi = slice_bounds(row, stride_q, split, columns, split_columns, ALIGNED)
     top_q = tl.load(top_q_ptr + row)
     top_p = tl.load(top_p_ptr + row)
     log_q = tl.log2(tl.load(sum_q_ptr + row))
@@ -380,14 +399,14 @@ def mixture_gradient_kernel(
     OP: tl.constexpr, WANT_Q: tl.constexpr, WANT_P: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
-    q = _row_start(q_ptr, row, stride_q, ALIGNED)
-    p = _row_start(p_ptr, row, stride_p, ALIGNED)
-    grad_q = _row_start(grad_q_ptr, row, stride_grad_q, ALIGNED)
-    grad_p = _row_start(grad_p_ptr, row, stride_grad_p, ALIGNED)
-    start, lo, hi = _slice(row, stride_q, tl.program_id(1), columns, split_columns, ALIGNED)
+    q = row_start(q_ptr, row, stride_q, ALIGNED)
+    p = row_start(p_ptr, row, stride_p, ALIGNED)
+    grad_q = row_start(grad_q_ptr, row, stride_grad_q, ALIGNED)
+    grad_p = row_start(grad_p_ptr, row, stride_grad_p, ALIGNED)
+    start, lo, hi = slice_bounds(row, stride_q, tl.program_id(1), columns, split_columns, ALIGNED)
     scale = tl.load(scale_ptr + row)
     if scale == 0.0:
-        _clear(grad_q, grad_p, start, lo, hi, WANT_Q, WANT_P, BLOCK)
+        clear(grad_q, grad_p, start, lo, hi, WANT_Q, WANT_P, BLOCK)
         return
     top_q = tl.load(top_q_ptr + row)
     top_p = tl.load(top_p_ptr + row)

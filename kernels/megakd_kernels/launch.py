@@ -2,7 +2,8 @@
 
 Triton is imported at the first call on a CUDA device, never with the package: its interpreter switch (TRITON_INTERPRET) is read
 when a kernel is defined, and a machine without a GPU has no use for it. `use` names an implementation for a block of code; only
-so is `compiled` reached, torch.compile's version of the CPU's row functions.
+so are the two options reached, which exist for the divergences: `compiled`, torch.compile's version of the CPU's row functions, and
+`single_launch`, which on one GPU reads each logit once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
-IMPLEMENTATIONS = ("rows", "compiled", "triton", "reference")
+IMPLEMENTATIONS = ("rows", "compiled", "triton", "single_launch", "reference")
+OPTIONS = {"compiled": "rows", "single_launch": "triton"}  # of the divergences, and what other operators run in their place
 _chosen: str | None = None
 
 
@@ -36,21 +38,18 @@ def use(implementation: str) -> Iterator[None]:
         _chosen = before
 
 
-def implementation(x: Tensor) -> str:
-    """The implementation for tensors like x."""
+def implementation(x: Tensor, operator: str = "kl") -> str:
+    """The implementation of an operator for tensors like x."""
     if _chosen is not None:
-        return _chosen
+        return _chosen if operator == "kl" else OPTIONS.get(_chosen, _chosen)
     if x.device.type == "cpu":
         return "rows"
     return "triton" if x.dtype != torch.float64 and _triton_found() else "reference"
 
 
 def kernels(x: Tensor, operator: str) -> ModuleType:
-    """The module that holds an operator's functions for tensors like x: megakd_kernels.<operator>_rows or _triton."""
-    name = implementation(x)
-    if name == "compiled" and operator != "kl":
-        name = "rows"
-    return importlib.import_module(f".{operator}_{name}", __package__)
+    """The module that holds an operator's functions for tensors like x: megakd_kernels.<operator>_<implementation>."""
+    return importlib.import_module(f".{operator}_{implementation(x, operator)}", __package__)
 
 
 @cache

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import launch, reference
-from .from_logits import LossFromLogits
+from .from_logits import loss_from_logits
 from .kl_rows import Merged
 from .reference import check_objective
 from .shards import VocabShard
@@ -36,6 +36,10 @@ class PromptLoss:
     shard: VocabShard
     kernels: ModuleType
 
+    @property
+    def reads_once(self) -> bool:
+        return hasattr(self.kernels, "loss_and_gradient") and self.shard.ranks == 1
+
     def of_rows(self, rows: slice | Tensor) -> PromptLoss:
         return self
 
@@ -43,14 +47,22 @@ class PromptLoss:
         stats_PKN = self.kernels.statistics(*logits_NV, weights=weights_N, temperature=self.temperature,
                                             difference=self.difference)
         merged = self.kernels.merge(self.shard.all_gather(stats_PKN))
-        kd_N = merged.kl_ab
-        base_N = torch.zeros_like(kd_N) if merged.kl_ac is None else merged.kl_ac
-        return (kd_N + self.coef * base_N, kd_N, base_N), tuple(merged)
+        base_N = torch.zeros_like(merged.kl_ab) if merged.kl_ac is None else merged.kl_ac
+        return self.with_parts(merged.kl_ab, base_N), tuple(merged)
+
+    def with_parts(self, kd_N: Tensor, base_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return kd_N + self.coef * base_N, kd_N, base_N
 
     def differentiate(self, logits_NV, state, scale_N, grads_NV):
         t_NV, s_NV, *third = logits_NV
         self.kernels.gradient(t_NV, s_NV, third[0] if third else None, Merged(*state), scale_N / self.temperature,
                               temperature=self.temperature, coef=self.coef, difference=self.difference, grad_a=grads_NV[0])
+
+    def at_once(self, logits_NV, scale_N, grads_NV):
+        t_NV, s_NV, *third = logits_NV
+        return self.with_parts(*self.kernels.loss_and_gradient(
+            t_NV, s_NV, third[0] if third else None, scale_N / self.temperature, temperature=self.temperature, coef=self.coef,
+            difference=self.difference, grad_a=grads_NV[0]))
 
 
 def prompt_loss(x: Tensor, coef: float | Tensor, difference: bool, temperature: float, shard: VocabShard) -> PromptLoss:
@@ -78,4 +90,4 @@ def promptkd_loss(prompted_logits: Tensor, student_logits: Tensor, base_logits: 
     others_NV = [x.detach() for x in (student_logits, third_NV) if x is not None]
     loss = prompt_loss(prompted_logits, base_coef, base_delta is not None, temperature,
                        VocabShard(valid_vocab, vocab_start, tp_group))
-    return LossFromLogits.apply(loss, weights, inplace, prompted_logits, *others_NV)
+    return loss_from_logits(loss, weights, inplace, prompted_logits, *others_NV)

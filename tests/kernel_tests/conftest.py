@@ -13,11 +13,12 @@ torch.set_num_threads(1)
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles so small that a few hundred columns fill heads, whole tiles, tails and splits."""
-    from megakd_kernels import cross_entropy_triton, kl_triton
+    from megakd_kernels import cross_entropy_triton, kl_single_launch, kl_triton
 
     if not torch.cuda.is_available():
         monkeypatch.setattr(kl_triton, "STATISTICS_TILE", {5: (2, 64, 4), 8: (2, 64, 4)})
         monkeypatch.setattr(kl_triton, "GRADIENT_BLOCK", 128)
         monkeypatch.setattr(kl_triton, "MIXTURE_BLOCK", 128)
+        monkeypatch.setattr(kl_single_launch, "BLOCK", 64)
         monkeypatch.setattr(cross_entropy_triton, "BLOCK", 128)
         monkeypatch.setattr(kl_triton, "SPLITS_WANTED", 10)

@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import triton
-from megakd_kernels import cross_entropy_triton, kl_triton, prompt_embedding_triton
+from megakd_kernels import cross_entropy_triton, kl_single_launch, kl_triton, prompt_embedding_triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -23,19 +23,22 @@ INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+(?:
 FLOAT32_POINTERS = re.compile(r"(weights|stats|top_.|sum_.|top|sum|kl_.*|scale|coef|lse|x|y)_ptr")
 INT64_POINTERS = ("labels_ptr", "tokens_ptr", "position_ids_ptr")
 FLOATS = ("k", "share", "log_share", "log_rest")
-MULTIPLES_OF_16 = ("split_columns", "H")  # split_columns is a multiple of a tile; strides are odd, as at V = 50257
+INT32_POINTERS = ("ticket_ptr", "done_ptr")
+MULTIPLES_OF_16 = ("split_columns", "slice_columns", "H")  # the first two are multiples of a tile; strides are odd: V = 50257
 
 
 def argument_type(kernel: str, name: str) -> str:
     if name in INT64_POINTERS:
         return "*i64"
+    if name in INT32_POINTERS:
+        return "*i32"
     if FLOAT32_POINTERS.fullmatch(name) or (name == "out_ptr" and kernel != "embed_kernel"):
         return "*fp32"
     return "*bf16" if name.endswith("_ptr") else "fp32" if name in FLOATS else "i32"
 
 
 def compile_for_sm90(kernel, constants: dict[str, object], num_warps: int) -> dict[str, int]:
-    """Registers and stack bytes of a thread, and how many global loads and stores there are, in all and of 128 bits."""
+    """Registers and stack bytes of a thread; how many global loads and stores there are, in all and of 128 bits, or ordered."""
     names = kernel.arg_names
     types = {n: argument_type(kernel.fn.__name__, n) for n in names if n not in constants}
     aligned = [n for n, kind in types.items() if kind.startswith("*") or n in MULTIPLES_OF_16]
@@ -54,7 +57,8 @@ def compile_for_sm90(kernel, constants: dict[str, object], num_warps: int) -> di
     ops = Counter(INSTRUCTION.findall(code))
     count = lambda start, part="": sum(n for op, n in ops.items() if op.startswith(start) and part in op)
     return {"registers": registers, "stack": stack, "loads": count("LDG"), "loads_128": count("LDG", ".128"),
-            "stores": count("STG"), "stores_128": count("STG", ".128")}
+            "stores": count("STG"), "stores_128": count("STG", ".128"),
+            "acquires": compiled.asm["ptx"].count(".gpu.acquire"), "releases": compiled.asm["ptx"].count(".gpu.release")}
 
 
 def variants():
@@ -68,6 +72,10 @@ def variants():
         for side, (a, b) in sides.items():
             constants = {**head, "WANT_A": a, "WANT_B": b, "BLOCK": kl_triton.GRADIENT_BLOCK}
             yield f"gradient, {name}, {side}", gradient, constants, kl_triton.GRADIENT_WARPS
+            constants = {**constants, "R": R, "L": L, "BLOCK": kl_single_launch.BLOCK, "PARTS": 32}
+            yield f"single launch, {name}, {side}", kl_single_launch.loss_and_gradient_kernel, constants, kl_single_launch.WARPS
+    yield ("scale rows", kl_single_launch.scale_rows_kernel, {"ALIGNED": True, "BLOCK": kl_single_launch.SCALE_BLOCK},
+           kl_single_launch.SCALE_WARPS)
     yield "merge", kl_triton.merge_kernel, {"HAS_C": True, "BLOCK": 128}, 4
     mixture = {"ALIGNED": True, "BLOCK": kl_triton.MIXTURE_BLOCK}
     for op, name in enumerate(("skew", "jsd", "tvd")):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import assert_close, error
-from megakd_kernels import fused_linear_cross_entropy, fused_linear_kl, fused_linear_promptkd_loss, reference
+from cases import INTERPRETED, assert_close, error
+from megakd_kernels import fused_linear_cross_entropy, fused_linear_kl, fused_linear_promptkd_loss, launch, reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 N, V, HS, HT = 40, 203, 8, 12
@@ -131,6 +131,24 @@ def test_cross_entropy_and_prompt_loss_equal_their_references():
     for a, b in zip(parts, exact_parts):
         assert_close(a.detach(), b.detach())
     assert_close(*(torch.autograd.grad(x[0].sum(), h)[0] for x, h in ((parts, ht), (exact_parts, exact[2]))))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="tensors of the CPU go to Triton only interpreted; test_gpu.py has its own")
+@pytest.mark.parametrize("implementation", ["triton", "single_launch"])
+def test_heads_and_triton_kernels_together(implementation, small_tiles):
+    (hs, Ws, ht, Wt), exact = models(), models(torch.float64)
+    weights = torch.rand(N, generator=torch.Generator().manual_seed(1)) * (torch.arange(N) % 3 > 0)
+    options = {"valid_vocab": 200, "temperature": 1.5}
+    with launch.use(implementation):
+        ours = fused_linear_kl(hs, Ws, ht, Wt, weights=weights, chunk_rows=16, **options)
+        parts = fused_linear_promptkd_loss(ht, Wt, ht.detach() + 0.1, hs, Ws, base_coef=0.7, chunk_rows=16, **options)
+        grads = torch.autograd.grad(0.3 * ours.sum(), (hs, Ws, ht, Wt)) + torch.autograd.grad(parts[0].sum(), ht)
+    plain = reference.fused_linear_kl(*exact, weights=weights.double(), **options)
+    exact_parts = reference.fused_linear_promptkd_loss(exact[2], exact[3], exact[2].detach() + 0.1, exact[0], exact[1],
+                                                       base_coef=0.7, **options)
+    exact_grads = torch.autograd.grad(0.3 * plain.sum(), exact) + torch.autograd.grad(exact_parts[0].sum(), exact[2])
+    for a, b in zip((ours, *parts, *grads), (plain, *exact_parts, *exact_grads)):
+        assert_close(a.detach(), b.detach())
 
 
 def test_no_rows_at_all():

@@ -57,7 +57,7 @@ def test_value_and_gradients_equal_float64(objective, implementation, dtype):
         ours = run(kl_div, s, t, upstream(), weights=WEIGHTS.to(s.device), **options)
     assert ours[0].dtype == torch.float32 and ours[1].dtype == dtype
     for a, b, c in zip(ours, exact, same_dtype):
-        assert_close(a.cpu(), b, None if implementation == "triton" else c)
+        assert_close(a.cpu(), b, c if implementation == "rows" else None)
     for grad in ours[1:]:
         assert not grad[NAN_ROW].any() and not grad[:, 401:].any()
 
@@ -136,7 +136,7 @@ def test_in_place_gradients_are_the_same_and_take_no_memory(objective, implement
         grads = torch.autograd.grad((loss_N * upstream().to(loss_N)).sum(), (a, b), retain_graph=True)
     assert (grads[0].data_ptr(), grads[1].data_ptr()) == address
     assert torch.equal(grads[0], ds) and torch.equal(grads[1], dt)
-    with pytest.raises(RuntimeError, match="inplace=False"):
+    with pytest.raises(RuntimeError, match=r"inplace=False|has one backward"):
         loss_N.sum().backward()
 
 

@@ -46,7 +46,7 @@ def test_value_and_gradient_equal_float64(base, implementation, dtype):
     with launch.use(implementation):
         ours = run(promptkd_loss, t, s, weights=WEIGHTS.to(t.device), **options, **third)
     for a, b, c in zip(ours, exact, same_dtype):
-        assert_close(a.cpu(), b, None if implementation == "triton" else c)
+        assert_close(a.cpu(), b, c if implementation == "rows" else None)
     assert not ours[3][NAN_ROW].any() and not ours[3][:, 401:].any()
 
 
