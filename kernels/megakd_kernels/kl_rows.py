@@ -24,7 +24,6 @@ N rows, V columns here, K statistics (5 or 8), P partial statistics, R rows of o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -76,10 +75,10 @@ def statistics(a_NV: Tensor, b_NV: Tensor, c_NV: Tensor | None = None, *, weight
         u, A = centred(scaled(a_NV, rows, temperature))
         e = u.exp()
         v, B = centred(scaled(b_NV, rows, temperature))
-        row_stats = [A, e.sum(-1), torch.linalg.vecdot(e, u - v), B, v.exp_().sum(-1)]
+        row_stats = [A, e.sum(-1), (u - v).mul_(e).sum(-1), B, v.exp_().sum(-1)]
         if c_NV is not None:
             w, C = centred(_third(a_NV, c_NV, rows, temperature, difference))
-            row_stats += [torch.linalg.vecdot(e, u.sub_(w)), C, w.exp_().sum(-1)]
+            row_stats += [u.sub_(w).mul_(e).sum(-1), C, w.exp_().sum(-1)]
         stats_KN[:, rows] = torch.stack(row_stats)
     return stats_KN[None]
 
@@ -139,9 +138,10 @@ def mixture_sums(q_NV: Tensor, p_NV: Tensor, merged: Merged, *, objective: str, 
             more = q > p
             x, y = (q * more).sum(-1), (p * more).sum(-1)
         else:
-            log_m = _log_mixture(log_p, log_q, share)
-            x = torch.linalg.vecdot(p, log_p - log_m)
-            y = torch.linalg.vecdot(q, log_q - log_m) if objective == "jsd" else (log_p + log_q).sub_(log_m).exp_().sum(-1)
+            m = _mixture(p, q, share)
+            log_m = m.log()
+            x = log_p.sub_(log_m).mul_(p).sum(-1)
+            y = (log_q.sub_(log_m).mul_(q) if objective == "jsd" else p.mul_(q).div_(m)).sum(-1)
         sums_2N[:, rows] = torch.stack([x, y])
     return sums_2N
 
@@ -172,15 +172,17 @@ def _mixture_rows(log_q: Tensor, log_p: Tensor, x: Tensor, y: Tensor, objective:
     if objective == "tvd":
         more = (q > p).to(q.dtype)
         return q * (more - x), p * (y - more)
-    log_m = _log_mixture(log_p, log_q, share)
+    m = _mixture(p, q, share)
+    log_m = m.log()
     if objective == "jsd":
-        return (1 - share) * q * (log_q - log_m - y), share * p * (log_p - log_m - x)
-    r = (log_p + log_q).sub_(log_m).exp_()
-    return (1 - share) * (q * y - r), p * (log_p - log_m - x) + (1 - share) * (r - p * y)
+        return log_q.sub_(log_m).sub_(y).mul_(q).mul_(1 - share), log_p.sub_(log_m).sub_(x).mul_(p).mul_(share)
+    r = (p * q).div_(m)
+    return (1 - share) * (q * y - r), log_p.sub_(log_m).sub_(x).mul_(p).add_(r.addcmul_(p, y, value=-1), alpha=1 - share)
 
 
-def _log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
-    return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
+def _mixture(p: Tensor, q: Tensor, share: float) -> Tensor:
+    """m, never 0: where both models underflow, log m and p q / m are multiplied by 0 and have to be finite."""
+    return torch.lerp(q, p, share).clamp_min_(torch.finfo(p.dtype).tiny)
 
 
 def _log_probs(q_NV: Tensor, p_NV: Tensor, merged: Merged, rows: slice | Tensor, temperature: float) -> tuple[Tensor, Tensor]:
