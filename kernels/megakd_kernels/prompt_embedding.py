@@ -43,7 +43,7 @@ def prompt_embedding(tokens_BS: Tensor, word_weight: Tensor, prompt_PH: Tensor, 
     `word_weight` [Vp, H] is this rank's shard; `prompt_PH` and `position_weight` [positions, H] are whole on every rank;
     `position_ids` [B, P + S] or [P + S] count from 0 where not given. ValueError where a table requires a gradient.
     """
-    if launch.implementation(word_weight, "prompt_embedding") != "triton":
+    if launch.implementation(word_weight, "prompt_embedding") == "reference":
         return reference.prompt_embedding(tokens_BS, word_weight, prompt_PH, position_weight, position_ids,
                                           vocab_start=vocab_start, tp_group=tp_group)
     reference.check_frozen(word_weight, position_weight)
