@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kl_rows import accumulation_dtype, centred, clear_inactive, row_chunks, scaled, write_rows
+from .kl_rows import accumulation_dtype, centred, clear_inactive, row_chunks, scaled, scratch, write_rows
 from .shards import FLOOR
 
 
@@ -16,8 +16,9 @@ def statistics(logits_NV: Tensor, labels_N: Tensor, weights: Tensor | None) -> T
     """[1, 3, N]: maximum A, sum of e^(z - A), and the label's z - A, FLOOR where another rank holds it."""
     stats_3N = logits_NV.new_zeros(3, logits_NV.shape[0], dtype=accumulation_dtype(logits_NV))
     stats_3N[1] = 1.0  # of a row that is not read: its loss is log 1
+    (scratch_RV,) = scratch(logits_NV, 1)
     for rows in row_chunks(logits_NV, None if weights is None else weights != 0):
-        u, A = centred(scaled(logits_NV, rows, 1.0))
+        u, A = centred(scaled(logits_NV, rows, 1.0, scratch_RV))
         here_R, column_R = _own(labels_N[rows], u.shape[1])
         label_R = u.gather(1, column_R[:, None])[:, 0] if u.shape[1] else torch.full_like(A, FLOOR)
         stats_3N[:, rows] = torch.stack([A, u.exp_().sum(-1), label_R.where(here_R, FLOOR)])
@@ -27,8 +28,9 @@ def statistics(logits_NV: Tensor, labels_N: Tensor, weights: Tensor | None) -> T
 def gradient(logits_NV: Tensor, labels_N: Tensor, top_N: Tensor, sum_N: Tensor, scale_N: Tensor, grad_NV: Tensor) -> None:
     """Write scale (softmax - one-hot) into grad_NV, which may be the logits themselves."""
     active_N = scale_N != 0
+    (scratch_RV,) = scratch(logits_NV, 1)
     for rows in row_chunks(logits_NV, active_N):
-        p = scaled(logits_NV, rows, 1.0).sub_(top_N[rows, None]).exp_().div_(sum_N[rows, None])
+        p = scaled(logits_NV, rows, 1.0, scratch_RV).sub_(top_N[rows, None]).exp_().div_(sum_N[rows, None])
         here_R, column_R = _own(labels_N[rows], p.shape[1])
         if p.shape[1]:
             p.scatter_add_(1, column_R[:, None], -here_R.to(p.dtype)[:, None])

@@ -1,10 +1,12 @@
-"""The divergences of `kl_rows` with torch.compile making two loops of each chunk: an option for CPUs with a C++ compiler.
+"""The divergences of `kl_rows` with torch.compile making two loops of each: an option for CPUs with a C++ compiler.
 
 The formulas are written in two explicit passes, the form that the compiler fuses; log_softmax would make it read a row six times.
 The first call compiles for a second or two. Mixtures are those of `kl_rows`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ def statistics(a_NV: Tensor, b_NV: Tensor, c_NV: Tensor | None = None, *, weight
     """[1, K, N]; see `kl_rows.statistics`."""
     stats_KN = a_NV.new_zeros(5 if c_NV is None else 8, a_NV.shape[0], dtype=accumulation_dtype(a_NV))
     stats_KN[1::3] = 1.0
-    for rows in row_chunks(a_NV, None if weights is None else weights != 0):
+    for rows in _parts(a_NV, None if weights is None else weights != 0):
         third = None if c_NV is None else c_NV[rows]
         stats_KN[:, rows] = _statistics(a_NV[rows], b_NV[rows], third, torch.tensor(1 / temperature), difference)
     return stats_KN[None]
@@ -32,18 +34,25 @@ def gradient(a_NV: Tensor, b_NV: Tensor, c_NV: Tensor | None, merged: Merged, sc
     """Write the gradients into grad_a and grad_b; see `kl_rows.gradient`."""
     active_N = scale_N != 0
     constant_N, coef = merged.row_constant(coef), torch.as_tensor(coef, dtype=scale_N.dtype)
-    for rows in row_chunks(a_NV, active_N):
+    for rows in _parts(a_NV, active_N):
         top_c = None if c_NV is None else merged.top_c[rows, None]
         tops = merged.top_a[rows, None], merged.top_b[rows, None], top_c
         scales = (scale_N / merged.sum_a)[rows, None], (scale_N / merged.sum_b)[rows, None]
-        third = None if c_NV is None else c_NV[rows]
-        da, db = _gradient(a_NV[rows], b_NV[rows], third, tops, constant_N[rows, None], scales, coef,
-                           torch.tensor(1 / temperature), difference, grad_a is not None, grad_b is not None)
-        if grad_a is not None:
-            grad_a[rows] = da
-        if grad_b is not None:
-            grad_b[rows] = db
+        logits = [None if x is None else x[rows] for x in (a_NV, b_NV, c_NV)]
+        grads = [None if x is None else x[rows] for x in (grad_a, grad_b)]
+        _gradient(*logits, tops, constant_N[rows, None], scales, coef, torch.tensor(1 / temperature), difference, *grads)
+        if isinstance(rows, Tensor):  # then the loops wrote into copies
+            for x, dx in zip((grad_a, grad_b), grads):
+                if x is not None:
+                    x[rows] = dx
     clear_inactive(active_N, grad_a, grad_b)
+
+
+def _parts(x_NV: Tensor, active_N: Tensor | None) -> Iterator[slice | Tensor]:
+    """All rows at once, of which the loops make no copy; or, where some do not count, indices of a few of the others."""
+    if active_N is None or bool(active_N.all()):
+        return iter([slice(None)])
+    return row_chunks(x_NV, active_N)
 
 
 @torch.compile(dynamic=True)
@@ -60,7 +69,7 @@ def _statistics(a: Tensor, b: Tensor, c: Tensor | None, inverse_temperature: Ten
 
 @torch.compile(dynamic=True)
 def _gradient(a: Tensor, b: Tensor, c: Tensor | None, tops: tuple, constant: Tensor, scales: tuple, coef: Tensor,
-              inverse_temperature: Tensor, difference: bool, want_a: bool, want_b: bool) -> tuple[Tensor | None, Tensor | None]:
+              inverse_temperature: Tensor, difference: bool, grad_a: Tensor | None, grad_b: Tensor | None) -> None:
     u = (a.float() * inverse_temperature - tops[0]).clamp_min(FLOOR)
     v = (b.float() * inverse_temperature - tops[1]).clamp_min(FLOOR)
     p = u.exp() * scales[0]
@@ -68,7 +77,11 @@ def _gradient(a: Tensor, b: Tensor, c: Tensor | None, tops: tuple, constant: Ten
     if c is not None:
         w = ((a.float() - c.float() if difference else c.float()) * inverse_temperature - tops[2]).clamp_min(FLOOR)
         ratio = ratio + coef * (u - w)
-    return (p * (ratio - constant)).to(a.dtype) if want_a else None, (v.exp() * scales[1] - p).to(b.dtype) if want_b else None
+    db = v.exp() * scales[1] - p
+    if grad_a is not None:
+        grad_a.copy_(p * (ratio - constant))
+    if grad_b is not None:
+        grad_b.copy_(db)
 
 
 def _centred(x: Tensor, inverse_temperature: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,9 +58,14 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def chunk_rows(x_NV: Tensor) -> int:
+    """How many rows are worked on at a time."""
+    return max(1, min(x_NV.shape[0], CHUNK_NUMBERS // max(1, x_NV.shape[1])))
+
+
 def row_chunks(x_NV: Tensor, active_N: Tensor | None) -> Iterator[slice | Tensor]:
     """Rows to work on: slices of all rows, or indices of the active ones."""
-    step = max(1, CHUNK_NUMBERS // max(1, x_NV.shape[1]))
+    step = chunk_rows(x_NV)
     if active_N is None or bool(active_N.all()):
         return (slice(i, i + step) for i in range(0, x_NV.shape[0], step))
     return iter(active_N.nonzero()[:, 0].split(step))
@@ -71,13 +76,15 @@ def statistics(a_NV: Tensor, b_NV: Tensor, c_NV: Tensor | None = None, *, weight
     """[1, K, N] statistics of this shard; rows of weight 0 are not read. `difference`: the third tensor holds a - c."""
     stats_KN = a_NV.new_zeros(5 if c_NV is None else 8, a_NV.shape[0], dtype=accumulation_dtype(a_NV))
     stats_KN[1::3] = 1.0  # SA, SB, SC of a row that is not read: its divergence is log 1
+    u_, v_, e_, w_, r_ = scratch(a_NV, 5)
     for rows in row_chunks(a_NV, None if weights is None else weights != 0):
-        u, A = centred(scaled(a_NV, rows, temperature))
-        e = u.exp()
-        v, B = centred(scaled(b_NV, rows, temperature))
-        row_stats = [A, e.sum(-1), (u - v).mul_(e).sum(-1), B, v.exp_().sum(-1)]
+        u, A = centred(scaled(a_NV, rows, temperature, u_))
+        v, B = centred(scaled(b_NV, rows, temperature, v_))
+        e = torch.exp(u, out=e_[: len(u)])
+        D = torch.sub(u, v, out=u if c_NV is None else r_[: len(u)]).mul_(e).sum(-1)
+        row_stats = [A, e.sum(-1), D, B, v.exp_().sum(-1)]
         if c_NV is not None:
-            w, C = centred(_third(a_NV, c_NV, rows, temperature, difference))
+            w, C = centred(_third(a_NV, c_NV, rows, temperature, difference, w_, r_))
             row_stats += [u.sub_(w).mul_(e).sum(-1), C, w.exp_().sum(-1)]
         stats_KN[:, rows] = torch.stack(row_stats)
     return stats_KN[None]
@@ -108,20 +115,20 @@ def gradient(a_NV: Tensor, b_NV: Tensor, c_NV: Tensor | None, merged: Merged, sc
     """Write the gradients times scale_N (upstream, weight and 1/T) into grad_a and grad_b, which may be a and b themselves."""
     active_N = scale_N != 0
     constant_N, scale_a, scale_b = merged.row_constant(coef), scale_N / merged.sum_a, scale_N / merged.sum_b
+    u_, v_, p_, w_, r_ = scratch(a_NV, 5)
     for rows in row_chunks(a_NV, active_N):
-        u = scaled(a_NV, rows, temperature).sub_(merged.top_a[rows, None]).clamp_min_(FLOOR)
-        v = scaled(b_NV, rows, temperature).sub_(merged.top_b[rows, None]).clamp_min_(FLOOR)
-        w = None
-        if c_NV is not None:
-            w = _third(a_NV, c_NV, rows, temperature, difference).sub_(merged.top_c[rows, None]).clamp_min_(FLOOR)
-        scaled_p_a = u.exp().mul_(scale_a[rows, None])
-        if grad_b is not None:
-            write_rows(grad_b, rows, v.exp().mul_(scale_b[rows, None]).sub_(scaled_p_a))
+        u = scaled(a_NV, rows, temperature, u_).sub_(merged.top_a[rows, None]).clamp_min_(FLOOR)
+        v = scaled(b_NV, rows, temperature, v_).sub_(merged.top_b[rows, None]).clamp_min_(FLOOR)
+        scaled_p_a = torch.exp(u, out=p_[: len(u)]).mul_(scale_a[rows, None])
         if grad_a is not None:
-            ratio = torch.sub(u, v, out=v)
-            if w is not None:
-                ratio += torch.sub(u, w, out=w).mul_(coef)
+            if c_NV is not None:
+                w = _third(a_NV, c_NV, rows, temperature, difference, w_, r_).sub_(merged.top_c[rows, None]).clamp_min_(FLOOR)
+            ratio = torch.sub(u, v, out=u if c_NV is None else r_[: len(u)])
+            if c_NV is not None:
+                ratio += u.sub_(w).mul_(coef)
             write_rows(grad_a, rows, ratio.sub_(constant_N[rows, None]).mul_(scaled_p_a))
+        if grad_b is not None:
+            write_rows(grad_b, rows, v.exp_().mul_(scale_b[rows, None]).sub_(scaled_p_a))
     clear_inactive(active_N, grad_a, grad_b)
 
 
@@ -129,17 +136,18 @@ def mixture_sums(q_NV: Tensor, p_NV: Tensor, merged: Merged, *, objective: str, 
                  temperature: float = 1.0) -> Tensor:
     """[2, N]: x and y of this shard. `merged` has student first; `share` is beta or alpha."""
     sums_2N = q_NV.new_zeros(2, q_NV.shape[0], dtype=accumulation_dtype(q_NV))
+    buffers = scratch(q_NV, 6)
     for rows in row_chunks(q_NV, None if weights is None else weights != 0):
-        log_q, log_p = _log_probs(q_NV, p_NV, merged, rows, temperature)
+        log_q, log_p = _log_probs(q_NV, p_NV, merged, rows, temperature, buffers)
         if objective == "skew_reverse_kl":
             log_q, log_p = log_p, log_q  # the same formulas with the models exchanged
-        q, p = log_q.exp(), log_p.exp()
+        q, p, m, log_m = (x[: len(log_q)] for x in buffers[2:])
+        torch.exp(log_q, out=q), torch.exp(log_p, out=p)
         if objective == "tvd":
             more = q > p
             x, y = (q * more).sum(-1), (p * more).sum(-1)
         else:
-            m = _mixture(p, q, share)
-            log_m = m.log()
+            _mixture(p, q, share, m, log_m)
             x = log_p.sub_(log_m).mul_(p).sum(-1)
             y = (log_q.sub_(log_m).mul_(q) if objective == "jsd" else p.mul_(q).div_(m)).sum(-1)
         sums_2N[:, rows] = torch.stack([x, y])
@@ -156,50 +164,63 @@ def mixture_gradient(q_NV: Tensor, p_NV: Tensor, merged: Merged, sums_2N: Tensor
                      share: float, temperature: float = 1.0, grad_q: Tensor | None = None, grad_p: Tensor | None = None) -> None:
     """Write the gradients times scale_N into grad_q (student) and grad_p (teacher), which may be the logits themselves."""
     active_N = scale_N != 0
+    buffers = scratch(q_NV, 6)
     swap = objective == "skew_reverse_kl"
     for rows in row_chunks(q_NV, active_N):
-        log_q, log_p = _log_probs(q_NV, p_NV, merged, rows, temperature)
+        log_q, log_p = _log_probs(q_NV, p_NV, merged, rows, temperature, buffers)
         x, y = sums_2N[:, rows, None]
-        dq, dp = _mixture_rows(*((log_p, log_q) if swap else (log_q, log_p)), x, y, objective, share)
+        others = [x[: len(log_q)] for x in buffers[2:]]
+        dq, dp = _mixture_rows(*((log_p, log_q) if swap else (log_q, log_p)), *others, x, y, objective, share)
         for grad_NV, d in ((grad_p, dq), (grad_q, dp)) if swap else ((grad_q, dq), (grad_p, dp)):
             if grad_NV is not None:
                 write_rows(grad_NV, rows, d.mul_(scale_N[rows, None]))
     clear_inactive(active_N, grad_q, grad_p)
 
 
-def _mixture_rows(log_q: Tensor, log_p: Tensor, x: Tensor, y: Tensor, objective: str, share: float) -> tuple[Tensor, Tensor]:
-    q, p = log_q.exp(), log_p.exp()
+def _mixture_rows(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, m: Tensor, log_m: Tensor, x: Tensor, y: Tensor,
+                  objective: str, share: float) -> tuple[Tensor, Tensor]:
+    """(dq, dp); q, p, m and log_m are scratch."""
+    torch.exp(log_q, out=q), torch.exp(log_p, out=p)
     if objective == "tvd":
-        more = (q > p).to(q.dtype)
-        return q * (more - x), p * (y - more)
-    m = _mixture(p, q, share)
-    log_m = m.log()
+        more = torch.gt(q, p, out=m)
+        return q.mul_(torch.sub(more, x, out=log_q)), p.mul_(torch.sub(y, more, out=log_p))
+    _mixture(p, q, share, m, log_m)
     if objective == "jsd":
         return log_q.sub_(log_m).sub_(y).mul_(q).mul_(1 - share), log_p.sub_(log_m).sub_(x).mul_(p).mul_(share)
-    r = (p * q).div_(m)
-    return (1 - share) * (q * y - r), log_p.sub_(log_m).sub_(x).mul_(p).add_(r.addcmul_(p, y, value=-1), alpha=1 - share)
+    r = torch.mul(p, q, out=log_q).div_(m)
+    dp = log_p.sub_(log_m).sub_(x).mul_(p).add_(torch.addcmul(r, p, y, value=-1, out=m), alpha=1 - share)
+    return q.mul_(y).sub_(r).mul_(1 - share), dp
 
 
-def _mixture(p: Tensor, q: Tensor, share: float) -> Tensor:
+def _mixture(p: Tensor, q: Tensor, share: float, m: Tensor, log_m: Tensor) -> None:
     """m, never 0: where both models underflow, log m and p q / m are multiplied by 0 and have to be finite."""
-    return torch.lerp(q, p, share).clamp_min_(torch.finfo(p.dtype).tiny)
+    torch.lerp(q, p, share, out=m).clamp_min_(torch.finfo(p.dtype).tiny)
+    torch.log(m, out=log_m)
 
 
-def _log_probs(q_NV: Tensor, p_NV: Tensor, merged: Merged, rows: slice | Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    parts = ((q_NV, merged.top_a, merged.sum_a), (p_NV, merged.top_b, merged.sum_b))
-    return tuple(scaled(x_NV, rows, temperature).sub_(top_N[rows, None]).sub_(sum_N[rows, None].log()).clamp_min_(FLOOR)
-                 for x_NV, top_N, sum_N in parts)
+def _log_probs(q_NV: Tensor, p_NV: Tensor, merged: Merged, rows: slice | Tensor, temperature: float,
+               buffers: list[Tensor]) -> tuple[Tensor, Tensor]:
+    parts = ((q_NV, merged.top_a, merged.sum_a, buffers[0]), (p_NV, merged.top_b, merged.sum_b, buffers[1]))
+    return tuple(scaled(x_NV, rows, temperature, x_).sub_(top_N[rows, None]).sub_(sum_N[rows, None].log()).clamp_min_(FLOOR)
+                 for x_NV, top_N, sum_N, x_ in parts)
 
 
-def scaled(x_NV: Tensor, rows: slice | Tensor, temperature: float) -> Tensor:
-    """A copy of some rows, divided by the temperature, in the dtype that sums are made in."""
-    x_RV = x_NV[rows].to(accumulation_dtype(x_NV), copy=True)
+def scratch(x_NV: Tensor, tensors: int) -> list[Tensor]:
+    """Room for one chunk each, in the dtype that sums are made in; used again and again, it stays in the cache."""
+    return [x_NV.new_empty(chunk_rows(x_NV), x_NV.shape[1], dtype=accumulation_dtype(x_NV)) for _ in range(tensors)]
+
+
+def scaled(x_NV: Tensor, rows: slice | Tensor, temperature: float, out_RV: Tensor) -> Tensor:
+    """Some rows divided by the temperature, in scratch."""
+    x_RV = x_NV[rows]
+    x_RV = out_RV[: len(x_RV)].copy_(x_RV)
     return x_RV if temperature == 1 else x_RV.div_(temperature)
 
 
-def _third(a_NV: Tensor, c_NV: Tensor, rows: slice | Tensor, temperature: float, difference: bool) -> Tensor:
-    c_RV = scaled(c_NV, rows, temperature)
-    return c_RV.neg_().add_(scaled(a_NV, rows, temperature)) if difference else c_RV
+def _third(a_NV: Tensor, c_NV: Tensor, rows: slice | Tensor, temperature: float, difference: bool, out_RV: Tensor,
+           scratch_RV: Tensor) -> Tensor:
+    c_RV = scaled(c_NV, rows, temperature, out_RV)
+    return c_RV.neg_().add_(scaled(a_NV, rows, temperature, scratch_RV)) if difference else c_RV
 
 
 def centred(x_RV: Tensor) -> tuple[Tensor, Tensor]:

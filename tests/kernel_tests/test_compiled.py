@@ -31,3 +31,15 @@ def test_divergence_and_prompt_loss_equal_float64():
             (loss_N * upstream().float()).sum().backward()
     for a, b in zip((*ours, s.grad, t.grad), (*exact, exact_s.grad, exact_t.grad)):
         assert_close(a.detach(), b.detach())
+
+
+def test_both_gradients_over_the_logits_themselves():
+    s, t = logits(2)
+    exact = [x.double().requires_grad_() for x in (s, t)]
+    (reference.kl_div(*exact) * upstream()).sum().backward()
+    leaves = [x.clone().requires_grad_() for x in (s, t)]
+    a, b = (x * 1 for x in leaves)
+    with launch.use("compiled"):
+        (kl_div(a, b, inplace=True) * upstream().float()).sum().backward()
+    for leaf, x in zip(leaves, exact):
+        assert_close(leaf.grad, x.grad)
