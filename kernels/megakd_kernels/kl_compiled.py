@@ -34,23 +34,25 @@ def gradient(a_NV: Tensor, b_NV: Tensor, c_NV: Tensor | None, merged: Merged, sc
     """Write the gradients into grad_a and grad_b; see `kl_rows.gradient`."""
     active_N = scale_N != 0
     constant_N, coef = merged.row_constant(coef), torch.as_tensor(coef, dtype=scale_N.dtype)
-    for rows in _parts(a_NV, active_N):
+    grads_NV = grad_a, grad_b
+    inplace = any(g is not None and g.data_ptr() == x.data_ptr() for g, x in zip(grads_NV, (a_NV, b_NV)))
+    for rows in _parts(a_NV, active_N, inplace):
         top_c = None if c_NV is None else merged.top_c[rows, None]
         tops = merged.top_a[rows, None], merged.top_b[rows, None], top_c
         scales = (scale_N / merged.sum_a)[rows, None], (scale_N / merged.sum_b)[rows, None]
         logits = [None if x is None else x[rows] for x in (a_NV, b_NV, c_NV)]
-        grads = [None if x is None else x[rows] for x in (grad_a, grad_b)]
+        grads = [None if x is None else torch.empty_like(logits[0]) if inplace else x[rows] for x in grads_NV]
         _gradient(*logits, tops, constant_N[rows, None], scales, coef, torch.tensor(1 / temperature), difference, *grads)
-        if isinstance(rows, Tensor):  # then the loops wrote into copies
-            for x, dx in zip((grad_a, grad_b), grads):
+        if inplace or isinstance(rows, Tensor):  # then the loops wrote into copies
+            for x, dx in zip(grads_NV, grads):
                 if x is not None:
                     x[rows] = dx
     clear_inactive(active_N, grad_a, grad_b)
 
 
-def _parts(x_NV: Tensor, active_N: Tensor | None) -> Iterator[slice | Tensor]:
-    """All rows at once, of which the loops make no copy; or, where some do not count, indices of a few of the others."""
-    if active_N is None or bool(active_N.all()):
+def _parts(x_NV: Tensor, active_N: Tensor | None, copied: bool = False) -> Iterator[slice | Tensor]:
+    """All rows at once, of which the loops make no copy; or a few at a time, where some do not count or a copy is made."""
+    if not copied and (active_N is None or bool(active_N.all())):
         return iter([slice(None)])
     return row_chunks(x_NV, active_N)
 
