@@ -76,15 +76,15 @@ def statistics(a_NV: Tensor, b_NV: Tensor, c_NV: Tensor | None = None, *, weight
     """[1, K, N] statistics of this shard; rows of weight 0 are not read. `difference`: the third tensor holds a - c."""
     stats_KN = a_NV.new_zeros(5 if c_NV is None else 8, a_NV.shape[0], dtype=accumulation_dtype(a_NV))
     stats_KN[1::3] = 1.0  # SA, SB, SC of a row that is not read: its divergence is log 1
-    u_, v_, e_, w_, r_ = scratch(a_NV, 5)
+    u_, v_, e_, *third_ = scratch(a_NV, 3 if c_NV is None else 5)
     for rows in row_chunks(a_NV, None if weights is None else weights != 0):
         u, A = centred(scaled(a_NV, rows, temperature, u_))
         v, B = centred(scaled(b_NV, rows, temperature, v_))
         e = torch.exp(u, out=e_[: len(u)])
-        D = torch.sub(u, v, out=u if c_NV is None else r_[: len(u)]).mul_(e).sum(-1)
+        D = torch.sub(u, v, out=third_[1][: len(u)] if third_ else u).mul_(e).sum(-1)
         row_stats = [A, e.sum(-1), D, B, v.exp_().sum(-1)]
         if c_NV is not None:
-            w, C = centred(_third(a_NV, c_NV, rows, temperature, difference, w_, r_))
+            w, C = centred(_third(a_NV, c_NV, rows, temperature, difference, *third_))
             row_stats += [u.sub_(w).mul_(e).sum(-1), C, w.exp_().sum(-1)]
         stats_KN[:, rows] = torch.stack(row_stats)
     return stats_KN[None]
@@ -115,15 +115,15 @@ def gradient(a_NV: Tensor, b_NV: Tensor, c_NV: Tensor | None, merged: Merged, sc
     """Write the gradients times scale_N (upstream, weight and 1/T) into grad_a and grad_b, which may be a and b themselves."""
     active_N = scale_N != 0
     constant_N, scale_a, scale_b = merged.row_constant(coef), scale_N / merged.sum_a, scale_N / merged.sum_b
-    u_, v_, p_, w_, r_ = scratch(a_NV, 5)
+    u_, v_, p_, *third_ = scratch(a_NV, 3 if c_NV is None else 5)
     for rows in row_chunks(a_NV, active_N):
         u = scaled(a_NV, rows, temperature, u_).sub_(merged.top_a[rows, None]).clamp_min_(FLOOR)
         v = scaled(b_NV, rows, temperature, v_).sub_(merged.top_b[rows, None]).clamp_min_(FLOOR)
         scaled_p_a = torch.exp(u, out=p_[: len(u)]).mul_(scale_a[rows, None])
         if grad_a is not None:
             if c_NV is not None:
-                w = _third(a_NV, c_NV, rows, temperature, difference, w_, r_).sub_(merged.top_c[rows, None]).clamp_min_(FLOOR)
-            ratio = torch.sub(u, v, out=u if c_NV is None else r_[: len(u)])
+                w = _third(a_NV, c_NV, rows, temperature, difference, *third_).sub_(merged.top_c[rows, None]).clamp_min_(FLOOR)
+            ratio = torch.sub(u, v, out=third_[1][: len(u)] if third_ else u)
             if c_NV is not None:
                 ratio += u.sub_(w).mul_(coef)
             write_rows(grad_a, rows, ratio.sub_(constant_N[rows, None]).mul_(scaled_p_a))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import accumulate
+
 import pytest
 import torch
 from torch import Tensor
@@ -43,6 +46,14 @@ def assert_close(ours: Tensor, exact: Tensor, torch_same_dtype: Tensor | None = 
         torch.testing.assert_close(ours.double(), exact, rtol=2**-7 if ours.dtype == torch.bfloat16 else 2**-10, atol=3e-7)
     else:
         assert error(ours, exact) <= 2 * error(torch_same_dtype, exact) + 1e-7
+
+
+def peak_bytes(fn: Callable[[], object]) -> int:
+    """The most that fn allocates on a CPU at a time, by torch's own record."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        fn()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0))
 
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import NAN_ROW, WEIGHTS, assert_close, device_of, dtypes, error, implementations, logits, upstream
+from cases import NAN_ROW, WEIGHTS, assert_close, device_of, dtypes, error, implementations, logits, peak_bytes, upstream
 from megakd_kernels import OBJECTIVES, kl_div, kl_rows, launch, reference
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
@@ -165,6 +165,16 @@ def test_a_cpu_makes_nothing_of_the_logits_size(monkeypatch):
         with Watch() as watch:
             kl_div(s.detach(), t, objective=objective)
         assert watch.largest_new <= 4 * 8 * 400  # a chunk of float32, or eight statistics a row: 3 % of the logits here
+
+
+def test_in_place_a_cpu_takes_less_than_a_hundredth_of_the_logits():
+    row = torch.randn(128256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    z = torch.empty(4096, 128256, dtype=torch.bfloat16).copy_(row).requires_grad_()  # 1 GB
+    teacher = (0.8 * row).expand(4096, -1)
+    assert peak_bytes(lambda: kl_div(z, teacher, inplace=True).sum().backward()) <= 0.01 * z.nbytes
+    one = row[None].clone().requires_grad_()
+    kl_div(one, teacher[:1]).sum().backward()
+    assert torch.equal(z.detach()[[0, -1]], one.grad.expand(2, -1))
 
 
 def test_the_teacher_alone_may_learn():
