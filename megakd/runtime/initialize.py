@@ -63,10 +63,18 @@ def join(timeout: datetime.timedelta) -> None:
 
 
 def share_cores() -> None:
-    """Ranks on one CPU machine share its cores: more threads than cores cost more than they give."""
+    """Ranks on one CPU machine share its cores: more threads than cores cost more than they give.
+
+    OMP_NUM_THREADS above 1 is somebody's choice and stays. 1 is what torchrun sets where nobody has chosen.
+    """
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if local_ranks > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+    if local_ranks > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(max(1, usable_cores() // local_ranks))
+
+
+def usable_cores() -> int:
+    """taskset or a container may leave a process fewer cores than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_port() -> int:
