@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 
 import pytest
 import torch
 
-from megakd.runtime.initialize import share_cores
+from megakd.runtime.initialize import join, share_cores
 
 
 @pytest.mark.parametrize(
@@ -26,3 +27,27 @@ def test_ranks_share_the_cores_they_may_use_unless_told_otherwise(monkeypatch, l
     monkeypatch.setattr(torch, "set_num_threads", taken.append)
     share_cores()
     assert taken == ([] if threads is None else [threads])
+
+
+def gpu_of(monkeypatch, local_rank: int, visible: int) -> list[int]:
+    """The device that a rank takes where it sees so many."""
+    taken = []
+    launcher = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in (launcher | {"LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": "8"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: taken.append(backend))
+    join(datetime.timedelta(minutes=1))
+    return taken
+
+
+def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one_it_sees(monkeypatch):
+    assert gpu_of(monkeypatch, 3, 8) == [3, "nccl"]
+    assert gpu_of(monkeypatch, 3, 1) == [0, "nccl"]
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="--nproc_per_node 8 is more than the 2 GPUs of this machine; use 2 or fewer"):
+        gpu_of(monkeypatch, 2, 2)

@@ -55,11 +55,23 @@ def join(timeout: datetime.timedelta) -> None:
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(free_port())
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(own_gpu(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()))
         dist.init_process_group("nccl", timeout=timeout)
     else:
         share_cores()
         dist.init_process_group("gloo", timeout=timeout)
+
+
+def own_gpu(local_rank: int, visible: int) -> int:
+    """The GPU of this rank's number, or the only one: some launchers show each process no more than its own.
+
+    Raises:
+        ValueError: there are several, and fewer than ranks.
+    """
+    if local_rank >= visible > 1:
+        ranks = os.environ.get("LOCAL_WORLD_SIZE", f"{local_rank + 1} or more")
+        raise ValueError(f"--nproc_per_node {ranks} is more than the {visible} GPUs of this machine; use {visible} or fewer")
+    return local_rank % visible
 
 
 def share_cores() -> None:
