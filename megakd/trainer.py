@@ -17,6 +17,7 @@ from megakd import preflight
 from megakd.checkpointing.export_hf import export_to_hf
 from megakd.checkpointing.model_folder import ModelFolder
 from megakd.checkpointing.native import read_latest
+from megakd.checkpointing.publish import write_text
 from megakd.checkpointing.training import load_checkpoint, save_checkpoint
 from megakd.config import Config
 from megakd.data.batch import Sample
@@ -182,7 +183,7 @@ class Trainer:
     def _write_config(self) -> None:
         if is_rank_zero():
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config.flat(), sort_keys=False))
+            write_text(self.folder / "config.yaml", yaml.safe_dump(self.config.flat(), sort_keys=False))
 
     # ---- one iteration
 
