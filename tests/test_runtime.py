@@ -7,8 +7,10 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
+from distributed import run_distributed
 
-from megakd.runtime.initialize import join, share_cores
+from megakd.runtime.initialize import initialize, join, process_group_closed_at_exit, share_cores
 
 
 @pytest.mark.parametrize(
@@ -38,7 +40,7 @@ def gpu_of(monkeypatch, local_rank: int, visible: int) -> list[int]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: taken.append(backend))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: taken.append(backend))
     join(datetime.timedelta(minutes=1))
     return taken
 
@@ -51,3 +53,31 @@ def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one_it_sees(monkeypatch)
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="--nproc_per_node 8 is more than the 2 GPUs of this machine; use 2 or fewer"):
         gpu_of(monkeypatch, 2, 2)
+
+
+def groups_after(layout, sizes: list[tuple[int, int]]) -> list[int]:
+    """Process groups that are open after each call of `initialize`, and that all of them work."""
+    counts = []
+    for tp, pp in sizes:
+        layout = initialize(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+        counts.append(len(dist.distributed_c10d._world.pg_map))
+        ones = layout.sum_over_data_parallel(torch.ones(1))
+        dist.all_reduce(ones, group=layout.tp_group)
+        assert (layout.tp_size, layout.pp_size, ones.item()) == (tp, pp, layout.dp_size * tp)
+    return counts
+
+
+def test_process_groups_do_not_pile_up():
+    for counts in run_distributed(groups_after, 2, [(1, 1), (1, 1), (2, 1), (2, 1), (1, 2), (1, 1)]):
+        assert counts[0] == counts[1] == counts[5] and counts[2] == counts[3]
+
+
+def worlds_in_one_process(layout) -> None:
+    dist.destroy_process_group()
+    for _ in range(2):
+        with process_group_closed_at_exit():
+            assert initialize().sum_over_data_parallel(torch.ones(1)).item() == 1
+
+
+def test_a_process_that_has_left_can_join_again():
+    run_distributed(worlds_in_one_process, 1)

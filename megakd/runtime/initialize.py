@@ -31,12 +31,29 @@ def initialize(
     cpu_backend.install()
     megatron_repairs.install()
     if not dist.is_initialized():
+        parallel_state.destroy_model_parallel()  # forget the groups of a world that has ended
         join(datetime.timedelta(minutes=timeout_minutes))
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size, pipeline_model_parallel_size)
+    form_groups(tensor_model_parallel_size, pipeline_model_parallel_size)
     layout = ParallelLayout.from_parallel_state()
     seed_everything(seed, layout)
     return layout
+
+
+def form_groups(tp: int, pp: int) -> None:
+    """The process groups of a TP × PP × DP grid. Those of an earlier call serve again where they are the same, else they are closed."""
+    if parallel_state.model_parallel_is_initialized():
+        sizes = (parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_pipeline_model_parallel_world_size())
+        if sizes == (tp, pp):
+            return
+        close_groups()
+    parallel_state.initialize_model_parallel(tp, pp)
+
+
+def close_groups() -> None:
+    """megatron-core forgets its groups without closing them: gloo would keep their threads, NCCL its memory."""
+    for group in filter(None, parallel_state._global_process_group_list):  # None stands for the world
+        dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
 
 
 def check_world_size(tp: int, pp: int, world_size: int) -> None:
@@ -129,3 +146,4 @@ def process_group_closed_at_exit():
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
+        parallel_state.destroy_model_parallel()
