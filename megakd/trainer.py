@@ -91,6 +91,7 @@ class Trainer:
             enabled=is_rank_zero(),
             resumed_iteration=self.iteration or None,
             log_interval=config.output.log_interval,
+            eval_interval=config.output.eval_interval,
         )
         self.rollouts = self._open_rollouts()
 
