@@ -358,6 +358,8 @@ class EvaluateConfig(AnsweringConfig):
             yield "--data is missing; give jsonl files with prompt and response, or --gsm8k"
         if not self.seeds:
             yield "--seeds is empty; give one number or more"
+        if twice := [seed for i, seed in enumerate(self.seeds) if seed in self.seeds[:i]]:
+            yield f"--seeds names {twice[0]} more than once, and the same answers would count as more; name each seed once"
         if self.exposure_bias and not self.teacher_model:
             yield "--exposure-bias needs --teacher-model; give the folder to compare with"
         if self.exposure_bias_samples > len(self.seeds):

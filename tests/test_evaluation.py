@@ -327,6 +327,7 @@ def test_a_file_cut_off_while_its_settings_are_written_keeps_the_old_ones(lab, t
         ({"data": ("nowhere.jsonl",)}, "nowhere.jsonl: no such data file"),
         ({"data": ("a/valid.jsonl", "b/valid.jsonl")}, "both are named valid; name one, as in first=a/valid.jsonl"),
         ({"seeds": ()}, "--seeds is empty; give one number or more"),
+        ({"seeds": (3, 5, 3)}, "--seeds names 3 more than once, .*; name each seed once"),
         ({"teacher_model": ""}, "--exposure-bias needs --teacher-model"),
         ({"exposure_bias_samples": 3}, "--exposure-bias-samples 3 is more than the 2 --seeds"),
         ({"responses": replace(RESPONSES, max_new_tokens=50)}, r"24 \+ --max-new-tokens 50 is more than the 64 positions"),
