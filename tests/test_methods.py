@@ -9,6 +9,7 @@ import pytest
 import torch
 from distributed import run_distributed
 from megakd_kernels import launch
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from oracle import ADAM, Oracle, StateDictSource
 from tiny import tiny_config, tiny_model
 
@@ -145,6 +146,18 @@ def test_one_iteration_equals_float64_transformers(method_name, tp, pp, dp, sp, 
         "use_distributed_optimizer": zero,
     }
     run_distributed(check_one_iteration, tp * pp * dp, method_name, PAIRS, micro_batch_size, parallel, tp=tp, pp=pp)
+
+
+def check_no_shape_travels(layout):
+    """Micro-batches of unlike width, with a soft prompt, in unlike numbers of micro-batches and stages."""
+    P2PCommunicator._communicate_shapes = lambda *args: pytest.fail("a shape was sent")
+    parallel = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": layout.pp_size}
+    pairs = {"gpt2": ({"family": "gpt2", "layers": 3}, {"family": "gpt2", "layers": 4, "hidden": 96})}
+    check_one_iteration(layout, "promptkd", pairs, 1, parallel)
+
+
+def test_every_stage_knows_the_shapes_that_it_is_sent():
+    run_distributed(check_no_shape_travels, 3, pp=3)
 
 
 OBJECTIVES = ["reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
