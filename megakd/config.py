@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import tyro
 import yaml
@@ -33,12 +33,15 @@ Quirk = Literal[
     "whiten-padding", "seqkd-with-kd",
 ]  # fmt: skip
 GRACE_SECONDS = 3.0  # the launcher ends all ranks a moment after the first has ended
+METHODS: tuple[MethodName, ...] = get_args(MethodName)
 TEACHER_METHODS = ("kd", "seqkd", "distillm", "minillm", "promptkd")
+ROLLOUT_METHODS = TEACHER_METHODS  # each of them writes responses, be it now and then
+DIVERGENCE_METHODS = ("kd", "seqkd", "distillm")
 
 
-def flag(default: Any, help: str) -> Any:
-    """A field that is a flag with this help."""
-    return field(default=default, metadata={"help": help})
+def flag(default: Any, help: str, *, methods: tuple[MethodName, ...] = ()) -> Any:
+    """A field that is a flag with this help; `methods` alone read it, or where none is named those of its group."""
+    return field(default=default, metadata={"help": help, "methods": methods})
 
 
 def alias(*names: str) -> Any:
@@ -50,7 +53,9 @@ class ModelConfig:
     """Student and teacher: Hugging Face folders or native checkpoints."""
 
     model: Annotated[str, alias("--model-name-or-path", "--model-path")] = flag("", "the student's folder")
-    teacher_model: Annotated[str, alias("--teacher-model-name-or-path", "--teacher-model-path")] = flag("", "the teacher's folder")
+    teacher_model: Annotated[str, alias("--teacher-model-name-or-path", "--teacher-model-path")] = flag(
+        "", "the teacher's folder", methods=TEACHER_METHODS
+    )
     dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "bf16 has fp32 master weights; auto: bf16 on a GPU, else fp32")
     hidden_dropout: float | None = flag(None, "the student's dropout while it learns; default: what its config.json says")
     attention_dropout: float | None = flag(None, "the student's attention dropout; default: what its config.json says")
@@ -115,14 +120,24 @@ class DistillationConfig:
     """What the student learns from the teacher."""
 
     kd_ratio: Annotated[float | None, alias("--kd-alpha")] = flag(
-        None, "share of the divergence, the rest is cross-entropy; default: 0.5 (kd, minillm's text), 0 (seqkd), 1 (distillm)"
+        None,
+        "share of the divergence, the rest is cross-entropy; default: 0.5 (kd, minillm's text), 0 (seqkd), 1 (distillm)",
+        methods=(*DIVERGENCE_METHODS, "minillm"),
     )
-    kd_objective: Objective = flag("forward_kl", "kd: which divergence between teacher p and student q")
-    kd_temperature: float = flag(1.0, "kd: temperature of both distributions in the divergence, never of sampling")
-    beta: float = flag(0.5, "jsd: the teacher's share of the mixture")
-    skew_alpha: float = flag(0.1, "skew_*: share of the first distribution in the mixture (DistiLLM)")
-    on_policy_ratio: Annotated[float, alias("--lmbda")] = flag(0.0, "kd: share of the batches that the student writes (GKD's lambda)")
-    replay_capacity: int = flag(1000, "distillm: responses of the student that are kept to be learnt from again")
+    kd_objective: Objective = flag("forward_kl", "kd: which divergence between teacher p and student q", methods=DIVERGENCE_METHODS)
+    kd_temperature: float = flag(
+        1.0, "kd: temperature of both distributions in the divergence, never of sampling", methods=DIVERGENCE_METHODS
+    )
+    beta: float = flag(0.5, "jsd: the teacher's share of the mixture", methods=DIVERGENCE_METHODS)
+    skew_alpha: float = flag(
+        0.1, "skew_*: share of the first distribution in the mixture (DistiLLM)", methods=DIVERGENCE_METHODS
+    )
+    on_policy_ratio: Annotated[float, alias("--lmbda")] = flag(
+        0.0, "kd: share of the batches that the student writes (GKD's lambda)", methods=("kd",)
+    )
+    replay_capacity: int = flag(
+        1000, "distillm: responses of the student that are kept to be learnt from again", methods=("distillm",)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,9 +174,9 @@ class MiniLLMConfig:
 class SamplingConfig:
     """How tokens are drawn."""
 
-    temperature: float = flag(1.0, "of sampling alone, never of a loss")
-    top_k: int = flag(0, "sample among the k likeliest tokens; 0: all")
-    top_p: float = flag(1.0, "sample among the likeliest tokens that hold this probability; 1: all")
+    temperature: float = flag(1.0, "of sampling alone, never of a loss", methods=ROLLOUT_METHODS)
+    top_k: int = flag(0, "sample among the k likeliest tokens; 0: all", methods=ROLLOUT_METHODS)
+    top_p: float = flag(1.0, "sample among the likeliest tokens that hold this probability; 1: all", methods=ROLLOUT_METHODS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +184,7 @@ class GenerationConfig(SamplingConfig):
     """How the student writes its responses (on-policy methods)."""
 
     max_new_tokens: int | None = flag(None, "longest response; default: --max-length minus --max-prompt-length")
-    rollout_batch_size: int = flag(64, "rows decoded together")
+    rollout_batch_size: int = flag(64, "rows decoded together", methods=ROLLOUT_METHODS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +196,9 @@ class OutputConfig:
     eval_interval: Annotated[int | None, alias("--eval-steps")] = flag(None, "iterations between evaluations; default: before and after")
     eval_iters: int | None = flag(None, "global batches of an evaluation; default: all of --valid-data")
     log_interval: Annotated[int, alias("--logging-steps")] = flag(1, "iterations between progress lines")
-    save_rollouts: bool = flag(False, "write rollouts.jsonl: ids and loss mask of every response, so that any step can be recomputed")
+    save_rollouts: bool = flag(
+        False, "write rollouts.jsonl: ids and loss mask of every response, so that any step can be recomputed", methods=ROLLOUT_METHODS
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,14 +253,30 @@ class Config(BaseConfig):
     def max_new_tokens(self) -> int:
         return self.generation.max_new_tokens or self.data.max_length - self.data.max_prompt_length
 
+    def readers(self) -> dict[str, tuple[MethodName, ...]]:
+        """The methods that read each flag: those of its own line, else the one its group is called after, else all."""
+        return {
+            line.name: line.metadata["methods"] or ((group.name,) if group.name in METHODS else METHODS)
+            for group in dataclasses.fields(self)
+            if dataclasses.is_dataclass(group.default_factory)
+            for line in dataclasses.fields(group.default_factory)
+        }
+
+    def unread(self) -> Iterator[str]:
+        """Flags that this method never reads, given another value than their default."""
+        given, usual = self.flat(), Config().flat()
+        for name, methods in self.readers().items():
+            if self.method not in methods and given[name] != usual[name]:
+                words = " ".join(as_words(name, given[name]))
+                yield f"--method {self.method} has no use for {words}, a flag of {', '.join(methods)}; leave it out"
+
     def complaints(self):
         models, data, training, parallel = self.models, self.data, self.training, self.parallel
         if not models.model:
             yield "--model is missing; give the student's Hugging Face folder or native checkpoint"
         if self.needs_teacher and not models.teacher_model:
             yield f"--method {self.method} needs --teacher-model; give the teacher's folder"
-        if not self.needs_teacher and models.teacher_model:
-            yield f"--method {self.method} has no use for --teacher-model {models.teacher_model}; leave it out"
+        yield from self.unread()
         if not data.train_data:
             yield "--train-data is missing; give a jsonl file with prompt and response"
         if not self.output.save:
@@ -325,6 +358,8 @@ class EvaluateConfig(AnsweringConfig):
             yield "--data is missing; give jsonl files with prompt and response, or --gsm8k"
         if not self.seeds:
             yield "--seeds is empty; give one number or more"
+        if twice := [seed for i, seed in enumerate(self.seeds) if seed in self.seeds[:i]]:
+            yield f"--seeds names {twice[0]} more than once, and the same answers would count as more; name each seed once"
         if self.exposure_bias and not self.teacher_model:
             yield "--exposure-bias needs --teacher-model; give the folder to compare with"
         if self.exposure_bias_samples > len(self.seeds):
@@ -499,8 +534,6 @@ def as_words(name: str, value: Any) -> list[str]:
         return [flag_name(name), *map(str, value)]
     if isinstance(value, bool):
         return [flag_name(name if value else f"no_{name}")]
-    if isinstance(value, list):
-        return [flag_name(name), *map(str, value)]
     return [flag_name(name), str(value)]
 
 

@@ -2,7 +2,8 @@
 
 N supervised tokens of a micro-batch, H hidden size.
 
-A model is any pipeline stage with a `layout` that is called with (tokens, position_ids, soft_prompt): models.gpt_model's.
+A model is any pipeline stage with a `layout` that is called with (tokens, position_ids, soft_prompt) and knows the `handed_on_shape` of
+what it then gives to the next one: models.gpt_model's.
 What comes out of the last stage is the hidden states of the supervised positions, [N, H], and never logits. A loss gets them one
 micro-batch at a time and gives a value per token; values are summed here, over micro-batches and data-parallel ranks, and divided
 once by the tokens of the whole global batch: a token mean, not a mean of means.
@@ -38,7 +39,7 @@ def forward_only(
         return model(batch.tokens, batch.position_ids, soft_prompt), lambda hidden, non_loss_data: keep(hidden, batch)
 
     with torch.no_grad(), evaluation_mode(model):
-        return run_schedule(model, batches, step, forward_only=True, collect_non_loss_data=True)
+        return run_schedule(model, batches, step, soft_prompt, forward_only=True, collect_non_loss_data=True)
 
 
 def supervised_hidden(model: torch.nn.Module, batches: Sequence[Batch], soft_prompt: Tensor | None = None) -> list[Tensor]:
@@ -85,7 +86,7 @@ def _run_loss(model, batches, loss_function, names, soft_prompt, *, forward_only
 
         return output, loss
 
-    sums = run_schedule(model, batches, step, forward_only=forward_only)
+    sums = run_schedule(model, batches, step, soft_prompt, forward_only=forward_only)
     device = torch.cuda.current_device()
     return torch.stack(sums).sum(0) if sums else torch.zeros(len(names) + 1, dtype=torch.double, device=device)
 
@@ -102,22 +103,45 @@ def mean_of_means(loss_function: LossFunction, batches: Sequence[Batch], layout:
     return scaled
 
 
-def run_schedule(model: torch.nn.Module, batches: Sequence[Batch], step: Callable, **options) -> list:
+def run_schedule(
+    model: torch.nn.Module, batches: Sequence[Batch], step: Callable, soft_prompt: Tensor | None = None, **options
+) -> list:
     """megatron-core's schedule for this model's pipeline; what `step`'s second half returned per micro-batch on the last stage."""
     inner = unwrap(model)
     layout, device = inner.layout, torch.cuda.current_device()
-    communicator = {"p2p_communicator": P2PCommunicator(layout.pp_group, inner.config)} if layout.pp_size > 1 else {}
+    if layout.pp_size > 1:
+        options["p2p_communicator"] = KnownShapes(inner, [inner.handed_on_shape(batch.tokens, soft_prompt) for batch in batches])
     return get_forward_backward_func(pp_size=layout.pp_size)(
         forward_step_func=step,
         data_iterator=iter([batch.to(device) for batch in batches]),
         model=model,
         num_microbatches=len(batches),
-        seq_length=max(batch.seq_length for batch in batches),  # a bound: shapes travel with the activations
+        seq_length=max(batch.seq_length for batch in batches),  # a bound: KnownShapes has each micro-batch's own
         micro_batch_size=batches[0].micro_batch_size,
         pg_collection=layout.groups,
-        **communicator,
         **options,
     )
+
+
+class KnownShapes(P2PCommunicator):
+    """Messages between stages, each micro-batch in its own shape. All stages know the batches, so no shape has to travel first,
+    for which the device would be waited for. Activations come in the order of the micro-batches, and so do gradients (1F1B)."""
+
+    def __init__(self, model: torch.nn.Module, shapes: Sequence[tuple[int, int, int]]):
+        super().__init__(model.layout.pp_group, model.config)
+        self.activations, self.gradients = iter(shapes), iter(shapes)
+
+    def recv_forward(self, tensor_shapes, is_first_stage):
+        return super().recv_forward([next(self.activations)], is_first_stage)
+
+    def send_backward_recv_forward(self, input_tensor_grads, tensor_shapes, is_first_stage):
+        return super().send_backward_recv_forward(input_tensor_grads, [next(self.activations)], is_first_stage)
+
+    def recv_backward(self, tensor_shapes, is_last_stage):
+        return super().recv_backward([next(self.gradients)], is_last_stage)
+
+    def send_forward_recv_backward(self, output_tensors, tensor_shapes, is_last_stage):
+        return super().send_forward_recv_backward(output_tensors, [next(self.gradients)], is_last_stage)
 
 
 def supervised(hidden_SBH: Tensor, batch: Batch) -> Tensor:

@@ -17,6 +17,7 @@ from megakd import preflight
 from megakd.checkpointing.export_hf import export_to_hf
 from megakd.checkpointing.model_folder import ModelFolder
 from megakd.checkpointing.native import read_latest
+from megakd.checkpointing.publish import write_text
 from megakd.checkpointing.training import load_checkpoint, save_checkpoint
 from megakd.config import Config
 from megakd.data.batch import Sample
@@ -90,6 +91,7 @@ class Trainer:
             enabled=is_rank_zero(),
             resumed_iteration=self.iteration or None,
             log_interval=config.output.log_interval,
+            eval_interval=config.output.eval_interval,
         )
         self.rollouts = self._open_rollouts()
 
@@ -182,7 +184,7 @@ class Trainer:
     def _write_config(self) -> None:
         if is_rank_zero():
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config.flat(), sort_keys=False))
+            write_text(self.folder / "config.yaml", yaml.safe_dump(self.config.flat(), sort_keys=False))
 
     # ---- one iteration
 

@@ -26,7 +26,7 @@ from megakd.evaluation import gsm8k, metrics
 from megakd.evaluation.evaluation_set import EvaluationSet, named_paths
 from megakd.evaluation.evaluator import evaluate
 from megakd.evaluation.exposure_bias import accumulated, exposure_bias
-from megakd.evaluation.write_responses import write_responses
+from megakd.evaluation.write_responses import ResponseFile, write_responses
 
 ROOT = Path(__file__).parents[1]
 RESPONSES = ResponseConfig(max_prompt_length=24, max_new_tokens=12, batch_size=2)
@@ -303,6 +303,18 @@ def test_a_file_is_not_continued_with_other_settings(lab, tmp_path):
         write_responses(generation(lab, tmp_path / "out.jsonl"))
 
 
+def test_a_file_cut_off_while_its_settings_are_written_keeps_the_old_ones(lab, tmp_path, monkeypatch):
+    def half(file, text, **options):
+        file.open("w").write(text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    on_ranks(write_responses, generation(lab, tmp_path / "out.jsonl"))
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(KeyboardInterrupt):
+        ResponseFile(generation(lab, tmp_path / "out.jsonl")).continue_at(1, 1)
+    ResponseFile(generation(lab, tmp_path / "out.jsonl"))  # which reads them
+
+
 # ---- errors and commands
 
 
@@ -315,6 +327,7 @@ def test_a_file_is_not_continued_with_other_settings(lab, tmp_path):
         ({"data": ("nowhere.jsonl",)}, "nowhere.jsonl: no such data file"),
         ({"data": ("a/valid.jsonl", "b/valid.jsonl")}, "both are named valid; name one, as in first=a/valid.jsonl"),
         ({"seeds": ()}, "--seeds is empty; give one number or more"),
+        ({"seeds": (3, 5, 3)}, "--seeds names 3 more than once, .*; name each seed once"),
         ({"teacher_model": ""}, "--exposure-bias needs --teacher-model"),
         ({"exposure_bias_samples": 3}, "--exposure-bias-samples 3 is more than the 2 --seeds"),
         ({"responses": replace(RESPONSES, max_new_tokens=50)}, r"24 \+ --max-new-tokens 50 is more than the 64 positions"),

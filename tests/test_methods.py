@@ -9,14 +9,15 @@ import pytest
 import torch
 from distributed import run_distributed
 from megakd_kernels import launch
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from oracle import ADAM, Oracle, StateDictSource
 from tiny import tiny_config, tiny_model
 
-from megakd.config import Config, TrainingConfig
+from megakd.config import Config, DistillationConfig, GenerationConfig, MiniLLMConfig, PromptKDConfig, TrainingConfig
 from megakd.data.batch import Sample
 from megakd.data.dataloader import deal
 from megakd.losses.policy_gradient import advantages, importance_weights
-from megakd.methods import METHODS
+from megakd.methods import METHODS, minillm
 from megakd.methods.base import Cast
 from megakd.methods.minillm import MiniLLM
 from megakd.models.model_provider import build_model, load_weights, padded_vocab_size, parameter_mappings
@@ -145,6 +146,18 @@ def test_one_iteration_equals_float64_transformers(method_name, tp, pp, dp, sp, 
         "use_distributed_optimizer": zero,
     }
     run_distributed(check_one_iteration, tp * pp * dp, method_name, PAIRS, micro_batch_size, parallel, tp=tp, pp=pp)
+
+
+def check_no_shape_travels(layout):
+    """Micro-batches of unlike width, with a soft prompt, in unlike numbers of micro-batches and stages."""
+    P2PCommunicator._communicate_shapes = lambda *args: pytest.fail("a shape was sent")
+    parallel = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": layout.pp_size}
+    pairs = {"gpt2": ({"family": "gpt2", "layers": 3}, {"family": "gpt2", "layers": 4, "hidden": 96})}
+    check_one_iteration(layout, "promptkd", pairs, 1, parallel)
+
+
+def test_every_stage_knows_the_shapes_that_it_is_sent():
+    run_distributed(check_no_shape_travels, 3, pp=3)
 
 
 OBJECTIVES = ["reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
@@ -376,3 +389,34 @@ def test_a_prompt_of_learning_rate_zero_stays_as_it_is():
 def test_the_prompts_learning_rate_never_rises_towards_the_students_lowest():
     config = TrainingConfig(lr_decay_style="linear", min_lr=0.1)
     assert [learning_rate(i, lr=0.01, total_iters=10, config=config) for i in (1, 5, 10)] == pytest.approx([0.01] * 3)
+
+
+def flags_read(layout, method_name):
+    """Settings of these groups that a method looks at when it is made and in one iteration that writes."""
+    config = run_config(method_name, 4, {})
+    ratios = {"on_policy_ratio": 1.0} if method_name == "kd" else {"kd_ratio": 0.5} if method_name == "seqkd" else {}
+    config = replace(config, distillation=replace(config.distillation, **ratios), minillm=replace(config.minillm, num_rollouts=8))
+    parts, read = cast(layout, config, PAIRS["gpt2"]), set()
+
+    def get(self, name):
+        read.add(name)
+        return object.__getattribute__(self, name)
+
+    for group in (DistillationConfig, PromptKDConfig, MiniLLMConfig, GenerationConfig):
+        group.__getattribute__ = get
+    minillm.open_responses = lambda *args, **options: text_rows()
+    method = METHODS[method_name](parts, config, total_iters=TOTAL_ITERS)
+    for name, tensor in method.extra_tensors().items():
+        if name == "threshold":
+            tensor.fill_(1.0)  # DistiLLM's student writes
+    method.train_iteration(OneBatch(samples(), layout), 1)
+    return read
+
+
+@pytest.mark.parametrize("method_name", METHODS)
+def test_a_method_reads_the_flags_that_are_called_its_own_and_no_others(method_name):
+    config = Config(method=method_name)
+    groups = (config.distillation, config.promptkd, config.minillm, config.generation)
+    flags = {name for group in groups for name in vars(group)} - {"max_new_tokens"}  # which the trainer reads for all
+    (read,) = run_distributed(flags_read, 1, method_name)
+    assert read & flags == {name for name, methods in config.readers().items() if method_name in methods} & flags

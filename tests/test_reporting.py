@@ -58,8 +58,32 @@ def test_a_resumed_run_has_every_iteration_once(tmp_path, capsys):
     assert [row["iteration"] for row in rows_of(tmp_path / "samples.jsonl")] == list(range(1, 10))
     assert events_of(tmp_path) == expected
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "iteration 1/9 | loss/lm 1.0000 | rollout 0.50 s"  # nothing to estimate from yet
+    assert lines[0].startswith("iteration 1/9 | loss/lm 1.0000 | rollout 0.50 s | ETA 0:00:0")
     assert lines[-1].endswith("| ETA 0:00:00")
+
+
+@pytest.mark.parametrize(
+    "eval_interval, etas",
+    [(4, [39, 38, 37, 36, 26, 25, 24, 23, 22, 12, 11, 10, 0]), (None, [19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 0])],
+    ids=["every 4", "at the end"],
+)
+def test_iterations_and_evaluations_to_come_are_estimated_each_by_its_own_time(tmp_path, monkeypatch, capsys, eval_interval, etas):
+    clock = [0.0]
+    monkeypatch.setattr("megakd.reporting.logger.time.perf_counter", lambda: clock[0])
+    logger = RunLogger(tmp_path, total_iterations=10, enabled=True, eval_interval=eval_interval)
+
+    def log(iteration, name, seconds):
+        clock[0] += seconds
+        logger.log(iteration, {name: 1.0})
+
+    log(0, "valid/lm", 10)
+    for iteration in range(1, 11):
+        log(iteration, "loss/lm", 1)
+        if iteration == 10 or (eval_interval and iteration % eval_interval == 0):
+            log(iteration, "valid/lm", 10)
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert "ETA" not in first  # no iteration to estimate from yet
+    assert [line.rpartition("ETA ")[2] for line in lines] == [f"0:00:{seconds:02d}" for seconds in etas]
 
 
 def test_a_new_run_starts_its_files_afresh(tmp_path):

@@ -14,7 +14,7 @@ from tiny import tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megakd import trainer
-from megakd.config import parse
+from megakd.config import Config, from_yaml, parse
 from megakd.data.tasks import make_rows
 from megakd.data.train_tokenizer import train_tokenizer
 from megakd.reporting.jsonl import read_jsonl
@@ -125,6 +125,20 @@ def test_a_run_leaves_what_it_promises(inputs):
     model, report = AutoModelForCausalLM.from_pretrained(folder / "hf", output_loading_info=True)
     assert not any(report.values()), report
     assert AutoTokenizer.from_pretrained(folder / "hf").vocab_size <= model.config.vocab_size
+
+
+def test_a_run_cut_off_while_it_writes_its_settings_keeps_the_old_ones(tmp_path, monkeypatch):
+    def half(file, text, **options):
+        file.open("w").write(text[: len(text) // 2])
+        raise CutOffError
+
+    unfinished = trainer.Trainer.__new__(trainer.Trainer)
+    unfinished.config, unfinished.folder = Config(), tmp_path
+    unfinished._write_config()
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(CutOffError):
+        unfinished._write_config()
+    assert from_yaml(tmp_path / "config.yaml") == unfinished.config
 
 
 def test_rollouts_recompute_a_step(inputs):

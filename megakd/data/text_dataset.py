@@ -5,6 +5,7 @@ Where the two merge into one token across the border, that row's prompt and resp
 """
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,12 +61,12 @@ def encode_responses(rows: list[Row], prompts: list[list[int]], tokenizer: PreTr
 
 
 def report_dropped(path: str | Path, lengths: list[int], max_prompt_length: int) -> None:
-    """Logs one line with the number of prompts that are too long. Raises ValueError where that is all of them."""
+    """Logs one line with the number of prompts that are too long, on rank 0. Raises ValueError where that is all of them."""
     dropped = sum(length > max_prompt_length for length in lengths)
     if dropped == len(lengths):
         raise ValueError(
             f"{path}: all {dropped} prompts are longer than --max-prompt-length {max_prompt_length} tokens; "
             f"the shortest has {min(lengths)}: raise the flag"
         )
-    if dropped:
+    if dropped and os.environ.get("RANK", "0") == "0":  # data are opened before ranks join, so the launcher's word counts
         log.warning("%s: left out %d of %d rows, prompt longer than %d tokens", path, dropped, len(lengths), max_prompt_length)

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from megakd.checkpointing.publish import write_text
 from megakd.config import GenerateConfig, ResponseConfig, flag_name, from_yaml
 from megakd.data.prompt_dataset import PromptDataset
 from megakd.data.records import records
@@ -101,7 +102,7 @@ class ResponseFile:
         kept = rows if whole >= rows else whole // chunk_size * chunk_size
         if is_rank_zero():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.settings.write_text(yaml.safe_dump(self.config.flat(), sort_keys=False), encoding="utf-8")
+            write_text(self.settings, yaml.safe_dump(self.config.flat(), sort_keys=False))
             beside = self.path.with_name(self.path.name + ".tmp")
             beside.write_bytes(b"".join(self._lines[:kept]))
             os.replace(beside, self.path)

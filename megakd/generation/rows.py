@@ -19,6 +19,8 @@ from megakd.generation.sampling import Sampler, Sampling, noise_streams
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.model_provider import context_length
 
+LOOK_EVERY = 8  # steps of a captured group between two looks at its tokens: each look waits for the GPU
+
 
 @dataclass
 class Row:
@@ -64,7 +66,8 @@ class RowGroup:
     """Rows in the order longest prompt first.
 
     On a GPU the decode step is captured as a CUDA graph: it attends to the whole cache, and rows leave when half of them are
-    finished, because each number of rows is another graph.
+    finished, because each number of rows is another graph. Its tokens stay on the device and are looked at every few steps, on all
+    stages after the same ones: what a row was given after its end is left out, and the GPU seldom waits.
     """
 
     def __init__(self, rows: list[Row], voices: Sequence[Voice], sampler: Sampler):
@@ -75,6 +78,7 @@ class RowGroup:
         self.streams_B = noise_streams(sampler.sampling.seed, [row.sample_id for row in rows], self.device)
         self.seen_BK = torch.tensor([[-1] * (self.width - len(prompt)) + list(prompt) for prompt in prompts], device=self.device)
         self.read = 0  # response tokens that this stage has read
+        self.unseen: list[Tensor] = []  # [B] each, read since the last look
         self.prefilled = self.finished = False
         self.captures = is_capturable(self.device, sampler.sampling)
         self.captured: CapturedStep | None = None
@@ -99,7 +103,7 @@ class RowGroup:
             return [] if self.layout.is_last_stage else [tokens_B, *self._hidden_buffers()]
         if self.layout.pp_size == 1:
             tokens_B = tokens_B[self.drop_finished()]
-        out = self.step(tokens_B, torch.tensor(self.read - 1, device=self.device), *hidden)
+        out = self.step(tokens_B, torch.full((), self.read - 1, device=self.device), *hidden)
         stay = self.drop_finished()  # the next stage does not know yet and waits for all rows; the first stage has dropped them
         return [out[0][stay]] if self.layout.is_last_stage else [tokens_B, *out]
 
@@ -130,12 +134,20 @@ class RowGroup:
         return [self.sampler(states, self.streams_B, position, self.seen_BK)]
 
     def record(self, tokens_B: Tensor) -> None:
-        for row, token in zip(self.rows, tokens_B.tolist()):
-            row.append(token)
         self.read += 1
-        self.finished = all(row.finished for row in self.rows)
+        self.unseen.append(tokens_B.clone())  # the next replay of a graph writes over its output
+        if not self.captures or self.read % LOOK_EVERY == 0 or self.read == self.longest:
+            self.look()
         if self.sampler.sampling.limits_repetition:
             self.seen_BK = torch.cat([self.seen_BK, tokens_B[:, None]], 1)
+
+    def look(self) -> None:
+        """Bring the tokens to the host: what they say, and which rows they end."""
+        for tokens in torch.stack(self.unseen).tolist():
+            for row, token in zip(self.rows, tokens):
+                row.append(token)
+        self.unseen.clear()
+        self.finished = all(row.finished for row in self.rows)
 
     def drop_finished(self) -> slice | list[int]:
         """Let finished rows leave; returns where the rows that stay were before."""

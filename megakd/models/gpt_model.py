@@ -7,6 +7,8 @@ The output layer is applied by the loss (megakd_kernels.fused_linear_*), in piec
 
 from __future__ import annotations
 
+import math
+
 import megakd_kernels
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
@@ -43,6 +45,13 @@ class HiddenStateGPTModel(GPTModel):
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=self.tp_group)
         first = 0 if soft_prompt_PH is None else soft_prompt_PH.shape[0]
         return hidden[first : first + tokens_BS.shape[1]]
+
+    def handed_on_shape(self, tokens_BS: Tensor, soft_prompt_PH: Tensor | None = None) -> tuple[int, int, int]:
+        """[P + S, B, H] that goes from stage to stage, this rank's part of it under sequence parallelism."""
+        rows, positions = tokens_BS.shape
+        positions += 0 if soft_prompt_PH is None else soft_prompt_PH.shape[0]
+        parts = self.tp_group.size() if self.config.sequence_parallel else 1
+        return math.ceil(positions / parts), rows, self.config.hidden_size
 
     def _embed(self, tokens_BS: Tensor, position_ids_BS: Tensor, soft_prompt_PH: Tensor | None) -> Tensor:
         """[P + S, B, H], this rank's part of it under sequence parallelism."""

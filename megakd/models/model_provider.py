@@ -152,8 +152,6 @@ def transformer_config(
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
         "batch_p2p_comm": False,
-        "variable_seq_lengths": layout.pp_size > 1,  # each micro-batch is cut to its own longest row
-        "moe_token_dispatcher_type": "alltoall",  # megatron-core asks for it beside variable_seq_lengths, also without experts
         **uneven_split(hf.num_hidden_layers, layout.pp_size),
     }
     return TransformerConfig(**common | family.transformer_config(hf) | overrides)

@@ -5,6 +5,7 @@
 Names say how a number is printed: loss/*, valid/*, grad_norm, lr, tokens_per_second, memory_gib, time/* (seconds).
 """
 
+import math
 import statistics
 import time
 from collections import deque
@@ -44,12 +45,14 @@ class RunLogger:
         enabled: bool,
         resumed_iteration: int | None = None,
         log_interval: int = 1,
+        eval_interval: int | None = None,
     ) -> None:
         self.total_iterations = total_iterations
         self.enabled = enabled
         self.log_interval = log_interval
-        self._seconds: deque[float] = deque(maxlen=50)
-        self._last_time: float | None = None  # of the last log
+        self.eval_interval = eval_interval or total_iterations
+        self._iterations: deque[float] = deque(maxlen=50)  # seconds
+        self._evaluations: deque[float] = deque(maxlen=50)
         if not enabled:
             return
         from torch.utils.tensorboard import SummaryWriter  # a second of imports, for one rank only
@@ -59,6 +62,7 @@ class RunLogger:
         self._metrics = JsonLines(folder / "metrics.jsonl", resumed_iteration=resumed_iteration)
         self._samples = JsonLines(folder / "samples.jsonl", resumed_iteration=resumed_iteration)
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
+        self._last_time = time.perf_counter()  # of the last log
 
     def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Once an iteration, when it is done; iterations count from 1, and 0 is the state before training."""
@@ -67,8 +71,8 @@ class RunLogger:
         self._metrics.append(iteration, metrics)
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, iteration)
-        eta = self._eta(iteration)
         held_out = any(name.startswith("valid/") for name in metrics)
+        eta = self._eta(iteration, self._evaluations if held_out else self._iterations)
         if held_out or iteration % self.log_interval == 0 or iteration == self.total_iterations:
             print(progress_line(iteration, self.total_iterations, metrics, eta), flush=True)
 
@@ -84,13 +88,22 @@ class RunLogger:
             self._samples.close()
             self._tensorboard.close()
 
-    def _eta(self, iteration: int) -> float | None:
-        """Seconds to go, by the median iteration, which an evaluation now and then does not move. None at the first."""
+    def _eta(self, iteration: int, kind: deque[float]) -> float | None:
+        """Seconds to go: iterations and evaluations still to come, each by the median of its own kind. None before the first iteration."""
         now = time.perf_counter()
-        if self._last_time is not None:
-            self._seconds.append(now - self._last_time)
+        kind.append(now - self._last_time)
         self._last_time = now
-        return statistics.median(self._seconds) * (self.total_iterations - iteration) if self._seconds else None
+        if not self._iterations:
+            return None
+        seconds = statistics.median(self._iterations) * (self.total_iterations - iteration)
+        if self._evaluations:
+            seconds += statistics.median(self._evaluations) * self._evaluations_after(iteration, kind is self._evaluations)
+        return seconds
+
+    def _evaluations_after(self, iteration: int, evaluated: bool) -> int:
+        """One every `eval_interval` iterations and one at the end; `evaluated`: this iteration has had its own."""
+        due = math.ceil(self.total_iterations / self.eval_interval) - math.ceil(iteration / self.eval_interval)
+        return due if evaluated else due + 1
 
 
 def progress_line(iteration: int, total_iterations: int, metrics: Mapping[str, float], eta_seconds: float | None) -> str:

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 TORCH_CUDA = {  # name: (replacement, who needs it)
     "current_device": (lambda: CPU, "receive buffers, gradient buffers, rotary tables, gathers"),
     "set_device": (lambda device=None: None, "launchers"),
-    "synchronize": (lambda device=None: None, "p2p with variable sequence lengths, checkpoints"),
+    "synchronize": (lambda device=None: None, "checkpoints"),
     "manual_seed": (lambda seed: torch.manual_seed(seed), "the tensor-parallel random state tracker"),
     "get_rng_state": (lambda device=None: torch.get_rng_state(), "the tracker, recompute"),
     "set_rng_state": (lambda state, device=None: torch.set_rng_state(state), "recompute"),

@@ -31,12 +31,29 @@ def initialize(
     cpu_backend.install()
     megatron_repairs.install()
     if not dist.is_initialized():
+        parallel_state.destroy_model_parallel()  # forget the groups of a world that has ended
         join(datetime.timedelta(minutes=timeout_minutes))
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size, pipeline_model_parallel_size)
+    form_groups(tensor_model_parallel_size, pipeline_model_parallel_size)
     layout = ParallelLayout.from_parallel_state()
     seed_everything(seed, layout)
     return layout
+
+
+def form_groups(tp: int, pp: int) -> None:
+    """The process groups of a TP × PP × DP grid. Those of an earlier call serve again where they are the same, else they are closed."""
+    if parallel_state.model_parallel_is_initialized():
+        sizes = (parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_pipeline_model_parallel_world_size())
+        if sizes == (tp, pp):
+            return
+        close_groups()
+    parallel_state.initialize_model_parallel(tp, pp)
+
+
+def close_groups() -> None:
+    """megatron-core forgets its groups without closing them: gloo would keep their threads, NCCL its memory."""
+    for group in filter(None, parallel_state._global_process_group_list):  # None stands for the world
+        dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
 
 
 def check_world_size(tp: int, pp: int, world_size: int) -> None:
@@ -55,18 +72,38 @@ def join(timeout: datetime.timedelta) -> None:
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(free_port())
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(own_gpu(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()))
         dist.init_process_group("nccl", timeout=timeout)
     else:
         share_cores()
         dist.init_process_group("gloo", timeout=timeout)
 
 
+def own_gpu(local_rank: int, visible: int) -> int:
+    """The GPU of this rank's number, or the only one: some launchers show each process no more than its own.
+
+    Raises:
+        ValueError: there are several, and fewer than ranks.
+    """
+    if local_rank >= visible > 1:
+        ranks = os.environ.get("LOCAL_WORLD_SIZE", f"{local_rank + 1} or more")
+        raise ValueError(f"--nproc_per_node {ranks} is more than the {visible} GPUs of this machine; use {visible} or fewer")
+    return local_rank % visible
+
+
 def share_cores() -> None:
-    """Ranks on one CPU machine share its cores: more threads than cores cost more than they give."""
+    """Ranks on one CPU machine share its cores: more threads than cores cost more than they give.
+
+    OMP_NUM_THREADS above 1 is somebody's choice and stays. 1 is what torchrun sets where nobody has chosen.
+    """
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if local_ranks > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+    if local_ranks > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(max(1, usable_cores() // local_ranks))
+
+
+def usable_cores() -> int:
+    """taskset or a container may leave a process fewer cores than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_port() -> int:
@@ -109,3 +146,4 @@ def process_group_closed_at_exit():
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
+        parallel_state.destroy_model_parallel()
