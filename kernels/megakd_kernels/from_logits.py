@@ -23,7 +23,7 @@ class RowLoss(Protocol):
 
     outputs: int  # the loss and its parts
     shard: VocabShard
-    reads_once: bool  # there is `at_once`, which reads the logits once for loss and gradient
+    reads_once: bool  # whether `at_once`, which reads the logits once for loss and gradient, can be called
 
     def of_rows(self, rows: slice | Tensor) -> RowLoss:
         """The same loss for some of the rows, where it holds something of each row (labels)."""
@@ -69,12 +69,15 @@ class LossFromLogits(torch.autograd.Function):
 
 
 class LossAndGradient(torch.autograd.Function):
-    """The same for a loss that reads its logits once: the gradient is made in forward, and backward scales its rows."""
+    """The same for a loss that reads its logits once: the gradient is made in forward, and backward scales its rows.
+
+    In memory of its own: whoever allows the logits to be overwritten allows it in backward, and may read them until then.
+    """
 
     @staticmethod
-    def forward(ctx, loss: RowLoss, weights_N: Tensor | None, inplace: bool, *logits_NV: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx, loss: RowLoss, weights_N: Tensor | None, *logits_NV: Tensor) -> tuple[Tensor, ...]:
         weights_N = weights_for(weights_N, logits_NV[0])
-        ctx.loss, ctx.grads_NV = loss, _gradients(logits_NV, ctx.needs_input_grad[3:], inplace)
+        ctx.loss, ctx.grads_NV = loss, _gradients(logits_NV, ctx.needs_input_grad[2:], inplace=False)
         outputs = value_and_gradient(loss, logits_NV, ctx.grads_NV, weights_N)
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
@@ -88,14 +91,14 @@ class LossAndGradient(torch.autograd.Function):
         for grad_NV in grads_NV:
             if grad_NV is not None:
                 ctx.loss.kernels.scale_rows(grad_NV, grad_N)
-        return None, None, None, *grads_NV
+        return None, None, *grads_NV
 
 
 def loss_from_logits(loss: RowLoss, weights_N: Tensor | None, inplace: bool, *logits_NV: Tensor) -> tuple[Tensor, ...]:
     """(loss_N, *parts_N) with gradient to the logits that require one."""
-    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in logits_NV)
-    function = LossAndGradient if wanted and loss.reads_once else LossFromLogits
-    return function.apply(loss, weights_N, inplace, *logits_NV)
+    if loss.reads_once and torch.is_grad_enabled() and any(x.requires_grad for x in logits_NV):
+        return LossAndGradient.apply(loss, weights_N, *logits_NV)
+    return LossFromLogits.apply(loss, weights_N, inplace, *logits_NV)
 
 
 def value_and_gradient(loss: RowLoss, logits_NV: Sequence[Tensor], grads_NV: Sequence[Tensor | None],

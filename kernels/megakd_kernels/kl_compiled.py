@@ -9,17 +9,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch._dynamo
 from torch import Tensor
 
+from . import kl_rows
 from .kl_rows import Merged, accumulation_dtype, clear_inactive, merge, mixture_gradient, mixture_sums, row_chunks
 from .shards import FLOOR
 
+READS_ONCE = False
+VERSIONS = torch._dynamo.config.patch(recompile_limit=64)  # dtypes, sides, a third tensor, single rows: past 8, torch gives up compiling
 __all__ = ["gradient", "merge", "mixture_gradient", "mixture_sums", "statistics"]
 
 
+@VERSIONS
 def statistics(a_NV: Tensor, b_NV: Tensor, c_NV: Tensor | None = None, *, weights: Tensor | None = None,
                temperature: float = 1.0, difference: bool = False) -> Tensor:
     """[1, K, N]; see `kl_rows.statistics`."""
+    if not a_NV.shape[1]:  # an empty shard has no maximum to compile
+        return kl_rows.statistics(a_NV, b_NV, c_NV, weights=weights, temperature=temperature, difference=difference)
     stats_KN = a_NV.new_zeros(5 if c_NV is None else 8, a_NV.shape[0], dtype=accumulation_dtype(a_NV))
     stats_KN[1::3] = 1.0
     for rows in _parts(a_NV, None if weights is None else weights != 0):
@@ -28,20 +35,21 @@ def statistics(a_NV: Tensor, b_NV: Tensor, c_NV: Tensor | None = None, *, weight
     return stats_KN[None]
 
 
+@VERSIONS
 def gradient(a_NV: Tensor, b_NV: Tensor, c_NV: Tensor | None, merged: Merged, scale_N: Tensor, *, temperature: float = 1.0,
              coef: float | Tensor = 0.0, difference: bool = False, grad_a: Tensor | None = None,
              grad_b: Tensor | None = None) -> None:
     """Write the gradients into grad_a and grad_b; see `kl_rows.gradient`."""
     active_N = scale_N != 0
     constant_N, coef = merged.row_constant(coef), torch.as_tensor(coef, dtype=scale_N.dtype)
+    tops_N = merged.top_a, merged.top_b, merged.top_c
+    scales_N = scale_N / merged.sum_a, scale_N / merged.sum_b
     grads_NV = grad_a, grad_b
     inplace = any(g is not None and g.data_ptr() == x.data_ptr() for g, x in zip(grads_NV, (a_NV, b_NV)))
     for rows in _parts(a_NV, active_N, inplace):
-        top_c = None if c_NV is None else merged.top_c[rows, None]
-        tops = merged.top_a[rows, None], merged.top_b[rows, None], top_c
-        scales = (scale_N / merged.sum_a)[rows, None], (scale_N / merged.sum_b)[rows, None]
         logits = [None if x is None else x[rows] for x in (a_NV, b_NV, c_NV)]
-        grads = [None if x is None else torch.empty_like(logits[0]) if inplace else x[rows] for x in grads_NV]
+        tops, scales = ([None if x is None else x[rows, None] for x in xs] for xs in (tops_N, scales_N))
+        grads = [None if x is None else x.new_empty(logits[0].shape) if inplace else x[rows] for x in grads_NV]
         _gradient(*logits, tops, constant_N[rows, None], scales, coef, torch.tensor(1 / temperature), difference, *grads)
         if inplace or isinstance(rows, Tensor):  # then the loops wrote into copies
             for x, dx in zip(grads_NV, grads):
@@ -79,11 +87,10 @@ def _gradient(a: Tensor, b: Tensor, c: Tensor | None, tops: tuple, constant: Ten
     if c is not None:
         w = ((a.float() - c.float() if difference else c.float()) * inverse_temperature - tops[2]).clamp_min(FLOOR)
         ratio = ratio + coef * (u - w)
-    db = v.exp() * scales[1] - p
     if grad_a is not None:
         grad_a.copy_(p * (ratio - constant))
     if grad_b is not None:
-        grad_b.copy_(db)
+        grad_b.copy_(v.exp() * scales[1] - p)
 
 
 def _centred(x: Tensor, inverse_temperature: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ class Divergence:
 
     @property
     def reads_once(self) -> bool:
-        return hasattr(self.kernels, "loss_and_gradient") and not self.is_mixture and self.shard.ranks == 1
+        return self.kernels.READS_ONCE and not self.is_mixture and self.shard.ranks == 1
 
     def of_rows(self, rows: slice | Tensor) -> Divergence:
         return self

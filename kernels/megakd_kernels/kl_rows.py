@@ -10,8 +10,8 @@ With u = a/T - A, v = b/T - B, w = c/T - C, each centred on its own maximum over
 
 D is centred on both maxima, and maximum and sum are never added into one log-sum-exp: an offset between two models, or logits of
 30,000, would cost the digits that matter. The same five (or eight) numbers merge over vocabulary splits and over tensor-parallel
-ranks, in one all-gather. A mixture m needs both normalisers first
-and then two more sums, x and y below (q student, p teacher, r = p q / m):
+ranks, in one all-gather. A mixture m needs both normalisers first and then two more sums, x and y below (q student, p teacher,
+r = p q / m):
 
     jsd              m = beta p + (1 - beta) q       x = sum p log p/m,  y = sum q log q/m        loss = beta x + (1 - beta) y
                      dp = beta p (log p/m - x)       dq = (1 - beta) q (log q/m - y)
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from .shards import FLOOR
 
+READS_ONCE = False  # no `loss_and_gradient` here
 CHUNK_NUMBERS = 2**19  # of one scratch tensor: 2 MB in float32, about a core's second-level cache
 
 
@@ -77,14 +78,15 @@ def statistics(a_NV: Tensor, b_NV: Tensor, c_NV: Tensor | None = None, *, weight
     stats_KN = a_NV.new_zeros(5 if c_NV is None else 8, a_NV.shape[0], dtype=accumulation_dtype(a_NV))
     stats_KN[1::3] = 1.0  # SA, SB, SC of a row that is not read: its divergence is log 1
     u_, v_, e_, *third_ = scratch(a_NV, 3 if c_NV is None else 5)
+    w_, d_ = third_ or (None, u_)  # u is needed again with a third tensor only
     for rows in row_chunks(a_NV, None if weights is None else weights != 0):
         u, A = centred(scaled(a_NV, rows, temperature, u_))
         v, B = centred(scaled(b_NV, rows, temperature, v_))
         e = torch.exp(u, out=e_[: len(u)])
-        D = torch.sub(u, v, out=third_[1][: len(u)] if third_ else u).mul_(e).sum(-1)
+        D = torch.sub(u, v, out=d_[: len(u)]).mul_(e).sum(-1)
         row_stats = [A, e.sum(-1), D, B, v.exp_().sum(-1)]
         if c_NV is not None:
-            w, C = centred(_third(a_NV, c_NV, rows, temperature, difference, *third_))
+            w, C = centred(_third(a_NV, c_NV, rows, temperature, difference, w_, d_))
             row_stats += [u.sub_(w).mul_(e).sum(-1), C, w.exp_().sum(-1)]
         stats_KN[:, rows] = torch.stack(row_stats)
     return stats_KN[None]
@@ -116,14 +118,15 @@ def gradient(a_NV: Tensor, b_NV: Tensor, c_NV: Tensor | None, merged: Merged, sc
     active_N = scale_N != 0
     constant_N, scale_a, scale_b = merged.row_constant(coef), scale_N / merged.sum_a, scale_N / merged.sum_b
     u_, v_, p_, *third_ = scratch(a_NV, 3 if c_NV is None else 5)
+    w_, d_ = third_ or (None, u_)
     for rows in row_chunks(a_NV, active_N):
         u = scaled(a_NV, rows, temperature, u_).sub_(merged.top_a[rows, None]).clamp_min_(FLOOR)
         v = scaled(b_NV, rows, temperature, v_).sub_(merged.top_b[rows, None]).clamp_min_(FLOOR)
         scaled_p_a = torch.exp(u, out=p_[: len(u)]).mul_(scale_a[rows, None])
         if grad_a is not None:
             if c_NV is not None:
-                w = _third(a_NV, c_NV, rows, temperature, difference, *third_).sub_(merged.top_c[rows, None]).clamp_min_(FLOOR)
-            ratio = torch.sub(u, v, out=third_[1][: len(u)] if third_ else u)
+                w = _third(a_NV, c_NV, rows, temperature, difference, w_, d_).sub_(merged.top_c[rows, None]).clamp_min_(FLOOR)
+            ratio = torch.sub(u, v, out=d_[: len(u)])
             if c_NV is not None:
                 ratio += u.sub_(w).mul_(coef)
             write_rows(grad_a, rows, ratio.sub_(constant_N[rows, None]).mul_(scaled_p_a))
@@ -141,7 +144,7 @@ def mixture_sums(q_NV: Tensor, p_NV: Tensor, merged: Merged, *, objective: str, 
         log_q, log_p = _log_probs(q_NV, p_NV, merged, rows, temperature, buffers)
         if objective == "skew_reverse_kl":
             log_q, log_p = log_p, log_q  # the same formulas with the models exchanged
-        q, p, m, log_m = (x[: len(log_q)] for x in buffers[2:])
+        q, p, m, log_m = (buffer[: len(log_q)] for buffer in buffers[2:])
         torch.exp(log_q, out=q), torch.exp(log_p, out=p)
         if objective == "tvd":
             more = q > p
@@ -169,15 +172,15 @@ def mixture_gradient(q_NV: Tensor, p_NV: Tensor, merged: Merged, sums_2N: Tensor
     for rows in row_chunks(q_NV, active_N):
         log_q, log_p = _log_probs(q_NV, p_NV, merged, rows, temperature, buffers)
         x, y = sums_2N[:, rows, None]
-        others = [x[: len(log_q)] for x in buffers[2:]]
-        dq, dp = _mixture_rows(*((log_p, log_q) if swap else (log_q, log_p)), *others, x, y, objective, share)
+        others = [buffer[: len(log_q)] for buffer in buffers[2:]]
+        dq, dp = _mixture_row_gradients(*((log_p, log_q) if swap else (log_q, log_p)), *others, x, y, objective, share)
         for grad_NV, d in ((grad_p, dq), (grad_q, dp)) if swap else ((grad_q, dq), (grad_p, dp)):
             if grad_NV is not None:
                 write_rows(grad_NV, rows, d.mul_(scale_N[rows, None]))
     clear_inactive(active_N, grad_q, grad_p)
 
 
-def _mixture_rows(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, m: Tensor, log_m: Tensor, x: Tensor, y: Tensor,
+def _mixture_row_gradients(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, m: Tensor, log_m: Tensor, x: Tensor, y: Tensor,
                   objective: str, share: float) -> tuple[Tensor, Tensor]:
     """(dq, dp); q, p, m and log_m are scratch."""
     torch.exp(log_q, out=q), torch.exp(log_p, out=p)

@@ -13,8 +13,9 @@ handed over by a counter a row: each writer adds one with release order after al
 with acquire order and reads past the first-level cache.
 
 An option, `with launch.use("single_launch")`: it equals the others in Triton's interpreter, where programs run one after another,
-and has not yet run on a GPU. Mixtures and several ranks take the two passes. The gradient exists from forward on, made for an
-upstream gradient of one; backward multiplies the rows whose upstream is another number, and can run once.
+and has not yet run on a GPU. Mixtures and several ranks take the two passes. The gradient exists from forward on, made and rounded
+for an upstream gradient of one; backward multiplies the rows whose upstream is another number, which reads and writes them once
+more and rounds a second time, and can run once. So factors belong into `weights`, and float16 with a loss scale elsewhere.
 
 N rows, V columns, K statistics (5 or 8), S slices of a row.
 """
@@ -47,14 +48,16 @@ from .kl_triton import (
 )
 
 __all__ = ["gradient", "loss_and_gradient", "merge", "mixture_gradient", "mixture_sums", "scale_rows", "statistics"]
+READS_ONCE = True
 BLOCK, WARPS = 1024, 4  # of the gradient: as many warps as the statistics' tile has
 SCALE_BLOCK, SCALE_WARPS = 2048, 8
 INTERPRETED_PROGRAMS = 4
 
 
 @triton.jit
-def _merged_row(stats, stride, parts, slices, K: tl.constexpr):
+def _merged_row(stats, stride, parts, slices, HAS_C: tl.constexpr):
     """(A, SA, B, SB, KL_ab, C, SC, KL_ac) of a row from its slices' statistics; the divergences in nats."""
+    K: tl.constexpr = 8 if HAS_C else 5
     ok = parts < slices
     stats += parts.to(tl.int64) * (K * stride)
     shift_a = tl.load(stats, mask=ok, other=NEG, cache_modifier=".cg")
@@ -72,7 +75,7 @@ def _merged_row(stats, stride, parts, slices, K: tl.constexpr):
     top_c = 0.0
     sum_c = 1.0
     kl_ac = 0.0
-    if K == 8:
+    if HAS_C:
         shift_c = tl.load(stats + 6 * stride, mask=ok, other=NEG, cache_modifier=".cg")
         top_c = tl.max(shift_c, 0)
         shift_c -= top_c
@@ -129,7 +132,7 @@ def loss_and_gradient_kernel(
                     pass
                 tl.debug_barrier()
                 top_a, sum_a, top_b, sum_b, kl_ab, top_c, sum_c, kl_ac = _merged_row(
-                    stats_ptr + row, rows, tl.arange(0, PARTS), slices, K)
+                    stats_ptr + row, rows, tl.arange(0, PARTS), slices, HAS_C)
                 if part == 0:
                     tl.store(out_ptr + row, kl_ab)
                     tl.store(out_ptr + rows + row, kl_ac)
@@ -145,13 +148,16 @@ def loss_and_gradient_kernel(
 
 @triton.jit
 def scale_rows_kernel(x_ptr, scale_ptr, stride, columns, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """x[row] *= scale[row]; a row of scale 1 is left alone."""
+    """x[row] *= scale[row]; a row of scale 1 is left alone, and one of scale 0 is zeros whatever it held."""
     row = tl.program_id(0)
     scale = tl.load(scale_ptr + row)
     if scale == 1.0:
         return
     x = row_start(x_ptr, row, stride, ALIGNED)
     _, lo, hi = slice_bounds(row, stride, 0, columns, columns + 7, ALIGNED)
+    if scale == 0.0:
+        clear(x, x, 0, lo, hi, True, False, BLOCK)
+        return
     for tile in range(0, hi, BLOCK):
         offs = tl.multiple_of(tile, 8) + tl.arange(0, BLOCK)
         if (tile >= lo) & (tile + BLOCK <= hi):

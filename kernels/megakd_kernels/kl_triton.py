@@ -21,6 +21,7 @@ from torch import Tensor
 from .kl_rows import Merged
 from .shards import FLOOR
 
+READS_ONCE = False  # `kl_single_launch` does
 LOG2E = math.log2(math.e)
 LN2 = tl.constexpr(math.log(2.0))
 NEG = tl.constexpr(FLOOR)

@@ -40,8 +40,10 @@ def use(implementation: str) -> Iterator[None]:
 
 def implementation(x: Tensor, operator: str = "kl") -> str:
     """The implementation of an operator for tensors like x."""
-    if _chosen is not None:
-        return _chosen if operator == "kl" else OPTIONS.get(_chosen, _chosen)
+    if _chosen in OPTIONS and operator != "kl":
+        return OPTIONS[_chosen]
+    if _chosen is not None and not (_chosen in OPTIONS and x.dtype == torch.float64):  # the options are for float32 and less
+        return _chosen
     if x.device.type == "cpu":
         return "rows"
     return "triton" if x.dtype != torch.float64 and _triton_found() else "reference"

@@ -25,7 +25,7 @@ class _PromptEmbedding(torch.autograd.Function):
         ctx.kernels = launch.kernels(word_VH, "prompt_embedding")
         ctx.prompt = prompt_PH.shape[0], prompt_PH.dtype
         out_BTH = ctx.kernels.embed(tokens_BS, word_VH, prompt_PH, position_weight, position_ids,
-                                    first_row=shard.start(word_VH.shape[0]), owns_prompt=shard.rank == 0)
+                                    shard=shard)
         return shard.all_reduce(out_BTH)
 
     @staticmethod

@@ -5,17 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .shards import VocabShard
+
 
 def embed(tokens_BS: Tensor, word_VH: Tensor, prompt_PH: Tensor, position_weight: Tensor | None, position_ids: Tensor | None, *,
-          first_row: int, owns_prompt: bool) -> Tensor:
-    """[B, T, H]: this rank's rows, zeros elsewhere."""
+          shard: VocabShard) -> Tensor:
+    """[B, T, H]: this rank's rows, zeros elsewhere. IndexError for a position, and on one rank for a token, without a row."""
     (B, S), (P, H) = tokens_BS.shape, prompt_PH.shape
     out_BTH = word_VH.new_empty(B, P + S, H)
     positions_TH = None
     if position_weight is not None:
-        positions_TH = position_weight[: P + S] if position_ids is None else position_weight[position_ids]
-    row_BS = tokens_BS - first_row
-    here_BS = (row_BS >= 0) & (row_BS < len(word_VH))
+        positions_TH = position_weight[torch.arange(P + S) if position_ids is None else position_ids]
+    row_BS = tokens_BS - shard.start(len(word_VH))
+    here_BS = ((row_BS >= 0) & (row_BS < len(word_VH))) | (shard.ranks == 1)
     for words_SH, row_S in zip(out_BTH[:, P:], row_BS.where(here_BS, 0)):
         if len(word_VH):
             torch.index_select(word_VH, 0, row_S, out=words_SH)
@@ -23,7 +25,7 @@ def embed(tokens_BS: Tensor, word_VH: Tensor, prompt_PH: Tensor, position_weight
     if positions_TH is not None:
         out_BTH[:, P:] += positions_TH[..., P:, :]
         prompt_PH = prompt_PH + positions_TH[..., :P, :]
-    out_BTH[:, :P] = prompt_PH if owns_prompt else 0
+    out_BTH[:, :P] = prompt_PH if shard.rank == 0 else 0
     if not bool(here_BS.all()):
         out_BTH[:, P:][~here_BS] = 0
     return out_BTH

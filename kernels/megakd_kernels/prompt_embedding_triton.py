@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .shards import VocabShard
+
 BLOCK, WARPS = 1024, 4
 
 
@@ -65,12 +67,12 @@ def prompt_gradient_kernel(
 
 
 def embed(tokens_BS: Tensor, word_VH: Tensor, prompt_PH: Tensor, position_weight: Tensor | None, position_ids: Tensor | None, *,
-          first_row: int, owns_prompt: bool) -> Tensor:
+          shard: VocabShard) -> Tensor:
     """[B, T, H]: this rank's rows, zeros elsewhere."""
     if position_ids is not None:
         position_ids = position_ids.expand(tokens_BS.shape[0], -1)
-    return _embed_op(tokens_BS, word_VH.contiguous(), prompt_PH.contiguous(), position_weight, position_ids, first_row,
-                     owns_prompt)
+    return _embed_op(tokens_BS, word_VH.contiguous(), prompt_PH.contiguous(), position_weight, position_ids,
+                     shard.start(len(word_VH)), shard.rank == 0)
 
 
 @torch.library.custom_op("megakd_kernels::prompt_embedding", mutates_args=())

@@ -38,7 +38,7 @@ class PromptLoss:
 
     @property
     def reads_once(self) -> bool:
-        return hasattr(self.kernels, "loss_and_gradient") and self.shard.ranks == 1
+        return self.kernels.READS_ONCE and self.shard.ranks == 1
 
     def of_rows(self, rows: slice | Tensor) -> PromptLoss:
         return self

@@ -28,8 +28,8 @@ def logits(models: int, columns: int = 403, dtype: torch.dtype = torch.float32, 
 
 
 def upstream(dtype: torch.dtype = torch.float64) -> Tensor:
-    """A gradient of the loss that differs from row to row, in powers of two: single_launch scales what it has rounded."""
-    return torch.tensor([0.5, 1.0, 2.0, 0.25, 4.0], dtype=dtype)
+    """A gradient of the loss that differs from row to row."""
+    return torch.tensor([0.5, 1.0, 2.0, 0.25, 1.5], dtype=dtype)
 
 
 def error(ours: Tensor, exact: Tensor) -> float:
@@ -37,15 +37,16 @@ def error(ours: Tensor, exact: Tensor) -> float:
     return ((ours.double().cpu() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
 
 
-def assert_close(ours: Tensor, exact: Tensor, torch_same_dtype: Tensor | None = None) -> None:
-    """float32 within 2e-5; narrower at most twice torch's own error (interpreted Triton truncates such stores: one ulp)."""
+def assert_close(ours: Tensor, exact: Tensor, torch_same_dtype: Tensor | None = None, roundings: int = 1) -> None:
+    """float32 within 2e-5; narrower at most twice torch's own error (interpreted Triton truncates such stores: one ulp each)."""
     assert ours.isfinite().all()
     if ours.dtype == torch.float32:
         assert error(ours, exact) <= 2e-5
     elif INTERPRETED and torch_same_dtype is None:
-        torch.testing.assert_close(ours.double(), exact, rtol=2**-7 if ours.dtype == torch.bfloat16 else 2**-10, atol=3e-7)
+        ulp = 2**-7 if ours.dtype == torch.bfloat16 else 2**-10
+        torch.testing.assert_close(ours.double(), exact, rtol=roundings * ulp, atol=3e-7)
     else:
-        assert error(ours, exact) <= 2 * error(torch_same_dtype, exact) + 1e-7
+        assert error(ours, exact) <= 2 * roundings * error(torch_same_dtype, exact) + 1e-7
 
 
 def peak_bytes(fn: Callable[[], object]) -> int:
@@ -54,6 +55,11 @@ def peak_bytes(fn: Callable[[], object]) -> int:
         fn()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     return max(accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0))
+
+
+def roundings(implementation: str) -> int:
+    """How often a narrow gradient is rounded where the upstream gradient is not one."""
+    return 2 if implementation == "single_launch" else 1
 
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])

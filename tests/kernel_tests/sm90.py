@@ -58,7 +58,7 @@ def compile_for_sm90(kernel, constants: dict[str, object], num_warps: int) -> di
     count = lambda start, part="": sum(n for op, n in ops.items() if op.startswith(start) and part in op)
     return {"registers": registers, "stack": stack, "loads": count("LDG"), "loads_128": count("LDG", ".128"),
             "stores": count("STG"), "stores_128": count("STG", ".128"),
-            "acquires": compiled.asm["ptx"].count(".gpu.acquire"), "releases": compiled.asm["ptx"].count(".gpu.release")}
+            "past_l1": compiled.asm["ptx"].count("ld.global.cg"), "acquires": compiled.asm["ptx"].count(".gpu.acquire"), "releases": compiled.asm["ptx"].count(".gpu.release")}
 
 
 def variants():

@@ -6,7 +6,19 @@ import math
 
 import pytest
 import torch
-from cases import NAN_ROW, WEIGHTS, assert_close, device_of, dtypes, error, implementations, logits, peak_bytes, upstream
+from cases import (
+    NAN_ROW,
+    WEIGHTS,
+    assert_close,
+    device_of,
+    dtypes,
+    error,
+    implementations,
+    logits,
+    peak_bytes,
+    roundings,
+    upstream,
+)
 from megakd_kernels import OBJECTIVES, kl_div, kl_rows, launch, reference
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
@@ -57,7 +69,7 @@ def test_value_and_gradients_equal_float64(objective, implementation, dtype):
         ours = run(kl_div, s, t, upstream(), weights=WEIGHTS.to(s.device), **options)
     assert ours[0].dtype == torch.float32 and ours[1].dtype == dtype
     for a, b, c in zip(ours, exact, same_dtype):
-        assert_close(a.cpu(), b, c if implementation == "rows" else None)
+        assert_close(a.cpu(), b, c if implementation == "rows" else None, roundings(implementation))
     for grad in ours[1:]:
         assert not grad[NAN_ROW].any() and not grad[:, 401:].any()
 
@@ -122,7 +134,7 @@ def test_mass_where_the_other_model_has_none_is_huge_but_never_nan(implementatio
     assert ds.isfinite().all() and dt.isfinite().all()
 
 
-@implementations
+@pytest.mark.parametrize("implementation", ["rows", "triton"])
 @pytest.mark.parametrize("objective", ["reverse_kl", "jsd", "skew_reverse_kl"])
 def test_in_place_gradients_are_the_same_and_take_no_memory(objective, implementation):
     s, t = (x.to(device_of(implementation)) for x in logits(2))
@@ -136,7 +148,7 @@ def test_in_place_gradients_are_the_same_and_take_no_memory(objective, implement
         grads = torch.autograd.grad((loss_N * upstream().to(loss_N)).sum(), (a, b), retain_graph=True)
     assert (grads[0].data_ptr(), grads[1].data_ptr()) == address
     assert torch.equal(grads[0], ds) and torch.equal(grads[1], dt)
-    with pytest.raises(RuntimeError, match=r"inplace=False|has one backward"):
+    with pytest.raises(RuntimeError, match="inplace=False"):
         loss_N.sum().backward()
 
 
@@ -162,6 +174,7 @@ def test_a_cpu_makes_nothing_of_the_logits_size(monkeypatch):
             loss_N = kl_div(z, t, objective=objective, inplace=True)
             torch.autograd.grad(loss_N.sum(), z)
         assert watch.largest == z.untyped_storage().nbytes()  # views of the logits themselves
+        assert watch.largest_new <= 4 * 8 * 400
         with Watch() as watch:
             kl_div(s.detach(), t, objective=objective)
         assert watch.largest_new <= 4 * 8 * 400  # a chunk of float32, or eight statistics a row: 3 % of the logits here
@@ -206,6 +219,46 @@ def test_settings_without_a_formula_are_refused(options, message):
     s, t = logits(2)
     with pytest.raises(ValueError, match=message):
         kl_div(s, t, **options)
+
+
+@implementations
+def test_the_logits_stay_what_they_are_until_backward(implementation):
+    s, t = (x.to(device_of(implementation)) for x in logits(2))
+    exact = s.double().cpu().requires_grad_()
+    sum(reference.kl_div(exact, t.double().cpu(), objective=o).sum() for o in ("forward_kl", "reverse_kl")).backward()
+    leaf = s.clone().requires_grad_()
+    z = leaf * 1
+    with launch.use(implementation):
+        first = kl_div(z, t, objective="forward_kl", inplace=True).sum()
+        (first + kl_div(z, t, objective="reverse_kl").sum()).backward()  # this one's backward is the earlier
+    assert_close(leaf.grad.cpu(), exact.grad)
+
+
+@implementations
+def test_a_row_that_nobody_wants_a_gradient_of_gets_none_whatever_it_holds(implementation):
+    s, t = (x.to(device_of(implementation)) for x in logits(2))
+    s[NAN_ROW] = torch.nan
+    s.requires_grad_()
+    keep = torch.arange(len(s), device=s.device) != NAN_ROW
+    with launch.use(implementation):
+        kl_div(s, t)[keep].sum().backward()
+    assert s.grad.isfinite().all() and not s.grad[NAN_ROW].any() and s.grad[keep].any()
+
+
+def test_the_single_launch_allows_one_backward():
+    s, t = (x.to(device_of("single_launch")) for x in logits(2))
+    with launch.use("single_launch"):
+        loss = kl_div(s.requires_grad_(), t).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="has one backward"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("implementation", ["rows", "compiled", "single_launch"])
+def test_float64_keeps_its_digits(implementation):
+    s, t = logits(2, dtype=torch.float64)
+    with launch.use(implementation):
+        assert error(kl_div(s, t), plain("reverse_kl", s, t)) <= 1e-13
 
 
 @implementations

@@ -71,3 +71,13 @@ def test_a_table_that_would_miss_its_gradient_is_refused(implementation):
             prompt_embedding(tokens, words.requires_grad_(), prompt)
         with torch.no_grad():
             prompt_embedding(tokens, words, prompt)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "rows"])
+def test_on_one_rank_a_token_or_position_without_a_row_is_an_error(implementation):
+    tokens, words, prompt, positions, _ = inputs()
+    with launch.use(implementation):
+        with pytest.raises(IndexError):
+            prompt_embedding(tokens + V, words, prompt)
+        with pytest.raises(IndexError):
+            prompt_embedding(tokens, words, prompt, positions[: P + 1])

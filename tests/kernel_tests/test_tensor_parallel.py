@@ -60,7 +60,7 @@ def check_logits(group, implementation, bounds):
 
 
 @pytest.mark.parametrize(("implementation", "split"), [(i, s) for i in ("rows", "reference") for s in SPLITS] + [
-    ("triton", "three uneven ranks"), ("triton", "an empty shard")])  # two: the interpreter takes seconds
+    ("triton", "three uneven ranks"), ("triton", "an empty shard"), ("single_launch", "three uneven ranks")])  # two: the interpreter takes seconds
 def test_losses_from_logits(implementation, split, small_tiles):
     bounds = SPLITS[split]
     ranks = on_ranks(len(bounds) - 1, check_logits, implementation, bounds)
