@@ -224,13 +224,4 @@ class GatedMLP(Mapping):
         yield from zip(self.sources(), full.chunk(2))
 
 
-def assemble(name: str, pieces: list[tuple[HFTensor, Tensor]], head: Tensor | None = None) -> Tensor:
-    """One Hugging Face tensor from its pieces (GPT-2's c_attn has three, everything else one); `head` are the skipped rows."""
-    pieces = sorted(pieces, key=lambda piece: piece[0].part)
-    assert len(pieces) == pieces[0][0].parts, f"{name} needs {pieces[0][0].parts} pieces, got {len(pieces)}"
-    rows = [piece for _, piece in pieces]
-    full = torch.cat(rows if head is None else [head, *rows]) if len(rows) > 1 or head is not None else rows[0]
-    return full.t() if pieces[0][0].transposed else full
-
-
 Table = dict[str, Mapping]  # Megatron parameter name, `*` for the layer number -> mapping
