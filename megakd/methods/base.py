@@ -65,13 +65,16 @@ class Method:
         return {}
 
     def batches(self, samples: Sequence[Sample]) -> list[Batch]:
+        """Micro-batches within --micro-batch-size and --micro-batch-tokens, of rows of like length."""
         training = self.config.training
         return micro_batches(samples, training.micro_batch_size, most_tokens=training.micro_batch_tokens)
 
     def through_student(self, hidden_NH: torch.Tensor) -> Hidden:
+        """What a loss takes of the student: hidden states and its output layer, which the loss applies."""
         return hidden_NH, self.student.output_weight()
 
     def through_teacher(self, hidden_NH: torch.Tensor) -> Hidden:
+        """The same of the teacher. Its weights are frozen; a gradient may pass to its hidden states."""
         return hidden_NH, self.teacher.output_weight()
 
     def student_step(self, batches: list[Batch], loss: LossFunction, names: Sequence[str], iteration: int) -> dict[str, float]:

@@ -24,6 +24,8 @@ WATCHED = "valid/lm"
 
 
 class DistiLLM(KD):
+    """KD that decides at every iteration whose text is learnt: new, remembered, or the data's."""
+
     def __init__(self, cast, config, *, total_iters):
         super().__init__(cast, config, total_iters=total_iters)
         self.buffer = ReplayBuffer(config.distillation.replay_capacity, config.data.max_length)
@@ -39,14 +41,14 @@ class DistiLLM(KD):
         if u < threshold * (1 - iteration / self.total_iters) or (u < threshold and not self.buffer.is_full):
             with self.time("rollout"):
                 samples = self.rollouts = rollout(self.student, samples, self.config, self.tokenizer, iteration)
-            self.buffer.add(self.of_all_replicas(samples))
+            self.buffer.add(self._of_all_replicas(samples))
         elif u < threshold:
             drawn = self.buffer.draw(self.config.training.global_batch_size, rng)
             samples = deal(drawn, self.layout.dp_size)[self.layout.dp_rank]
         ratio = self.config.distillation.kd_ratio
         return self.learn(samples, iteration, kd_ratio=1.0 if ratio is None else ratio) | {"on_policy_share": threshold}
 
-    def of_all_replicas(self, samples):
+    def _of_all_replicas(self, samples):
         replicas = [None] * self.layout.dp_size
         dist.all_gather_object(replicas, samples, group=self.layout.dp_group)
         return [sample for replica in replicas for sample in replica]
@@ -72,10 +74,12 @@ class ReplayBuffer:
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
+        """By name, for a checkpoint, which fills them in place when it is loaded."""
         return {"buffer_ids": self.ids, "buffer_sizes": self.sizes, "buffer_written": self.written}
 
     @property
     def is_full(self) -> bool:
+        """Whether the next response pushes out the oldest."""
         return int(self.written) >= len(self.ids)
 
     def add(self, samples: list[Sample]) -> None:

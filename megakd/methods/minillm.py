@@ -38,6 +38,8 @@ class Experience:
 
 
 class MiniLLM(Method):
+    """Phases of `steps_per_phase` iterations; `experience` is of the phase in hand and is never saved."""
+
     on_policy = True
 
     def __init__(self, cast, config, *, total_iters):
@@ -91,6 +93,7 @@ class MiniLLM(Method):
         return [self.numbered[i] for i in order[position * size : (position + 1) * size]]
 
     def learn(self, samples, text, iteration):
+        """One optimizer step on micro-batches of rollouts and of text together."""
         rollouts, texts = self.batches(samples), self.batches(text)
         share = self.shares(rollouts, texts)
         advantage = self.advantages_of(samples)
@@ -108,6 +111,7 @@ class MiniLLM(Method):
         return self.student_step(rollouts + texts, loss, names, iteration)
 
     def policy_loss(self, hidden, batch, advantage):
+        """L_policy and, unless --no-single-step-reg, KL(q‖p): [N] over the tokens of rollouts."""
         numbers = batch.sample_ids.tolist()
         recall = lambda field: torch.cat([getattr(self.experience[number], field) for number in numbers])
         student, labels = self.through_student(hidden), supervised_labels(batch)
@@ -123,6 +127,7 @@ class MiniLLM(Method):
         return {"loss/total": policy + single_step, "loss/policy": policy, "loss/reverse_kl": single_step, "loss/text": zero}
 
     def text_loss(self, hidden, teacher_hidden, batch):
+        """lm_coef · [(1 − r) CE + r KL(p‖q)]: [N] over the tokens of text."""
         q, p = self.through_student(hidden), self.through_teacher(teacher_hidden)
         ratio = DEFAULT_RATIO if self.config.distillation.kd_ratio is None else self.config.distillation.kd_ratio
         text = kd_loss(q, p, supervised_labels(batch), self.vocabulary, kd_ratio=ratio, divergence=Divergence("forward_kl"))[

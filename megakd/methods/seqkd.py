@@ -13,6 +13,8 @@ ONCE = 0  # the iteration that the noise is drawn for
 
 
 class SeqKD(KD):
+    """KD on `written`, the answers so far of the teacher: kept in memory, alike on every rank, and not saved."""
+
     on_policy = True  # it is given prompts; the data's own responses are never read
 
     def __init__(self, cast, config, *, total_iters):
