@@ -22,6 +22,8 @@ PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # NVIDIA dat
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerSizes:
+    """The letters above, by the names of megatron-core's TransformerConfig where it has one."""
+
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
