@@ -83,11 +83,6 @@ class ParallelLayout:
         """The stage with the final norm and the output layer: losses and next tokens are made here."""
         return self.pp_rank == self.pp_size - 1
 
-    @property
-    def is_writer(self) -> bool:
-        """One rank per data-parallel replica that holds the last stage's results: the one that writes them down."""
-        return self.is_last_stage and self.tp_rank == 0
-
     def stage_global_rank(self, stage: int) -> int:
         """Global rank of pipeline stage `stage` in this rank's pipeline."""
         return dist.get_process_group_ranks(self.pp_group)[stage]
