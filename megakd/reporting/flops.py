@@ -44,11 +44,6 @@ def forward_flops_per_token(sizes: TransformerSizes, seq_length: float, *, with_
     return sizes.num_layers * (projections + attention + feed_forward) + head
 
 
-def training_flops_per_token(sizes: TransformerSizes, seq_length: float) -> float:
-    """FLOPs of forward and backward, per token of rows of `seq_length` tokens."""
-    return TRAINING * forward_flops_per_token(sizes, seq_length)
-
-
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOPs a second of the GPU torch calls `device_name`; None where it is not in the table."""
     return next((peak for name, peak in PEAK_BF16_FLOPS.items() if name in device_name), None)
