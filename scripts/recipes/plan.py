@@ -35,7 +35,7 @@ from megakd.config import Config, EvaluateConfig, from_yaml
 
 GIB = 1024**3
 TRAINING_STAGES = ("sft_teacher", "sft_student", "kd", "seqkd", "minillm", "promptkd")
-TRAINING_ROWS, DEVELOPMENT_ROWS = 11435, 1000
+TRAINING_ROWS = 11435
 ROW, RESPONSE = 147, 76  # positions of a Dolly row, tokens of its response
 TEST_SETS = (500, 242, 80, 1694, 10000)  # rows: Dolly, SelfInst, Vicuna, S-NI, UnNI
 PASSES = {  # method: student's, teacher's
