@@ -503,8 +503,6 @@ def as_words(name: str, value: Any) -> list[str]:
         return [flag_name(name), *map(str, value)]
     if isinstance(value, bool):
         return [flag_name(name if value else f"no_{name}")]
-    if isinstance(value, list):
-        return [flag_name(name), *map(str, value)]
     return [flag_name(name), str(value)]
 
 
