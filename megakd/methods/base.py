@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 
 from megakd.config import Config
 from megakd.data.batch import Batch, Sample, micro_batches
@@ -96,6 +97,12 @@ class Method:
         counts = sum(batch.counts for batch in batches).to(torch.cuda.current_device())
         _, real, computed = self.layout.sum_over_data_parallel(counts).tolist()
         return {"positions": real, "real_share": real / computed}
+
+    def of_all_replicas(self, samples: Sequence[Sample]) -> list[Sample]:
+        """What each replica has, on every rank, in the order of the replicas."""
+        replicas: list[Sequence[Sample]] = [()] * self.layout.dp_size
+        dist.all_gather_object(replicas, samples, group=self.layout.dp_group)
+        return [sample for replica in replicas for sample in replica]
 
     def evaluate(self, samples: Sequence[Sample]) -> torch.Tensor:
         """Sums of `evaluation_names` and the token count over this rank's samples, every stage alike."""

@@ -12,7 +12,6 @@ the others are drawn from what it wrote before:
 import random
 
 import torch
-import torch.distributed as dist
 
 from megakd.data.batch import Sample
 from megakd.data.dataloader import deal
@@ -41,17 +40,12 @@ class DistiLLM(KD):
         if u < threshold * (1 - iteration / self.total_iters) or (u < threshold and not self.buffer.is_full):
             with self.time("rollout"):
                 samples = self.rollouts = rollout(self.student, samples, self.config, self.tokenizer, iteration)
-            self.buffer.add(self._of_all_replicas(samples))
+            self.buffer.add(self.of_all_replicas(samples))
         elif u < threshold:
             drawn = self.buffer.draw(self.config.training.global_batch_size, rng)
             samples = deal(drawn, self.layout.dp_size)[self.layout.dp_rank]
         ratio = self.config.distillation.kd_ratio
         return self.learn(samples, iteration, kd_ratio=1.0 if ratio is None else ratio) | {"on_policy_share": threshold}
-
-    def _of_all_replicas(self, samples):
-        replicas = [None] * self.layout.dp_size
-        dist.all_gather_object(replicas, samples, group=self.layout.dp_group)
-        return [sample for replica in replicas for sample in replica]
 
     def observe(self, metrics):
         """φ rises when the held-out loss has; the first one seen is what later ones are compared with."""

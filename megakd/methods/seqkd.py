@@ -4,8 +4,6 @@ A prompt's response is drawn once: its noise is a function of (seed, sample), no
 resumed run learns the same text. `scripts/generate.py` writes such data to a file beforehand, for `--method sft`.
 """
 
-import torch.distributed as dist
-
 from megakd.methods.kd import DEFAULT_RATIO, KD
 from megakd.methods.rollout import rollout
 
@@ -32,6 +30,4 @@ class SeqKD(KD):
     def write(self, samples):
         """Answers that nobody has written yet, shared by all replicas: the next epoch deals the prompts to other ones."""
         answers = rollout(self.teacher, samples, self.config, self.tokenizer, ONCE)
-        replicas = [None] * self.layout.dp_size
-        dist.all_gather_object(replicas, answers, group=self.layout.dp_group)
-        self.written |= {answer.sample_id: answer for replica in replicas for answer in replica}
+        self.written |= {answer.sample_id: answer for answer in self.of_all_replicas(answers)}
