@@ -95,17 +95,17 @@ class MiniLLM(Method):
     def learn(self, samples, text, iteration):
         """One optimizer step on micro-batches of rollouts and of text together."""
         rollouts, texts = self.batches(samples), self.batches(text)
-        share = self.shares(rollouts, texts)
+        of_rollouts, of_text = self.shares(rollouts, texts)
         advantage = self.advantages_of(samples)
         with self.time("teacher"):
             teacher_on_text = supervised_hidden(self.teacher, texts) if texts else []
 
         def loss(hidden, batch, number):
             if number < len(rollouts):
-                values = self.policy_loss(hidden, batch, advantage)
+                values, share = self.policy_loss(hidden, batch, advantage), of_rollouts
             else:
-                values = self.text_loss(hidden, teacher_on_text[number - len(rollouts)], batch)
-            return {name: value * share[number < len(rollouts)] for name, value in values.items()}
+                values, share = self.text_loss(hidden, teacher_on_text[number - len(rollouts)], batch), of_text
+            return {name: value * share for name, value in values.items()}
 
         names = ("loss/total", "loss/policy", "loss/reverse_kl", "loss/text")
         return self.student_step(rollouts + texts, loss, names, iteration)
@@ -149,10 +149,10 @@ class MiniLLM(Method):
         return {sample.sample_id: row[: len(r)] for sample, row, r in zip(samples, white_RT, rewards)}
 
     def shares(self, rollouts, texts):
-        """Factors that make Σ/(all tokens) the sum of two means: one over the rollouts' tokens (True), one over the text's (False)."""
-        tokens = [sum(batch.num_supervised for batch in part) for part in (texts, rollouts)]
+        """Factors, one for the rollouts' losses and one for the text's, that make Σ/(all tokens) the sum of their token means."""
+        tokens = [sum(batch.num_supervised for batch in part) for part in (rollouts, texts)]
         counts = self.layout.sum_over_data_parallel(torch.tensor(tokens, device=torch.cuda.current_device())).tolist()
-        return {kind: sum(counts) / max(1, count) for kind, count in zip((False, True), counts)}
+        return [sum(counts) / max(1, count) for count in counts]
 
     def _open_text(self):
         data, training = self.config.data, self.config.training
