@@ -121,7 +121,7 @@ def build_model(
         config,
         block_spec(config, layout.pp_rank),
         layout=layout,
-        vocab_size=hf.vocab_size,
+        real_vocab_size=hf.vocab_size,
         padded_vocab_size=padded_vocab_size,
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
         **family.model_arguments(hf),
