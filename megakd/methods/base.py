@@ -86,13 +86,13 @@ class Method:
             means = forward_backward(self.optimizer.ddp, batches, self.normalised(loss, batches), names, layout=self.layout)
         with self.time("optimizer"):
             step = self.optimizer.step(iteration)
-        return to_floats(means) | step | self.padding(batches)
+        return to_floats(means) | step | self.positions(batches)
 
     def normalised(self, loss: LossFunction, batches: list[Batch]) -> LossFunction:
         """A token mean over the global batch, or the reference's mean of means."""
         return mean_of_means(loss, batches, self.layout) if self.config.training.quirk("mean-of-means") else loss
 
-    def padding(self, batches: list[Batch]) -> dict[str, float]:
+    def positions(self, batches: list[Batch]) -> dict[str, float]:
         """Real input positions of the global batch, and their share of the positions computed."""
         counts = sum(batch.counts for batch in batches).to(torch.cuda.current_device())
         _, real, computed = self.layout.sum_over_data_parallel(counts).tolist()
