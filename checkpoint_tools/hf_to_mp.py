@@ -19,7 +19,7 @@ ALIASES = {
 
 
 def parser() -> Parser:
-    flags = Parser("Convert a Hugging Face folder (GPT-2, OPT, Llama) to a native checkpoint.", ALIASES)
+    flags = Parser("Convert a Hugging Face folder (GPT-2, OPT, Llama, Qwen2, Mistral) to a native checkpoint.", ALIASES)
     folders = flags.add_argument_group("folders")
     folders.add_argument(
         "--model", type=Path, required=True, metavar="HF_DIR", help="Hugging Face folder with safetensors weights"

@@ -48,9 +48,11 @@ class Parser(argparse.ArgumentParser):
             self.unneeded.add_argument(flag, help=argparse.SUPPRESS)
 
     def error(self, message: str):
+        """One line instead of the whole usage, and argparse's exit code 2."""
         self.exit(2, f"{self.prog}: error: {message}; see --help\n")
 
     def parse(self) -> argparse.Namespace:
+        """The command line, whose flags may have any of the spellings."""
         return self.parse_args([self._canonical(word) for word in sys.argv[1:]])
 
     def _canonical(self, word: str) -> str:
@@ -62,6 +64,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_layout(parser: Parser) -> None:
+    """--tensor-model-parallel-size and --pipeline-model-parallel-size, 1 by default."""
     layout = parser.add_argument_group("layout to write")
     layout.add_argument("--tensor-model-parallel-size", type=positive, default=1, metavar="TP", help="ranks that share one layer")
     layout.add_argument(
@@ -70,12 +73,18 @@ def add_layout(parser: Parser) -> None:
 
 
 def add_safety(parser: Parser) -> None:
+    """--no-verify and --force."""
     safety = parser.add_argument_group("safety")
     safety.add_argument("--no-verify", action="store_true", help="skip reading back and comparing every tensor bit for bit")
     safety.add_argument("--force", action="store_true", help="replace what --save already holds")
 
 
 def positive(text: str) -> int:
+    """For argparse's `type`: a whole number, 1 or more.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)

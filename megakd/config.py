@@ -45,6 +45,7 @@ def flag(default: Any, help: str, *, methods: tuple[MethodName, ...] = ()) -> An
 
 
 def alias(*names: str) -> Any:
+    """Other spellings of a flag: Hugging Face's, MiniLLM's, short ones."""
     return tyro.conf.arg(aliases=names)
 
 
@@ -247,10 +248,12 @@ class Config(BaseConfig):
 
     @property
     def needs_teacher(self) -> bool:
+        """Whether the method learns from one; --teacher-model is refused where it does not."""
         return self.method in TEACHER_METHODS
 
     @property
     def max_new_tokens(self) -> int:
+        """--max-new-tokens, by default what --max-prompt-length leaves of --max-length."""
         return self.generation.max_new_tokens or self.data.max_length - self.data.max_prompt_length
 
     def readers(self) -> dict[str, tuple[MethodName, ...]]:
@@ -435,6 +438,7 @@ class BenchmarkConfig(BaseConfig):
 
     @property
     def max_new_tokens(self) -> int:
+        """What --max-prompt-length leaves of --max-length."""
         return self.max_length - self.max_prompt_length
 
     def complaints(self):
@@ -560,6 +564,7 @@ def one_line(box: str) -> str:
 
 
 def flag_name(name: str) -> str:
+    """`max_length` -> `--max-length`."""
     return "--" + name.replace("_", "-")
 
 

@@ -44,7 +44,7 @@ class StudentOptimizer:
         self.config, self.total_iters = config, total_iters
         ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
         self.ddp = DistributedDataParallel(model.config, ddp_config, model, pg_collection=model.layout.groups)
-        settings = optimizer_config(config, model.config.params_dtype, distributed)
+        settings = _optimizer_config(config, model.config.params_dtype, distributed)
         self.optimizer: MegatronOptimizer = get_megatron_optimizer(
             settings, [self.ddp], self._weight_decay_overrides(model, settings)
         )
@@ -59,6 +59,7 @@ class StudentOptimizer:
         return get_standard_config_overrides(settings)
 
     def zero_grad(self) -> None:
+        """DistributedDataParallel's gradient buffer, which every backward pass adds to, and the master weights' gradients."""
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
@@ -72,7 +73,7 @@ class StudentOptimizer:
         return {"grad_norm": float(grad_norm), "lr": lr}
 
 
-def optimizer_config(config: TrainingConfig, dtype: torch.dtype, distributed: bool) -> OptimizerConfig:
+def _optimizer_config(config: TrainingConfig, dtype: torch.dtype, distributed: bool) -> OptimizerConfig:
     return OptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -99,6 +100,7 @@ class SoftPromptOptimizer:
         )
 
     def zero_grad(self) -> None:
+        """None, not zeros: on a stage that does not read the prompt it stays None."""
         self.adam.zero_grad()
 
     def step(self, iteration: int, tokens: torch.Tensor) -> dict[str, float]:

@@ -7,7 +7,8 @@
 A row of the CSV is one implementation of one case: milliseconds (p20, p50, p80; on a GPU by events, with the second-level cache
 flushed before each repetition; on a CPU also the process's own time, which other load does not change), the share of the copy
 bandwidth measured in this run that the needed bytes make of p50, the memory beyond the inputs, and the error of the gradient
-against float64. What is wrong is not timed, and says so. Needed bytes: logits read twice and a gradient written once.
+against float64. What is wrong is not timed, and says so. Needed bytes: logits read twice (a mixture's three times) and a gradient
+written once.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def minimal(a: Tensor, b: Tensor) -> Tensor:
 
 
 def jsd(s: Tensor, t: Tensor) -> Tensor:
+    """JSD(0.5) by torch's kl_div, from log-probabilities."""
     log_q, log_p = F.log_softmax(s.float(), -1), F.log_softmax(t.float(), -1)
     log_m = torch.logaddexp(log_q, log_p) - torch.log(torch.tensor(2.0))
     return 0.5 * sum(F.kl_div(log_m, log_x, reduction="sum", log_target=True) for log_x in (log_q, log_p))
@@ -104,6 +106,7 @@ def by_autograd(loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tens
 
 
 def chosen(implementation: str, loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The same, by the implementation that `launch.use` takes."""
     run = by_autograd(loss)
 
     def inside(*inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,6 +139,8 @@ def liger_reverse_kl() -> Callable[..., tuple[Tensor, Tensor]] | None:
 
 @dataclass(frozen=True)
 class Case:
+    """One size of one loss, and all who compute it."""
+
     name: str
     inputs: Callable[[torch.device], list[Tensor]]
     exact: Callable[..., Tensor]      # the loss in plain torch, called with float64 inputs
@@ -157,6 +162,7 @@ def logits(rows: int, columns: int, models: int) -> Callable[[torch.device], lis
 
 
 def reverse_kl_case(rows: int, columns: int, device: str) -> Case:
+    """10 bytes an element: two bfloat16 logits read twice, one gradient written."""
     others = {
         "PromptKD's formula": by_autograd(promptkd_formula),
         "minimal eager": by_autograd(minimal),
@@ -169,6 +175,7 @@ def reverse_kl_case(rows: int, columns: int, device: str) -> Case:
 
 
 def prompt_case(rows: int, columns: int, device: str) -> Case:
+    """14 bytes an element: three logits read twice, one gradient written."""
     sum_of_two = lambda kl: lambda t, s, b: kl(t, s) + 0.7 * kl(t, b)
     return Case(f"prompt loss {rows}x{columns}", logits(rows, columns, 3), sum_of_two(minimal), 14 * rows * columns, {
         "PromptKD's formula": by_autograd(sum_of_two(promptkd_formula)),
@@ -180,6 +187,7 @@ def prompt_case(rows: int, columns: int, device: str) -> Case:
 
 
 def jsd_case(rows: int, columns: int, device: str) -> Case:
+    """14 bytes an element: two logits read three times, for a mixture needs its normalisers first; one gradient written."""
     return Case(f"JSD {rows}x{columns}", logits(rows, columns, 2), jsd, 14 * rows * columns, {
         "minimal eager": by_autograd(jsd),
         "torch.compile, autograd": by_autograd(torch.compile(jsd)),
@@ -270,6 +278,7 @@ class Float64(torch.overrides.TorchFunctionMode):
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait for what was asked of a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -320,6 +329,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def percentile(values: list[float], share: float) -> float:
+    """The number that a `share` from 0 to 1 of them lies below; none between two is made up."""
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
@@ -363,6 +373,7 @@ def measure(case: Case, device: torch.device, bandwidth: float, seconds: float) 
 
 
 def machine(device: torch.device, bandwidth: float, threads: int) -> dict[str, str]:
+    """What a number means nothing without: the head of the CSV."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU, {threads} thread(s)"
     triton = metadata.version("triton") if device.type == "cuda" and importlib.util.find_spec("triton") else "not used"
@@ -385,6 +396,7 @@ def write(path: Path, header: dict[str, str], rows: list[dict]) -> None:
 
 
 def draw(path: Path, header: dict[str, str], rows: list[dict]) -> None:
+    """Bars of p50, on a CPU of its own time, and the memory beyond the inputs."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -35,6 +35,8 @@ def keep_layers(model, layers: list[int]) -> None:
     del stack[:]
     stack.extend(kept)
     model.config.num_hidden_layers = len(kept)
+    if kinds := getattr(model.config, "layer_types", None):  # Qwen2's config says of each layer how it attends
+        model.config.layer_types = [kinds[layer] for layer in layers]
 
 
 def parse_args() -> argparse.Namespace:

@@ -43,6 +43,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def positive(text: str) -> int:
+    """For argparse's `type`: a number of rows, 1 or more."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number of rows; use 1 or more")
@@ -50,6 +51,7 @@ def positive(text: str) -> int:
 
 
 def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
+    """One row a line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 

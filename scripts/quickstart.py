@@ -64,10 +64,10 @@ def train_models(out: Path, seed: int) -> None:
     further = f"--model {out}/student/hf {common} --micro-batch-size 64 --train-iters 200 --lr 2e-3"
     distil = f"--method promptkd --teacher-model {out}/teacher/hf --tensor-model-parallel-size 2"
     distil += " --prompt-len 6"  # the soft prompt starts as "Suppose you are a student.", six tokens, a preamble of the data
-    train(f"{first} --model {out}/teacher-init {many} --micro-batch-size 32 --train-iters 300 --save {out}/teacher", ranks=2)
-    train(f"{first} --model {out}/student-init {few} --micro-batch-size 64 --train-iters 200 --save {out}/student")
-    train(f"--method sft {further} {few} --save {out}/student-longer")
-    train(f"{distil} {further} {many} --save {out}/promptkd", ranks=2)
+    _train(f"{first} --model {out}/teacher-init {many} --micro-batch-size 32 --train-iters 300 --save {out}/teacher", ranks=2)
+    _train(f"{first} --model {out}/student-init {few} --micro-batch-size 64 --train-iters 200 --save {out}/student")
+    _train(f"--method sft {further} {few} --save {out}/student-longer")
+    _train(f"{distil} {further} {many} --save {out}/promptkd", ranks=2)
 
 
 def evaluate_models(out: Path) -> dict[str, dict[str, float]]:
@@ -109,7 +109,7 @@ def random_llama(folder: Path, sizes: dict[str, int], tokenizer_folder: Path, *,
     tokenizer.save_pretrained(folder)
 
 
-def train(arguments: str, *, ranks: int = 1) -> None:
+def _train(arguments: str, *, ranks: int = 1) -> None:
     run("pretrain_kd.py", arguments, ranks=ranks)
 
 
@@ -125,12 +125,14 @@ METRICS = {"exact_match": "exact match, %", "rouge_l": "Rouge-L", "reverse_kl": 
 
 
 def print_table(results: dict[str, dict[str, float]]) -> None:
+    """A line a model, a column a metric."""
     print(f"\n{'':24}" + "".join(f"{unit:>24}" for unit in METRICS.values()))
     for title, row in results.items():
         print(f"{title:24}" + "".join(f"{row[name]:24.3f}" for name in METRICS))
 
 
 def draw(results: dict[str, dict[str, float]], path: Path) -> None:
+    """The table as bars, and its numbers as .csv beside them."""
     from megakd.reporting.plots import plot_comparison
 
     plot_comparison(results, METRICS, path)

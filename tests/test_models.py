@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from distributed import run_distributed
 from tiny import tiny_config, tiny_folder, tiny_model
+from transformers import AutoModelForCausalLM
 
 from megakd.models import attention
 from megakd.models.hf_checkpoint import HFCheckpoint
@@ -132,3 +136,16 @@ def test_models_that_cannot_be_run_say_why():
         family_of(tiny_config("opt", do_layer_norm_before=False))
     with pytest.raises(ValueError, match="'yarn' is not one of"):
         family_of(tiny_config("llama", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "qwen2", "mistral"])
+def test_a_student_made_of_a_teachers_layers_holds_their_weights(family, tmp_path, monkeypatch):
+    teacher = tiny_folder(tmp_path / "teacher", family)
+    script = Path(__file__).parents[1] / "scripts" / "make_student.py"
+    words = [script.name, "--model", str(teacher), "--layers", "0", "3", "--save", str(tmp_path / "student")]
+    monkeypatch.setattr("sys.argv", words)
+    runpy.run_path(str(script), run_name="__main__")
+    theirs, ours = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("teacher", "student"))
+    renumbered = {name.replace(".1.", ".3.", 1): tensor for name, tensor in ours.items()}
+    assert renumbered.keys() == {name for name in theirs if ".1." not in name and ".2." not in name}
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in renumbered.items())

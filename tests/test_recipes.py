@@ -191,6 +191,9 @@ def test_the_initial_student_is_the_saved_checkpoint_with_the_lowest_held_out_lo
     for iteration in (10, 30):  # 20 was not saved
         (tmp_path / "checkpoints" / f"iter_{iteration:07d}").mkdir(parents=True)
     assert recipe("initial_student").best_checkpoint(tmp_path) == (30, 1.5)
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 30, "loss/lm": 1.0}\n')
+    with pytest.raises(SystemExit, match="no checkpoint whose held-out loss was logged; give the folder of an SFT run with --valid-data"):
+        recipe("initial_student").best_checkpoint(tmp_path)
 
 
 def result(score: float, **more) -> dict:

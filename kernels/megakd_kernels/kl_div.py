@@ -37,10 +37,12 @@ class Divergence:
 
     @property
     def is_mixture(self) -> bool:
+        """Whether one side is a mixture of both: its gradient needs two more sums over the vocabulary."""
         return self.objective not in ("reverse_kl", "forward_kl")
 
     @property
     def reads_once(self) -> bool:
+        """A KL, whole rows on this rank, and an implementation that has the single launch."""
         return self.kernels.READS_ONCE and not self.is_mixture and self.shard.ranks == 1
 
     def of_rows(self, rows: slice | Tensor) -> Divergence:

@@ -56,6 +56,7 @@ class Merged(NamedTuple):
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """float32, or float64 for float64."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -235,6 +236,7 @@ def centred(x_RV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def write_rows(out_NV: Tensor, rows: slice | Tensor, x_RV: Tensor) -> None:
+    """`rows` as `row_chunks` gives them; x is rounded to out's dtype."""
     if isinstance(rows, slice):
         out_NV[rows].copy_(x_RV)  # rounds while it copies
     else:
@@ -242,6 +244,7 @@ def write_rows(out_NV: Tensor, rows: slice | Tensor, x_RV: Tensor) -> None:
 
 
 def clear_inactive(active_N: Tensor, *grads_NV: Tensor | None) -> None:
+    """Zeros in the gradients' rows that nothing else writes."""
     if not bool(active_N.all()):
         for grad_NV in grads_NV:
             if grad_NV is not None:

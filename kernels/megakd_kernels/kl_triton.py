@@ -36,6 +36,7 @@ _SKEW, _JSD, _TVD = tl.constexpr(SKEW), tl.constexpr(JSD), tl.constexpr(TVD)
 
 @triton.jit
 def load_columns(ptr, offs, lo, hi, MASKED: tl.constexpr):
+    """float32; where MASKED, columns outside lo..hi are -inf and not read."""
     if MASKED:
         return tl.load(ptr + offs, mask=(offs >= lo) & (offs < hi), other=float("-inf")).to(tl.float32)
     else:
@@ -44,6 +45,7 @@ def load_columns(ptr, offs, lo, hi, MASKED: tl.constexpr):
 
 @triton.jit
 def store_columns(ptr, offs, value, lo, hi, MASKED: tl.constexpr):
+    """Rounded to the tensor's type; where MASKED, columns outside lo..hi stay as they are."""
     if MASKED:
         tl.store(ptr + offs, value.to(ptr.dtype.element_ty), mask=(offs >= lo) & (offs < hi))
     else:
@@ -219,6 +221,7 @@ def merge_kernel(
 
 @triton.jit
 def clear(grad_a, grad_b, start, lo, hi, WANT_A: tl.constexpr, WANT_B: tl.constexpr, BLOCK: tl.constexpr):
+    """Zeros in columns lo..hi of the gradients that are wanted."""
     for tile in range(start, hi, BLOCK):
         offs = tl.multiple_of(tile, 8) + tl.arange(0, BLOCK)
         if WANT_A:

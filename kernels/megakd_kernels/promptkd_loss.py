@@ -38,6 +38,7 @@ class PromptLoss:
 
     @property
     def reads_once(self) -> bool:
+        """Whole rows on this rank, and an implementation that has the single launch."""
         return self.kernels.READS_ONCE and self.shard.ranks == 1
 
     def of_rows(self, rows: slice | Tensor) -> PromptLoss:
@@ -51,6 +52,7 @@ class PromptLoss:
         return self.with_parts(merged.kl_ab, base_N), tuple(merged)
 
     def with_parts(self, kd_N: Tensor, base_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, kd, base), each [N]."""
         return kd_N + self.coef * base_N, kd_N, base_N
 
     def differentiate(self, logits_NV, state, scale_N, grads_NV):

@@ -26,10 +26,12 @@ class VocabShard:
 
     @property
     def ranks(self) -> int:
+        """1 without a group."""
         return 1 if self.tp_group is None else dist.get_world_size(self.tp_group)
 
     @property
     def rank(self) -> int:
+        """Place in the group; 0 without one."""
         return 0 if self.tp_group is None else dist.get_rank(self.tp_group)
 
     def start(self, width: int) -> int:

@@ -38,6 +38,8 @@ if HAS_PEFT:
 
 
 class HFSystem:
+    """Student, and teacher behind its soft prompt, in this process. With PEFT where it is installed."""
+
     name = "transformers + PEFT" if HAS_PEFT else "transformers"
 
     def __init__(self, config: BenchmarkConfig, workload: Workload, models: Path):
@@ -88,20 +90,21 @@ class HFSystem:
         return sequences[:, width:]
 
     def prompt_step(self, batches: Sequence[Batch], tokens: int, iteration: int) -> dict[str, float]:
+        """Losses of the global batch, whose gradients move the soft prompt once; `tokens` are those of all its responses."""
         self.prompt_optimizer.zero_grad()
         self.student.eval()
         self.teacher.train()
         base_coef = PromptKDConfig().base_coef * (1 - iteration / TOTAL_ITERS)
         sums = torch.zeros(2, device=self.device)
         for batch in batches:
-            sums += self.prompt_gradient(batch, tokens, base_coef)
+            sums += self._prompt_gradient(batch, tokens, base_coef)
         with self.time("optimizer"):
-            clip_and_step(self.prompt, self.prompt_optimizer)
+            _clip_and_step(self.prompt, self.prompt_optimizer)
         kd, base = sums.tolist()
         return {"loss/prompt": kd + base_coef * base, "loss/prompt_kd": kd, "loss/prompt_base": base}
 
-    def prompt_gradient(self, batch: Batch, tokens: int, base_coef: float) -> Tensor:
-        inputs = as_inputs(batch)
+    def _prompt_gradient(self, batch: Batch, tokens: int, base_coef: float) -> Tensor:
+        inputs = _as_inputs(batch)
         with self.time("prompt_step"):
             prompted = self.teacher_logits(inputs)
         with self.time("teacher"), torch.no_grad():
@@ -116,16 +119,17 @@ class HFSystem:
         return torch.stack([to_student, to_base]).detach()
 
     def student_step(self, batches: Sequence[Batch], tokens: int) -> dict[str, float]:
+        """The loss of the global batch, whose gradients move the student once."""
         self.optimizer.zero_grad()
         self.student.train()
         self.teacher.eval()
-        loss = sum(self.student_gradient(batch, tokens) for batch in batches)
+        loss = sum(self._student_gradient(batch, tokens) for batch in batches)
         with self.time("optimizer"):
-            clip_and_step(list(self.student.parameters()), self.optimizer)
+            _clip_and_step(list(self.student.parameters()), self.optimizer)
         return {"loss/reverse_kl": loss.item()}
 
-    def student_gradient(self, batch: Batch, tokens: int) -> Tensor:
-        inputs = as_inputs(batch)
+    def _student_gradient(self, batch: Batch, tokens: int) -> Tensor:
+        inputs = _as_inputs(batch)
         with self.time("student_step"):
             logits = self.student(**inputs, use_cache=False).logits
         with self.time("teacher"), torch.no_grad():
@@ -142,6 +146,7 @@ class HFSystem:
 
 
 def load(folder: Path, dtype: str) -> GPT2LMHeadModel:
+    """`dtype` as in --dtype."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=resolve_dtype(dtype), local_files_only=True)
 
 
@@ -191,7 +196,7 @@ def left_padded(prompts: Sequence[Sequence[int]], width: int, padding: int) -> t
     return tokens, mask
 
 
-def as_inputs(batch: Batch) -> dict[str, Tensor]:
+def _as_inputs(batch: Batch) -> dict[str, Tensor]:
     real = torch.arange(batch.seq_length, device=batch.tokens.device) < batch.lengths[:, None]
     return {"input_ids": batch.tokens, "attention_mask": real.long(), "position_ids": batch.position_ids}
 
@@ -214,6 +219,6 @@ def adamw(parameters, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=lr, betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_eps)
 
 
-def clip_and_step(parameters: list[Tensor], optimizer: torch.optim.Optimizer) -> None:
+def _clip_and_step(parameters: list[Tensor], optimizer: torch.optim.Optimizer) -> None:
     torch.nn.utils.clip_grad_norm_(parameters, TrainingConfig().clip_grad)
     optimizer.step()

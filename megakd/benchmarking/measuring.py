@@ -42,6 +42,7 @@ class Timed:
 
     @property
     def tokens_per_second(self) -> float:
+        """By the wall clock."""
         return self.tokens / self.wall
 
 
@@ -85,11 +86,12 @@ def iterations(systems: Sequence, workload: Workload, folder: Path, dtype: torch
             if number > 1:  # the first is the check, and warms up
                 results[system.name].append(measured)
         check_equal(losses, TOLERANCES[dtype])
-        report_progress(number, losses, {name: times[-1].wall for name, times in results.items() if times})
+        _report_progress(number, losses, {name: times[-1].wall for name, times in results.items() if times})
     return results
 
 
 def in_turn(systems: Sequence, number: int) -> Sequence:
+    """As given for odd numbers, in reverse for even ones."""
     return systems if number % 2 else systems[::-1]
 
 
@@ -109,7 +111,7 @@ def check_equal(losses: dict[str, dict[str, float]], tolerance: float) -> None:
                 )
 
 
-def report_progress(number: int, losses: dict[str, dict[str, float]], seconds: dict[str, float]) -> None:
+def _report_progress(number: int, losses: dict[str, dict[str, float]], seconds: dict[str, float]) -> None:
     if is_rank_zero():
         kl = ", ".join(f"{name} {values['loss/reverse_kl']:.6f}" for name, values in losses.items())
         walls = ", ".join(f"{name} {wall:.2f} s" for name, wall in seconds.items()) or "not timed"

@@ -32,6 +32,7 @@ class GivenEndsPromptKD(PromptKD):
         return list(samples)
 
     def write(self, samples: Sequence[Sample], seed: int) -> list[list[int]]:
+        """Responses of the student as long as the rows' own; `seed` is that of their noise."""
         limits = [len(sample.response) for sample in samples]
         sampling = Sampling(max_new_tokens=max(limits), seed=seed)
         prompts, ids = [sample.prompt for sample in samples], [sample.sample_id for sample in samples]
@@ -40,6 +41,7 @@ class GivenEndsPromptKD(PromptKD):
 
 
 def join_ranks(config: BenchmarkConfig) -> ParallelLayout:
+    """Each call makes the process groups and seeds anew."""
     parallel = config.parallel
     return initialize(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -49,31 +51,34 @@ def join_ranks(config: BenchmarkConfig) -> ParallelLayout:
 
 
 class MegakdSystem:
+    """The models in the layout of `config`, this rank's part."""
+
     name = "megakd"
 
     def __init__(self, config: BenchmarkConfig, workload: Workload, models: Path):
         self.layout = join_ranks(config)
-        self.method = build_method(config, workload, models, self.layout)
+        self.method = _build_method(config, workload, models, self.layout)
         self.time, self.counter = self.method.time, PositionCounter()
         for model in (self.method.student, self.method.teacher):
             self.counter.watch(model)
 
     def iterate(self, batch: Sequence[Sample], iteration: int) -> dict[str, float]:
         """Losses of one PromptKD iteration on this replica's share of a global batch."""
-        return self.method.train(self.mine(batch), iteration)
+        return self.method.train(self._mine(batch), iteration)
 
     def generate(self, batch: Sequence[Sample]) -> list[list[int]]:
-        return self.method.write(self.mine(batch), seed=0)
+        """This replica's responses, the same at every call."""
+        return self.method.write(self._mine(batch), seed=0)
 
-    def mine(self, batch: Sequence[Sample]) -> list[Sample]:
+    def _mine(self, batch: Sequence[Sample]) -> list[Sample]:
         return deal(batch, self.layout.dp_size)[self.layout.dp_rank]
 
 
-def build_method(config: BenchmarkConfig, workload: Workload, models: Path, layout: ParallelLayout) -> GivenEndsPromptKD:
+def _build_method(config: BenchmarkConfig, workload: Workload, models: Path, layout: ParallelLayout) -> GivenEndsPromptKD:
     run = run_config(config, models)
     folders = [ModelFolder.open(models / name) for name in ("student", "teacher")]
     width = padded_vocab_size([workload.vocab_size], layout.tp_size)
-    student, teacher = (load(folder, layout, width, config) for folder in folders)
+    student, teacher = (_load(folder, layout, width, config) for folder in folders)
     teacher.eval().requires_grad_(False)
     optimizer = StudentOptimizer(
         student, run.training, total_iters=TOTAL_ITERS, distributed=config.parallel.use_distributed_optimizer
@@ -98,7 +103,7 @@ def run_config(config: BenchmarkConfig, models: Path) -> Config:
     )
 
 
-def load(folder: ModelFolder, layout: ParallelLayout, width: int, config: BenchmarkConfig):
+def _load(folder: ModelFolder, layout: ParallelLayout, width: int, config: BenchmarkConfig):
     dtype, sequence_parallel = resolve_dtype(config.dtype), config.parallel.sequence_parallel
     model = build_model(folder.config, layout, padded_vocab_size=width, dtype=dtype, sequence_parallel=sequence_parallel)
     folder.load_into(model)
@@ -112,4 +117,5 @@ class PromptTokens:
         self.ids = list(ids)
 
     def encode(self, text: str, **_) -> list[int]:
+        """`ids`, whatever the text."""
         return self.ids

@@ -33,13 +33,13 @@ def machine() -> Row:
         "device": device,
         "threads": torch.get_num_threads(),
         "load": f"{os.getloadavg()[0]:.1f}",
-        "versions": " ".join(f"{name} {version(name)}" for name in PACKAGES),
+        "versions": " ".join(f"{name} {_version(name)}" for name in PACKAGES),
         "commit": commit(),
         "command": " ".join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
     }
 
 
-def version(package: str) -> str:
+def _version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -54,6 +54,7 @@ def commit() -> str:
 
 
 def what_ran(config: BenchmarkConfig, source: str) -> Row:
+    """Sizes and layout; `source` says where the rows come from."""
     parallel = config.parallel
     sizes = {name: "×".join(map(str, size)) for name, size in config.sizes.items()}
     layout = f"TP{parallel.tensor_model_parallel_size} PP{parallel.pipeline_model_parallel_size} of {os.environ.get('WORLD_SIZE', '1')}"
@@ -87,6 +88,7 @@ def iteration_columns(times: Sequence[Timed], flops: Sequence[float]) -> Row:
 
 
 def generation_columns(times: Sequence[Timed]) -> Row:
+    """Medians over the repetitions; nothing where generation was not measured."""
     if not times:
         return {}
     return {
@@ -134,6 +136,7 @@ RATIOS = {
 
 
 def table(rows: Sequence[Row]) -> str:
+    """A line a quantity, a column a system; below it how many times the first system's the last one's are."""
     lines = [f"{'':34}" + "".join(f"{row['system']:>22}" for row in rows)]
     for column, (title, form) in SHOWN.items():
         values = [row.get(column, "") for row in rows]
@@ -155,10 +158,10 @@ def append(path: Path, rows: Sequence[Row]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
-        writer.writerows([*old, *({name: short(value) for name, value in row.items()} for row in rows)])
+        writer.writerows([*old, *({name: _short(value) for name, value in row.items()} for row in rows)])
 
 
-def short(value: str | float) -> str | float:
+def _short(value: str | float) -> str | float:
     return f"{value:.5g}" if isinstance(value, float) else value
 
 
@@ -166,7 +169,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     """Where an iteration's time goes, as stacked bars; beside it peak memory and generation alone."""
     extra = {name: shown for name, shown in BARS.items() if all(row.get(name, "") != "" for row in rows)}
     figure, (first, *axes) = new_figure(rows=1, columns=1 + len(extra))
-    draw_parts(first, rows)
+    _draw_parts(first, rows)
     for ax, (name, (title, unit, divisor)) in zip(axes, extra.items()):
         draw_bars(ax, {row["system"]: (row[name] / divisor, None) for row in rows})
         ax.set(title=title, ylabel=unit)
@@ -181,7 +184,7 @@ BARS = {
 }  # column: title, unit, divisor
 
 
-def draw_parts(ax, rows: Sequence[Row]) -> None:
+def _draw_parts(ax, rows: Sequence[Row]) -> None:
     names = [row["system"] for row in rows]
     bottom = [0.0] * len(rows)
     for part, colour in zip(PARTS, COLOURS):

@@ -33,12 +33,12 @@ def run(config: BenchmarkConfig) -> None:
     with model_folder(config, workload) as folder:
         rows = [here | results.what_ran(config, workload.source) | row for row in measure(config, workload, folder)]
     if is_rank_zero():
-        keep(config, rows)
+        _keep(config, rows)
 
 
 def measure(config: BenchmarkConfig, workload: Workload, folder: Path) -> list[results.Row]:
     """One row of numbers a system."""
-    makers, wanted = systems_of(config), config.measure
+    makers, wanted = _systems_of(config), config.measure
     before = memory("VmRSS")
     peaks = compare_peaks(makers, config, workload, folder) if "memory" in wanted and len(makers) > 1 else {}
     systems = [make(config, workload, folder) for make in makers.values()]
@@ -46,10 +46,10 @@ def measure(config: BenchmarkConfig, workload: Workload, folder: Path) -> list[r
     written = generations(systems, workload) if "generation" in wanted else {}
     if "memory" in wanted and not peaks:
         peaks = {system.name: highest(memory("VmHWM") - before) / MIB for system in systems}
-    return as_rows(list(makers), times, written, peaks, needed_flops(config, workload))
+    return _as_rows(list(makers), times, written, peaks, needed_flops(config, workload))
 
 
-def as_rows(
+def _as_rows(
     names: list[str], times: dict[str, list[Timed]], written: dict[str, list[Timed]], peaks: dict[str, float], flops: list[float]
 ):
     rows = []
@@ -61,7 +61,7 @@ def as_rows(
     return rows
 
 
-def systems_of(config: BenchmarkConfig) -> Makers:
+def _systems_of(config: BenchmarkConfig) -> Makers:
     makers: Makers = {MegakdSystem.name: MegakdSystem}
     if config.baseline == "hf":
         from megakd.benchmarking.hf_system import HFSystem  # PEFT takes seconds to import
@@ -100,7 +100,7 @@ def model_folder(config: BenchmarkConfig, workload: Workload) -> Iterator[Path]:
         dist.barrier()
 
 
-def keep(config: BenchmarkConfig, rows: list[results.Row]) -> None:
+def _keep(config: BenchmarkConfig, rows: list[results.Row]) -> None:
     kind = "gpu" if torch.cuda.is_available() else "cpu"
     out = Path(config.out) if config.out else results.ROOT / "benchmarks" / "results" / f"iteration_{kind}"
     print(results.table(rows))

@@ -33,6 +33,8 @@ MODEL_CALLS = {"student": 2, "teacher": 3}  # forward calls of an iteration that
 
 @dataclass(frozen=True)
 class Workload:
+    """`repetitions` + 1 global batches, the same for every system."""
+
     batches: tuple[tuple[Sample, ...], ...]  # the first is for the check of equality
     prompt_ids: tuple[int, ...]  # the soft prompt begins as their embeddings
     vocab_size: int
@@ -40,6 +42,7 @@ class Workload:
 
     @property
     def first(self) -> tuple[Sample, ...]:
+        """The batch on which systems are compared; it warms them up and is not timed."""
         return self.batches[0]
 
 
@@ -97,6 +100,7 @@ def gpt2_config(layers: int, hidden: int, vocab_size: int) -> GPT2Config:
 
 
 def model_configs(config: BenchmarkConfig, workload: Workload) -> dict[str, GPT2Config]:
+    """Of `student` and `teacher`."""
     return {name: gpt2_config(*size, workload.vocab_size) for name, size in config.sizes.items()}
 
 
@@ -113,15 +117,15 @@ def write_models(configs: dict[str, GPT2Config], folder: Path) -> None:
 def flops_of_iteration(configs: dict[str, GPT2Config], batch: Sequence[Sample]) -> float:
     """What an iteration needs, whoever does it: real positions alone, heads at the positions that predict the response."""
     passes = {"student": STUDENT_PASSES, "teacher": TEACHER_PASSES}
-    return sum(passes[name] * sum(forward_flops(sizes_of(config), row) for row in batch) for name, config in configs.items())
+    return sum(passes[name] * sum(_forward_flops(_sizes_of(config), row) for row in batch) for name, config in configs.items())
 
 
-def forward_flops(sizes: TransformerSizes, row: Sample) -> float:
+def _forward_flops(sizes: TransformerSizes, row: Sample) -> float:
     body = row.num_positions * forward_flops_per_token(sizes, row.num_positions, with_head=False)
     return body + len(row.response) * 2 * sizes.hidden_size * sizes.vocab_size
 
 
-def sizes_of(config: GPT2Config) -> TransformerSizes:
+def _sizes_of(config: GPT2Config) -> TransformerSizes:
     return TransformerSizes(
         num_layers=config.n_layer,
         hidden_size=config.n_embd,
@@ -145,6 +149,7 @@ class PositionCounter:
         self.computed, self.watching = 0, True
 
     def watch(self, model: torch.nn.Module) -> None:
+        """Count the calls of `model` from now on, except while `watching` is False."""
         model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, model, args, kwargs) -> None:

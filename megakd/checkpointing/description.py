@@ -14,10 +14,12 @@ FORMAT_VERSION = 1
 
 
 def versions() -> dict[str, str]:
+    """Of megakd and of the libraries that write and read a checkpoint."""
     return {"megakd": megakd.__version__} | {name: version(name) for name in ("torch", "megatron-core", "transformers")}
 
 
 def layout_dict(tp: int, pp: int, dp: int = 1) -> dict[str, int]:
+    """A layout as files name it: Megatron's flags."""
     return {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "data_parallel_size": dp}
 
 
@@ -34,6 +36,7 @@ class Description:
     format_version: int = FORMAT_VERSION
 
     def write(self, folder: Path) -> None:
+        """Into `folder` as megakd_checkpoint.json."""
         (folder / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod

@@ -50,14 +50,14 @@ def export_to_hf(
     with published(save) as folder:
         copy_hf_files(native.hf_folder, folder)
         name_dtype(folder / "config.json", [plan.dtype for plan in plans])
-        files = write_view(folder, view, plans, max_shard_size)
+        files = _write_view(folder, view, plans, max_shard_size)
         if verify:
             verify_export(native, WindowedCheckpoint(folder))
         write_report(folder, native, plans, files, verified=verify)
     return save
 
 
-def write_view(folder: Path, view: HuggingFaceView, plans: list[TensorPlan], max_shard_size: int) -> list[Path]:
+def _write_view(folder: Path, view: HuggingFaceView, plans: list[TensorPlan], max_shard_size: int) -> list[Path]:
     with progress(sum(plan.nbytes for plan in plans), "converting") as bar:
 
         def read_blocks(plan: TensorPlan):
@@ -119,6 +119,7 @@ def write_report(folder: Path, native: NativeCheckpoint, plans: list[TensorPlan]
 
 
 def sha256(file: Path) -> str:
+    """In hexadecimal, as the command sha256sum prints it."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(1 << 20):

@@ -43,16 +43,20 @@ class HuggingFaceView:
 
     @property
     def names(self) -> list[str]:
+        """In the model's order; a tied head is not among them."""
         return list(self.pieces)
 
     @cached_property
     def skipped(self) -> dict[str, Tensor]:
+        """Rows at the head of a tensor that no parameter holds, by the tensor's name."""
         return read_skipped_rows(self.native.hf_folder)
 
     def dtype(self, name: str) -> torch.dtype:
+        """That of the checkpoint: a conversion changes none."""
         return self.native.dtype(self._key(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """As Hugging Face stores it, without the padding of the vocabulary."""
         last = self.runs(name)[-1]
         shape = (last.start + last.length, *self._parameter_shape(self.pieces[name][0][1])[1:])
         return shape[::-1] if self._transposed(name) else shape
@@ -61,7 +65,7 @@ class HuggingFaceView:
         """A slice of a Hugging Face tensor, in Hugging Face's orientation."""
         index = tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, self.shape(name)))
         outputs, *inputs = index[::-1] if self._transposed(name) else index
-        pieces = [self._read_run(run, name, outputs, inputs) for run in self.runs(name) if meets(run, outputs)]
+        pieces = [self._read_run(run, name, outputs, inputs) for run in self.runs(name) if _meets(run, outputs)]
         rows = torch.cat(pieces) if len(pieces) != 1 else pieces[0]
         return rows.t() if self._transposed(name) else rows
 
@@ -102,7 +106,7 @@ class HuggingFaceView:
         return self.pieces[name][0][0].transposed and len(self._parameter_shape(self.pieces[name][0][1])) == 2
 
 
-def meets(run: Run, rows: slice) -> bool:
+def _meets(run: Run, rows: slice) -> bool:
     return run.start < rows.stop and rows.start < run.start + run.length
 
 

@@ -50,7 +50,7 @@ def hf_to_native(model: Path, save: Path, *, tp: int, pp: int, verify: bool = Tr
     plan = plan_import(source, width)
     warn_of_leftovers(source, plan)
     with published(iteration_folder(save, 0)) as folder:
-        write_parameters(folder, source, plan, grid)
+        _write_parameters(folder, source, plan, grid)
         write_hf_folder(model, folder)
         Description(iteration=0, vocab_size=hf.vocab_size, padded_vocab_size=width, layout=layout_dict(tp, pp)).write(folder)
         if verify:
@@ -65,7 +65,7 @@ def plan_import(source: WindowedCheckpoint, padded_size: int) -> list[PlannedPar
     Raises:
         ValueError: a tensor is missing, or its shape or dtype does not fit with the others.
     """
-    plan = [planned(source, parameter) for parameter in checkpoint_parameters(source.config, padded_size)]
+    plan = [_planned(source, parameter) for parameter in checkpoint_parameters(source.config, padded_size)]
     first: dict[str, PlannedParameter] = {}
     for item in plan:
         model = first.setdefault(item.parameter.key, item)
@@ -78,7 +78,7 @@ def plan_import(source: WindowedCheckpoint, padded_size: int) -> list[PlannedPar
     return plan
 
 
-def planned(source: WindowedCheckpoint, parameter: Parameter) -> PlannedParameter:
+def _planned(source: WindowedCheckpoint, parameter: Parameter) -> PlannedParameter:
     tensors = parameter.mapping.sources()
     found = {source.dtype(tensor.name) for tensor in tensors}
     if len(found) > 1 or not found <= set(DTYPES):
@@ -87,11 +87,11 @@ def planned(source: WindowedCheckpoint, parameter: Parameter) -> PlannedParamete
             f"{source.flag} {source.folder}: {names} is stored as {', '.join(sorted(found))}; "
             f"save the model with one of {', '.join(DTYPES)}"
         )
-    check_vocabulary(source, parameter)
+    _check_vocabulary(source, parameter)
     return PlannedParameter(parameter, tuple(parameter.mapping.shape(source)), DTYPES[found.pop()])
 
 
-def check_vocabulary(source: WindowedCheckpoint, parameter: Parameter) -> None:
+def _check_vocabulary(source: WindowedCheckpoint, parameter: Parameter) -> None:
     if isinstance(parameter.mapping, Vocabulary):
         tensor, expected = parameter.mapping.tensor, (source.config.vocab_size, source.config.hidden_size)
         if tensor.shape(source) != expected:
@@ -111,8 +111,8 @@ def warn_of_leftovers(source: WindowedCheckpoint, plan: list[PlannedParameter]) 
         )
 
 
-def write_parameters(folder: Path, source: WindowedCheckpoint, plan: list[PlannedParameter], grid: Grid) -> None:
-    with TorchDistWriter(folder) as writer, progress(sum(stored(item) for item in plan), "converting") as bar:
+def _write_parameters(folder: Path, source: WindowedCheckpoint, plan: list[PlannedParameter], grid: Grid) -> None:
+    with TorchDistWriter(folder) as writer, progress(sum(_stored_bytes(item) for item in plan), "converting") as bar:
         for item in plan:
             for rank, lo, hi in grid.ranges(item.parameter, item.shape, item.dtype.itemsize):
                 offsets, sizes = item.parameter.place(item.shape, lo, hi)
@@ -121,20 +121,17 @@ def write_parameters(folder: Path, source: WindowedCheckpoint, plan: list[Planne
                     rank, item.parameter.key, grid.stored_shape(item.parameter, item.shape), offsets, data.view(sizes)
                 )
                 bar.update(data.nbytes)
-        add_extra_states(writer, [item.parameter for item in plan], grid)
+        for rank, key in extra_states([item.parameter for item in plan], grid):
+            writer.add_extra_state(rank, key)
     torch.save({}, folder / COMMON)
 
 
-def stored(item: PlannedParameter) -> int:
+def _stored_bytes(item: PlannedParameter) -> int:
     return torch.Size(item.shape).numel() * item.dtype.itemsize
 
 
-def add_extra_states(writer: TorchDistWriter, parameters: list[Parameter], grid: Grid) -> None:
-    for rank, key in extra_states(parameters, grid):
-        writer.add_extra_state(rank, key)
-
-
 def extra_states(parameters: list[Parameter], grid: Grid) -> Iterator[tuple[int, str]]:
+    """(rank, key) of each linear layer's extra state: the stage's first rank writes it."""
     for parameter in parameters:
         if key := extra_state_key(parameter, grid.num_layers):
             yield grid.stage(parameter) * grid.tp, key

@@ -42,16 +42,20 @@ class NativeCheckpoint:
 
     @cached_property
     def hf_config(self) -> PretrainedConfig:
+        """The config.json that the model came with."""
         return load_hf_config(self.hf_folder, flag=f"{self.folder.name}:")
 
     @property
     def keys(self) -> list[str]:
+        """Of all tensors: weights, optimizer state, the soft prompt and what else a method learns."""
         return list(self.reader.tensors)
 
     def shape(self, key: str) -> tuple[int, ...]:
+        """Of the whole tensor over all ranks, layers stacked on the first axis."""
         return self._find(key).shape
 
     def dtype(self, key: str) -> torch.dtype:
+        """As it lies on disk."""
         return self._find(key).dtype
 
     def read(self, key: str, index: Index) -> Tensor:
@@ -68,6 +72,7 @@ class NativeCheckpoint:
 
 
 def iteration_folder(root: Path, iteration: int) -> Path:
+    """ROOT/iter_0000100, Megatron-LM's name."""
     return root / f"iter_{iteration:07d}"
 
 
@@ -108,4 +113,5 @@ def read_latest(root: str | Path, *, flag: str = "--load") -> int | None:
 
 
 def write_latest(root: Path, iteration: int) -> None:
+    """In one step: a reader finds the number before or the new one."""
     write_text(root / LATEST, f"{iteration}\n")

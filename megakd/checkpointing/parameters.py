@@ -53,6 +53,7 @@ class Grid:
         return 0 if parameter.key.startswith(FIRST_STAGE) else self.pp - 1
 
     def stored_shape(self, parameter: Parameter, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the tensor under the parameter's key; `shape` is the full parameter's, of one layer."""
         return shape if parameter.layer is None else (self.num_layers, *shape)
 
     def ranges(self, parameter: Parameter, shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int, int]]:
@@ -80,10 +81,10 @@ def checkpoint_parameters(hf: PretrainedConfig, padded_vocab_size: int) -> list[
     table = family_of(hf).table(hf, padded_vocab_size)
     if hf.tie_word_embeddings:
         table.pop(HEAD)
-    return [parameter for pattern, mapping in table.items() for parameter in at_layers(pattern, mapping, hf.num_hidden_layers)]
+    return [parameter for pattern, mapping in table.items() for parameter in _at_layers(pattern, mapping, hf.num_hidden_layers)]
 
 
-def at_layers(pattern: str, mapping: Mapping, num_layers: int) -> list[Parameter]:
+def _at_layers(pattern: str, mapping: Mapping, num_layers: int) -> list[Parameter]:
     if "*" not in pattern:
         return [Parameter(pattern, mapping)]
     return [Parameter(pattern.replace("*.", ""), at_layer(mapping, layer), layer) for layer in range(num_layers)]

@@ -24,11 +24,12 @@ def published(target: Path) -> Iterator[Path]:
         take_name(folder, target)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
-        remove_empty(made)
+        _remove_empty(made)
         raise
 
 
 def hidden(target: Path) -> Path:
+    """Where `target` is written until it is whole."""
     return target.with_name(f".{target.name}.partial")
 
 
@@ -47,7 +48,7 @@ def missing_parents(target: Path) -> list[Path]:
     return [parent for parent in target.absolute().parents if not parent.exists()]
 
 
-def remove_empty(folders: list[Path]) -> None:
+def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()

@@ -47,8 +47,8 @@ def reshard(
     source = PaddedView(native, description.padded_vocab_size)
     target = iteration_folder(save, description.iteration)
     with published(target) as folder:
-        write_tensors(folder, source, Grid(tp, pp, native.hf_config.num_hidden_layers))
-        copy_other_files(native.folder, folder)
+        _write_tensors(folder, source, Grid(tp, pp, native.hf_config.num_hidden_layers))
+        _copy_other_files(native.folder, folder)
         description.write(folder)
         if verify:
             check_equal(NativeCheckpoint(folder), source, {key: native.dtype(key) for key in native.keys})
@@ -77,11 +77,13 @@ class PaddedView:
         return self.parameters[owner] if same else []
 
     def shape(self, key: str) -> tuple[int, ...]:
+        """`padded_size` rows where the vocabulary lies along them, in optimizer state too."""
         shape = self.native.shape(key)
         owners = self.parameters_of(key)
         return (self.padded_size, *shape[1:]) if owners and isinstance(owners[0].mapping, Vocabulary) else shape
 
     def read(self, key: str, index: Index) -> Tensor:
+        """Rows past those that are stored are zeros."""
         real = self.native.shape(key)[0]
         rows = slice(min(index[0].start, real), min(index[0].stop, real))
         data = self.native.read(key, (rows, *index[1:]))
@@ -89,7 +91,7 @@ class PaddedView:
         return torch.cat([data, data.new_zeros(missing, *data.shape[1:])]) if missing else data
 
 
-def write_tensors(folder: Path, source: PaddedView, grid: Grid) -> None:
+def _write_tensors(folder: Path, source: PaddedView, grid: Grid) -> None:
     native = source.native
     total = sum(math.prod(source.shape(key)) * native.dtype(key).itemsize for key in native.keys)
     with TorchDistWriter(folder) as writer, progress(total, "resharding") as bar:
@@ -115,7 +117,7 @@ def chunks(source: PaddedView, key: str, grid: Grid) -> Iterator[tuple[int, Inde
             yield rank, tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes))
 
 
-def copy_other_files(source: Path, target: Path) -> None:
+def _copy_other_files(source: Path, target: Path) -> None:
     shutil.copyfile(source / COMMON, target / COMMON)
     shutil.copytree(source / hf_files.FOLDER, target / hf_files.FOLDER)
     if (source / RUN_CONFIG).is_file():

@@ -43,6 +43,11 @@ class MetadataUnpickler(pickle.Unpickler):
     """Finds data classes of torch's checkpoint index and torch's dtypes; anything else is refused before it is even imported."""
 
     def find_class(self, module: str, name: str):
+        """pickle asks here for everything that a file names.
+
+        Raises:
+            ForbiddenGlobal: it is none of CLASSES and no dtype.
+        """
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and name not in CLASSES.get(module, ()):
             raise ForbiddenGlobal(f"{module}.{name}")

@@ -87,6 +87,7 @@ class TorchDistReader:
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
+        """By key; entries that are no tensors, such as extra states, are left out."""
         entries = self.metadata.state_dict_metadata.items()
         return {
             key: StoredTensor(key, entry, self._chunks(key, entry))

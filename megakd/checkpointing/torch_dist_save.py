@@ -22,6 +22,7 @@ class Writer(dcp.FileSystemWriter):
     """One file a rank, flushed to disk; its index names no path of this machine."""
 
     def storage_meta(self) -> None:
+        """None: torch would store the folder's path, which a copy of the checkpoint no longer has."""
         return None
 
 
@@ -32,10 +33,12 @@ class SynchronousSave(SaveShardedStrategy):
         super().__init__("torch_dist", 1)
 
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
+        """From all ranks at once, each into a file of its own."""
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         dcp.save(mcore_to_pyt_state_dict(by_key), storage_writer=Writer(checkpoint_dir), planner=planner)
 
     @property
     def can_handle_sharded_objects(self) -> bool:
+        """megatron-core would write extra states to files of their own otherwise; here they go with the tensors."""
         return True

@@ -59,11 +59,11 @@ def save_checkpoint(
     target = iteration_folder(Path(root), iteration)
     with published_by_rank_zero(target) as folder:
         state = sharded_state(model, optimizer, is_loading=False)
-        state["extra"] = {name: replicated(name, tensor) for name, tensor in (extra_tensors or {}).items()}
+        state["extra"] = {name: _replicated(name, tensor) for name, tensor in (extra_tensors or {}).items()}
         kinds = {"distrib_optim_sharding_type": OPTIMIZER_SHARDING}
         dist_checkpointing.save(state, str(folder), SynchronousSave(), content_metadata=kinds)
         if dist.get_rank() == 0:
-            describe(model, iteration, teacher_layout).write(folder)
+            _describe(model, iteration, teacher_layout).write(folder)
             write_hf_folder(source.hf_folder, folder)
             if run_config is not None:
                 shutil.copyfile(run_config, folder / RUN_CONFIG)
@@ -86,12 +86,12 @@ def load_checkpoint(
     native = NativeCheckpoint(root, iteration=iteration, flag=flag)
     state = sharded_state(model, optimizer, is_loading=True)
     dict_list_map_inplace(without_objects, state)
-    check_complete(native, state, flag=flag)
+    _check_complete(native, state, flag=flag)
     loaded = dist_checkpointing.load(state, str(native.folder), common_strategy=LoadCommonWithoutPickle())
     model.load_state_dict(loaded["model"])
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
-    return read_extra_tensors(native)
+    return _read_extra_tensors(native)
 
 
 @contextmanager
@@ -123,12 +123,12 @@ def sharded_state(model: HiddenStateGPTModel, optimizer: MegatronOptimizer | Non
     return state
 
 
-def replicated(name: str, tensor: Tensor) -> ShardedTensor:
+def _replicated(name: str, tensor: Tensor) -> ShardedTensor:
     key = (EXTRA if tensor.ndim else SCALAR) + name
     return ShardedTensor.from_rank_offsets(key, torch.atleast_1d(tensor.detach()), replica_id=dist.get_rank())
 
 
-def read_extra_tensors(native: NativeCheckpoint) -> dict[str, Tensor]:
+def _read_extra_tensors(native: NativeCheckpoint) -> dict[str, Tensor]:
     whole = lambda key: native.read(key, tuple(slice(0, size) for size in native.shape(key)))
     extras = {key.removeprefix(SCALAR).removeprefix(EXTRA): whole(key) for key in native.keys if key.startswith(EXTRA)}
     scalars = {key.removeprefix(SCALAR) for key in native.keys if key.startswith(SCALAR)}
@@ -140,7 +140,7 @@ def without_objects(value: Any) -> Any:
     return LocalNonpersistentObject(None) if isinstance(value, ShardedObject) else value
 
 
-def check_complete(native: NativeCheckpoint, state: dict, *, flag: str) -> None:
+def _check_complete(native: NativeCheckpoint, state: dict, *, flag: str) -> None:
     missing = sorted({value.key for value in nested_values(state) if isinstance(value, ShardedTensor)} - set(native.keys))
     if any(key.startswith("optimizer.") for key in missing):
         raise ValueError(f"{flag} {native.folder}: holds no optimizer state to resume from; start a new run from it with --model")
@@ -152,6 +152,10 @@ class LoadCommonWithoutPickle(TorchCommonLoadStrategy):
     """common.pt holds numbers and names only, and is read as such, whatever torch's environment variables say."""
 
     def load_common(self, checkpoint_dir: str | Path) -> dict:
+        """
+        Raises:
+            ValueError: damaged, or there is more in it.
+        """
         file = Path(checkpoint_dir) / COMMON_STATE_FNAME
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -161,15 +165,15 @@ class LoadCommonWithoutPickle(TorchCommonLoadStrategy):
             ) from error
 
 
-def describe(model: HiddenStateGPTModel, iteration: int, teacher_layout: ParallelLayout | None) -> Description:
+def _describe(model: HiddenStateGPTModel, iteration: int, teacher_layout: ParallelLayout | None) -> Description:
     return Description(
         iteration=iteration,
         vocab_size=model.hf_config.vocab_size,
         padded_vocab_size=model.vocab_size,
-        layout=sizes(model.layout),
-        teacher_layout=teacher_layout and sizes(teacher_layout),
+        layout=_sizes(model.layout),
+        teacher_layout=teacher_layout and _sizes(teacher_layout),
     )
 
 
-def sizes(layout: ParallelLayout) -> dict[str, int]:
+def _sizes(layout: ParallelLayout) -> dict[str, int]:
     return layout_dict(layout.tp_size, layout.pp_size, layout.dp_size)

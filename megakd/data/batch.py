@@ -47,10 +47,12 @@ class Batch:
 
     @property
     def micro_batch_size(self) -> int:
+        """Rows, b."""
         return self.tokens.shape[0]
 
     @property
     def seq_length(self) -> int:
+        """Positions of a row, s, padding included."""
         return self.tokens.shape[1]
 
     @property
@@ -64,6 +66,7 @@ class Batch:
         return torch.tensor([self.num_supervised, int(self.lengths.sum()), self.tokens.numel()])
 
     def to(self, device: torch.device | str) -> "Batch":
+        """A copy on `device`, which is not waited for."""
         return Batch(**{field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)})
 
 

@@ -32,6 +32,10 @@ def check_messages(messages: object, where: str) -> None:
 
 
 def render_chat(turns: list[dict], tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+    """The turns as text, up to where the assistant begins to speak.
+
+    Raises ValueError where the tokenizer has no template, or its template refuses the turns.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             f"{where} has messages, but the model's tokenizer has no chat template; put a chat_template.jinja beside its "

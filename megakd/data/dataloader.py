@@ -50,6 +50,7 @@ class DataLoader:
 
     @property
     def iterations_per_epoch(self) -> int:
+        """Whole global batches in the data."""
         return len(self.dataset) // self.global_batch_size
 
     def samples(self, iteration: int) -> list[Sample]:

@@ -86,6 +86,7 @@ def split_item(shard: Shard, item: int) -> tuple[tuple[int, ...], tuple[int, ...
 
 
 def is_indexed(path: str | Path) -> bool:
+    """By the name alone."""
     return Path(path).suffix in (".bin", ".idx")
 
 
@@ -100,6 +101,7 @@ def shard_files(path: Path) -> Iterator[Path]:
 
 
 def open_shard(path: Path, vocab_size: int) -> Shard:
+    """Raises ValueError where a file is missing, the two do not fit, or an id is `vocab_size` or more."""
     index = path.with_suffix(".idx")
     for file in (path, index):
         if not file.is_file():

@@ -30,5 +30,6 @@ def open_responses(
 
 
 def open_indexed(path: str, tokenizer: PreTrainedTokenizerBase, data: DataConfig, **options) -> IndexedDataset:
+    """Ids as they are in the file: no template, and no EOS but theirs."""
     lengths = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length}
     return IndexedDataset(Path(path), vocab_size=len(tokenizer), **lengths, **options)

@@ -37,6 +37,7 @@ class PromptDataset(TextDataset):
 
 
 def check_prompts(rows: list[Row]) -> None:
+    """Raises ValueError at the first row with neither a prompt nor a text."""
     for row in rows:
         if not row.prompt and not row.references:
             raise ValueError(f"{row.where} has an empty prompt; a model needs at least one token to continue")

@@ -31,6 +31,7 @@ def records(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def text_records(path: Path) -> Iterator[tuple[str, dict]]:
+    """One record a document; documents are counted from 1."""
     text = read_text(path)
     documents = text.split("\n") if NEWLINE in text else re.split(r"\n\s*\n", text)
     for number, document in enumerate(documents, start=1):
@@ -39,6 +40,7 @@ def text_records(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def json_records(path: Path) -> Iterator[tuple[str, dict]]:
+    """One record a line; blank lines are none, but count."""
     for number, line in enumerate(read_text(path).split("\n"), start=1):  # not splitlines: U+2028 may stand inside a string
         if line.strip():
             where = f"{path} line {number}"
@@ -46,6 +48,7 @@ def json_records(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def read_text(path: Path) -> str:
+    """With or without a byte-order mark. Raises ValueError where the file is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -53,6 +56,7 @@ def read_text(path: Path) -> str:
 
 
 def json_object(line: str, where: str) -> dict:
+    """The fields of one line. Raises ValueError where it is no JSON object."""
     try:
         fields = json.loads(line)
     except json.JSONDecodeError as error:
@@ -100,4 +104,5 @@ def read_table(file: Path) -> Iterator[dict]:
 
 
 def short(text: str) -> str:
+    """60 characters at most, for messages."""
     return text if len(text) <= 60 else text[:57] + "..."

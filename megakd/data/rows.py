@@ -44,6 +44,7 @@ def read_rows(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
 
 
 def row_of(fields: dict, where: str, render: Callable[[str, str], str], tokenizer: PreTrainedTokenizerBase | None) -> Row:
+    """The first of the forms above that the fields have. Raises ValueError where they have none, or a value is no text."""
     if "prompt" in fields:
         prompt = string(fields, "prompt", where)
     elif "instruction" in fields:
@@ -60,6 +61,7 @@ def row_of(fields: dict, where: str, render: Callable[[str, str], str], tokenize
 
 
 def references(fields: dict, where: str) -> tuple[str, ...]:
+    """One text or a list of them under response, output or answer; none where all three are missing."""
     name = next((name for name in ("response", "output", "answer") if name in fields), "output")
     value = fields.get(name, [])
     if isinstance(value, list) and all(isinstance(reference, str) for reference in value):
@@ -68,6 +70,7 @@ def references(fields: dict, where: str) -> tuple[str, ...]:
 
 
 def string(fields: dict, name: str, where: str, expected: str = "a text") -> str:
+    """A field's text, "" where it is missing. Raises ValueError where it is something else than `expected`."""
     value = fields.get(name, "")
     if not isinstance(value, str):
         raise ValueError(f"{where}: field {name} is {short(json.dumps(value, default=str))}; it must be {expected}")

@@ -66,6 +66,7 @@ def whole_pieces(stream: list[int], length: int) -> list[int]:
 
 
 def check_responses(rows: list[Row]) -> None:
+    """Raises ValueError at the first row without one."""
     for row in rows:
         if not row.references:
             raise ValueError(f"{row.where} has no response; training needs a field response or output")

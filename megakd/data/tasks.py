@@ -28,51 +28,61 @@ Task = tuple[str, list[str], list[str]]  # instruction, items, answer
 
 
 def copy(rng: random.Random) -> Task:
+    """k f m b → k f m b"""
     letters = rng.choices(LETTERS, k=4)
     return "Copy", letters, letters
 
 
 def reverse(rng: random.Random) -> Task:
+    """k f m b → b m f k"""
     letters = rng.choices(LETTERS, k=4)
     return "Reverse", letters, letters[::-1]
 
 
 def swap(rng: random.Random) -> Task:
+    """k f m b → b f m k: first and last change places."""
     letters = rng.choices(LETTERS, k=4)
     return "Swap", letters, [letters[3], *letters[1:3], letters[0]]
 
 
 def upper(rng: random.Random) -> Task:
+    """k f m b → K F M B"""
     letters = rng.choices(LETTERS, k=4)
     return "Capitals", letters, [letter.upper() for letter in letters]
 
 
 def next_letter(rng: random.Random) -> Task:
+    """k f m b → l g n c; z, which has none, does not come up."""
     letters = rng.choices(LETTERS[:-1], k=4)
     return "Next", letters, [LETTERS[LETTERS.index(letter) + 1] for letter in letters]
 
 
 def last(rng: random.Random) -> Task:
+    """k f m b → b"""
     letters = rng.choices(LETTERS, k=4)
     return "Last", letters, letters[-1:]
 
 
 def sort(rng: random.Random) -> Task:
+    """7 2 9 4 → 2 4 7 9"""
     digits = rng.choices(DIGITS, k=4)
     return "Sort", digits, sorted(digits)
 
 
 def largest(rng: random.Random) -> Task:
+    """7 2 9 4 → 9"""
     digits = rng.choices(DIGITS, k=4)
     return "Largest", digits, [max(digits)]
 
 
 def count(rng: random.Random) -> Task:
+    """v x v y → 2: how often the first one comes."""
     letter, *letters = rng.choices("vwxyz", k=4)
     return "Count", [letter, *letters], [str(letters.count(letter) + 1)]
 
 
 def opposite(rng: random.Random) -> Task:
+    """hot big near dry → cold small far wet"""
     words = rng.choices(sorted(OPPOSITES), k=4)
     return "Opposite", words, [OPPOSITES[word] for word in words]
 

@@ -47,6 +47,7 @@ class TextDataset(Sequence[Sample]):
         return self._rows[index].where
 
     def prompt_text(self, index: int) -> str:
+        """The rendered prompt, as the model is asked to continue it."""
         return self._rows[index].prompt
 
 

@@ -23,6 +23,7 @@ Item = TypeVar("Item")
 
 
 def sampling_of(settings: ResponseConfig, seed: int) -> Sampling:
+    """One pass over the prompts: the settings are those of all passes, the seed its own."""
     return Sampling(
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,

@@ -74,6 +74,8 @@ class GSM8KSet(EvaluationSet):
 
 @dataclass(frozen=True)
 class NamedPath:
+    """One word of --data."""
+
     name: str
     path: str
 

@@ -31,25 +31,29 @@ def numbers(text: str) -> list[Decimal]:
 
 
 def boxed(reply: str) -> Decimal | None:
+    """The first number in the first box."""
     box = BOX.search(reply)
-    return first(numbers(box[1])) if box else None
+    return _first(numbers(box[1])) if box else None
 
 
 def only_number_of_first_line(reply: str) -> Decimal | None:
+    """None where the line has two different numbers, for neither is then the answer."""
     found = numbers(reply.strip().partition("\n")[0])
     return found[0] if len(set(found)) == 1 else None
 
 
 def after_phrase(reply: str) -> Decimal | None:
+    """The first number behind the first such phrase."""
     phrase = PHRASE.search(reply)
-    return first(numbers(reply[phrase.end() :])) if phrase else None
+    return _first(numbers(reply[phrase.end() :])) if phrase else None
 
 
 def last_number(reply: str) -> Decimal | None:
-    return first(numbers(reply)[::-1])
+    """Wherever it stands."""
+    return _first(numbers(reply)[::-1])
 
 
-def first(found: Sequence[Decimal]) -> Decimal | None:
+def _first(found: Sequence[Decimal]) -> Decimal | None:
     return found[0] if found else None
 
 

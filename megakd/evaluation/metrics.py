@@ -33,6 +33,7 @@ def sample_exact_match(prediction: str, references: Sequence[str]) -> float:
 
 @cache
 def scorer() -> RougeScorer:
+    """Made once, when the first answer is scored."""
     return RougeScorer(["rougeL"], use_stemmer=True)  # rougeL, not rougeLsum: the text is one sequence, newlines and all
 
 

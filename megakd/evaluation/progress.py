@@ -27,6 +27,7 @@ class Progress:
             print(self.line(what, now - self.started), flush=True)
 
     def line(self, what: str, seconds: float) -> str:
+        """Rate and ETA by the mean of all responses so far, which took `seconds`."""
         rate = self.done / seconds
         left = timedelta(seconds=round((self.total - self.done) / rate))
         return f"responses {self.done:{len(str(self.total))}d}/{self.total} | {what} | {rate:,.1f} responses/s | ETA {left}"

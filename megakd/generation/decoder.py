@@ -35,6 +35,8 @@ FEW_ROWS = 8
 
 
 class Decoder:
+    """The stage with the cache of its rows: `prompts` come longest first, and there is room for `max_new_tokens` behind each."""
+
     def __init__(
         self,
         model: HiddenStateGPTModel,
@@ -99,6 +101,7 @@ class Decoder:
         return self.run(hidden, positions_BS, columns_S, slice(0, len(tokens_B)), self.soft_length + filled)
 
     def embed(self, tokens_BS: Tensor, positions_BS: Tensor, soft_prompt_PH: Tensor | None = None) -> Tensor:
+        """[B, P + S, H], of a soft prompt if there is one; `positions_BS` counts its vectors too."""
         embedding = self.model.embedding
         x = embedding.word_embeddings(tokens_BS)
         if soft_prompt_PH is not None:
@@ -144,6 +147,7 @@ class Decoder:
         return row_parallel(attention.linear_proj, out, self.tp_group)
 
     def feed_forward(self, mlp, x_BSH: Tensor) -> Tensor:
+        """[B, S, H], whole on every tensor-parallel rank."""
         config = self.model.config
         x = F.linear(x_BSH, mlp.linear_fc1.weight, mlp.linear_fc1.bias)
         if config.gated_linear_unit:

@@ -108,6 +108,7 @@ def check_voices(voices: Sequence[Voice]) -> None:
 
 
 def make_sampler(sampling: Sampling, voices: Sequence[Voice]) -> Sampler:
+    """For the vocabulary columns of this rank, padding among them."""
     model = voices[0].model
     layout, columns = model.layout, model.vocab_size // model.layout.tp_size
     vocabulary = Vocabulary(model.real_vocab_size, layout.tp_rank * columns, layout.tp_group)

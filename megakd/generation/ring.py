@@ -48,11 +48,13 @@ def turn(waiting: Waiting, layout: ParallelLayout) -> None:
 
 
 def start(waiting: Waiting) -> Group | None:
+    """The next waiting group; None where none is left."""
     make = next(waiting, None)
     return make() if make else None
 
 
 def advance(places: list[Group | None], place: int, message: list[Tensor], waiting: Waiting) -> list[Tensor]:
+    """Work on the group at `place`; the next waiting one follows it there when it has ended."""
     group = places[place]
     if group is None:
         return []

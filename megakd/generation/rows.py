@@ -50,10 +50,12 @@ class Voice:
 
     @property
     def context(self) -> int:
+        """Positions that its model can be given."""
         return context_length(self.model.hf_config)
 
     @property
     def soft_length(self) -> int:
+        """Positions that its soft prompt takes."""
         return 0 if self.soft_prompt is None else len(self.soft_prompt)
 
 
@@ -134,6 +136,7 @@ class RowGroup:
         return [self.sampler(states, self.streams_B, position, self.seen_BK)]
 
     def record(self, tokens_B: Tensor) -> None:
+        """The tokens [B] of one step. Rows that have ended but not left sample on; theirs are dropped."""
         self.read += 1
         self.unseen.append(tokens_B.clone())  # the next replay of a graph writes over its output
         if not self.captures or self.read % LOOK_EVERY == 0 or self.read == self.longest:

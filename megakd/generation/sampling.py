@@ -53,14 +53,17 @@ class Sampling:
 
     @property
     def limits_repetition(self) -> bool:
+        """Whether the tokens so far matter beside the logits."""
         return self.no_repeat_ngram_size > 0 or self.repetition_penalty != 1
 
     @property
     def cuts_the_tail(self) -> bool:
+        """Whether top-k or top-p is on; a greedy choice does not need them."""
         return not self.greedy and (self.top_k > 0 or self.top_p < 1)
 
     @property
     def needs_whole_rows(self) -> bool:
+        """Whether logits have to be gathered where tensor parallelism splits them."""
         return self.limits_repetition or self.cuts_the_tail
 
 
@@ -74,6 +77,7 @@ class Vocabulary:
 
     @property
     def is_split(self) -> bool:
+        """Whether there are columns on other ranks."""
         return self.tp_group is not None and self.tp_group.size() > 1
 
     def without_padding(self, logits_BVp: Tensor) -> Tensor:
@@ -242,4 +246,5 @@ def mix64(x: Tensor) -> Tensor:
 
 
 def logical_shift(x: Tensor, n: int) -> Tensor:
+    """x >> n on int64 without copies of the sign."""
     return x >> n & (1 << 64 - n) - 1

@@ -28,6 +28,7 @@ class VocabularySplit:
 
     @property
     def arguments(self) -> dict:
+        """Keywords of megakd_kernels' losses. A group of one rank is None there: no collective is called."""
         return {"valid_vocab": self.size, "tp_group": self.tp_group if self.tp_group.size() > 1 else None}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 
 from megakd.config import Config
 from megakd.data.batch import Batch, Sample, micro_batches
@@ -65,13 +66,16 @@ class Method:
         return {}
 
     def batches(self, samples: Sequence[Sample]) -> list[Batch]:
+        """Micro-batches within --micro-batch-size and --micro-batch-tokens, of rows of like length."""
         training = self.config.training
         return micro_batches(samples, training.micro_batch_size, most_tokens=training.micro_batch_tokens)
 
     def through_student(self, hidden_NH: torch.Tensor) -> Hidden:
+        """What a loss takes of the student: hidden states and its output layer, which the loss applies."""
         return hidden_NH, self.student.output_weight()
 
     def through_teacher(self, hidden_NH: torch.Tensor) -> Hidden:
+        """The same of the teacher. Its weights are frozen; a gradient may pass to its hidden states."""
         return hidden_NH, self.teacher.output_weight()
 
     def student_step(self, batches: list[Batch], loss: LossFunction, names: Sequence[str], iteration: int) -> dict[str, float]:
@@ -82,17 +86,23 @@ class Method:
             means = forward_backward(self.optimizer.ddp, batches, self.normalised(loss, batches), names, layout=self.layout)
         with self.time("optimizer"):
             step = self.optimizer.step(iteration)
-        return to_floats(means) | step | self.padding(batches)
+        return to_floats(means) | step | self.positions(batches)
 
     def normalised(self, loss: LossFunction, batches: list[Batch]) -> LossFunction:
         """A token mean over the global batch, or the reference's mean of means."""
         return mean_of_means(loss, batches, self.layout) if self.config.training.quirk("mean-of-means") else loss
 
-    def padding(self, batches: list[Batch]) -> dict[str, float]:
+    def positions(self, batches: list[Batch]) -> dict[str, float]:
         """Real input positions of the global batch, and their share of the positions computed."""
         counts = sum(batch.counts for batch in batches).to(torch.cuda.current_device())
         _, real, computed = self.layout.sum_over_data_parallel(counts).tolist()
         return {"positions": real, "real_share": real / computed}
+
+    def of_all_replicas(self, samples: Sequence[Sample]) -> list[Sample]:
+        """What each replica has, on every rank, in the order of the replicas."""
+        replicas: list[Sequence[Sample]] = [()] * self.layout.dp_size
+        dist.all_gather_object(replicas, samples, group=self.layout.dp_group)
+        return [sample for replica in replicas for sample in replica]
 
     def evaluate(self, samples: Sequence[Sample]) -> torch.Tensor:
         """Sums of `evaluation_names` and the token count over this rank's samples, every stage alike."""

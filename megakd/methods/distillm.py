@@ -12,7 +12,6 @@ the others are drawn from what it wrote before:
 import random
 
 import torch
-import torch.distributed as dist
 
 from megakd.data.batch import Sample
 from megakd.data.dataloader import deal
@@ -24,6 +23,8 @@ WATCHED = "valid/lm"
 
 
 class DistiLLM(KD):
+    """KD that decides at every iteration whose text is learnt: new, remembered, or the data's."""
+
     def __init__(self, cast, config, *, total_iters):
         super().__init__(cast, config, total_iters=total_iters)
         self.buffer = ReplayBuffer(config.distillation.replay_capacity, config.data.max_length)
@@ -46,11 +47,6 @@ class DistiLLM(KD):
         ratio = self.config.distillation.kd_ratio
         return self.learn(samples, iteration, kd_ratio=1.0 if ratio is None else ratio) | {"on_policy_share": threshold}
 
-    def of_all_replicas(self, samples):
-        replicas = [None] * self.layout.dp_size
-        dist.all_gather_object(replicas, samples, group=self.layout.dp_group)
-        return [sample for replica in replicas for sample in replica]
-
     def observe(self, metrics):
         """φ rises when the held-out loss has; the first one seen is what later ones are compared with."""
         first, loss = self.last_loss.isinf().item(), metrics[WATCHED]
@@ -72,10 +68,12 @@ class ReplayBuffer:
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
+        """By name, for a checkpoint, which fills them in place when it is loaded."""
         return {"buffer_ids": self.ids, "buffer_sizes": self.sizes, "buffer_written": self.written}
 
     @property
     def is_full(self) -> bool:
+        """Whether the next response pushes out the oldest."""
         return int(self.written) >= len(self.ids)
 
     def add(self, samples: list[Sample]) -> None:

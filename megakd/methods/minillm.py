@@ -38,6 +38,8 @@ class Experience:
 
 
 class MiniLLM(Method):
+    """Phases of `steps_per_phase` iterations; `experience` is of the phase in hand and is never saved."""
+
     on_policy = True
 
     def __init__(self, cast, config, *, total_iters):
@@ -91,23 +93,25 @@ class MiniLLM(Method):
         return [self.numbered[i] for i in order[position * size : (position + 1) * size]]
 
     def learn(self, samples, text, iteration):
+        """One optimizer step on micro-batches of rollouts and of text together."""
         rollouts, texts = self.batches(samples), self.batches(text)
-        share = self.shares(rollouts, texts)
+        of_rollouts, of_text = self.shares(rollouts, texts)
         advantage = self.advantages_of(samples)
         with self.time("teacher"):
             teacher_on_text = supervised_hidden(self.teacher, texts) if texts else []
 
         def loss(hidden, batch, number):
             if number < len(rollouts):
-                values = self.policy_loss(hidden, batch, advantage)
+                values, share = self.policy_loss(hidden, batch, advantage), of_rollouts
             else:
-                values = self.text_loss(hidden, teacher_on_text[number - len(rollouts)], batch)
-            return {name: value * share[number < len(rollouts)] for name, value in values.items()}
+                values, share = self.text_loss(hidden, teacher_on_text[number - len(rollouts)], batch), of_text
+            return {name: value * share for name, value in values.items()}
 
         names = ("loss/total", "loss/policy", "loss/reverse_kl", "loss/text")
         return self.student_step(rollouts + texts, loss, names, iteration)
 
     def policy_loss(self, hidden, batch, advantage):
+        """L_policy and, unless --no-single-step-reg, KL(q‖p): [N] over the tokens of rollouts."""
         numbers = batch.sample_ids.tolist()
         recall = lambda field: torch.cat([getattr(self.experience[number], field) for number in numbers])
         student, labels = self.through_student(hidden), supervised_labels(batch)
@@ -123,6 +127,7 @@ class MiniLLM(Method):
         return {"loss/total": policy + single_step, "loss/policy": policy, "loss/reverse_kl": single_step, "loss/text": zero}
 
     def text_loss(self, hidden, teacher_hidden, batch):
+        """lm_coef · [(1 − r) CE + r KL(p‖q)]: [N] over the tokens of text."""
         q, p = self.through_student(hidden), self.through_teacher(teacher_hidden)
         ratio = DEFAULT_RATIO if self.config.distillation.kd_ratio is None else self.config.distillation.kd_ratio
         text = kd_loss(q, p, supervised_labels(batch), self.vocabulary, kd_ratio=ratio, divergence=Divergence("forward_kl"))[
@@ -144,10 +149,10 @@ class MiniLLM(Method):
         return {sample.sample_id: row[: len(r)] for sample, row, r in zip(samples, white_RT, rewards)}
 
     def shares(self, rollouts, texts):
-        """Factors that make Σ/(all tokens) the sum of two means: one over the rollouts' tokens (True), one over the text's (False)."""
-        tokens = [sum(batch.num_supervised for batch in part) for part in (texts, rollouts)]
+        """Factors, one for the rollouts' losses and one for the text's, that make Σ/(all tokens) the sum of their token means."""
+        tokens = [sum(batch.num_supervised for batch in part) for part in (rollouts, texts)]
         counts = self.layout.sum_over_data_parallel(torch.tensor(tokens, device=torch.cuda.current_device())).tolist()
-        return {kind: sum(counts) / max(1, count) for kind, count in zip((False, True), counts)}
+        return [sum(counts) / max(1, count) for count in counts]
 
     def _open_text(self):
         data, training = self.config.data, self.config.training

@@ -21,6 +21,8 @@ from megakd.schedules import forward_backward, supervised_hidden
 
 
 class PromptKD(Method):
+    """Two learners in turn: the soft prompt, then the student."""
+
     on_policy = True
 
     def __init__(self, cast, config, *, total_iters):

@@ -4,8 +4,6 @@ A prompt's response is drawn once: its noise is a function of (seed, sample), no
 resumed run learns the same text. `scripts/generate.py` writes such data to a file beforehand, for `--method sft`.
 """
 
-import torch.distributed as dist
-
 from megakd.methods.kd import DEFAULT_RATIO, KD
 from megakd.methods.rollout import rollout
 
@@ -13,6 +11,8 @@ ONCE = 0  # the iteration that the noise is drawn for
 
 
 class SeqKD(KD):
+    """KD on `written`, the answers so far of the teacher: kept in memory, alike on every rank, and not saved."""
+
     on_policy = True  # it is given prompts; the data's own responses are never read
 
     def __init__(self, cast, config, *, total_iters):
@@ -30,6 +30,4 @@ class SeqKD(KD):
     def write(self, samples):
         """Answers that nobody has written yet, shared by all replicas: the next epoch deals the prompts to other ones."""
         answers = rollout(self.teacher, samples, self.config, self.tokenizer, ONCE)
-        replicas = [None] * self.layout.dp_size
-        dist.all_gather_object(replicas, answers, group=self.layout.dp_group)
-        self.written |= {answer.sample_id: answer for replica in replicas for answer in replica}
+        self.written |= {answer.sample_id: answer for answer in self.of_all_replicas(answers)}

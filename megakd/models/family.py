@@ -13,7 +13,7 @@ from megakd.models.param_mapping import Cut, HFTensor, Table, Whole
 
 @dataclass(frozen=True)
 class Family:
-    """A family is one page: gpt2.py, opt.py, llama.py."""
+    """A family is one page, such as gpt2.py; Qwen2 and Mistral are Llama's but for a few lines."""
 
     model_type: str
     unsupported: Callable[[PretrainedConfig], str | None]  # the reason why a config of this family cannot be run, or None

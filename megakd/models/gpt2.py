@@ -36,7 +36,7 @@ def model_arguments(hf: GPT2Config) -> dict:
     return {"position_embedding_type": "learned_absolute", "max_sequence_length": hf.n_positions}
 
 
-def qkv(hf: GPT2Config, kind: str) -> QKV:
+def _qkv(hf: GPT2Config, kind: str) -> QKV:
     name, transposed = f"transformer.h.*.attn.c_attn.{kind}", kind == "weight"
     q, k, v = (HFTensor(name, transposed, part, 3) for part in range(3))
     return QKV(q=q, k=k, v=v, groups=hf.n_head)
@@ -50,8 +50,8 @@ def table(hf: GPT2Config, padded_vocab_size: int) -> Table:
         "embedding.word_embeddings.weight": Vocabulary(tensor=words, padded_size=padded_vocab_size),
         "embedding.position_embeddings.weight": Whole(tensor=HFTensor("transformer.wpe.weight")),
         **norm(f"{layer}.input_layernorm", "transformer.h.*.ln_1"),
-        f"{layer}.self_attention.linear_qkv.weight": qkv(hf, "weight"),
-        f"{layer}.self_attention.linear_qkv.bias": qkv(hf, "bias"),
+        f"{layer}.self_attention.linear_qkv.weight": _qkv(hf, "weight"),
+        f"{layer}.self_attention.linear_qkv.bias": _qkv(hf, "bias"),
         **linear(f"{layer}.self_attention.linear_proj", "transformer.h.*.attn.c_proj", axis=1, transposed=True),
         **norm(f"{layer}.pre_mlp_layernorm", "transformer.h.*.ln_2"),
         **linear(f"{layer}.mlp.linear_fc1", "transformer.h.*.mlp.c_fc", axis=0, transposed=True),

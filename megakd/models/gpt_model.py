@@ -19,9 +19,9 @@ from megakd.runtime.parallel_layout import ParallelLayout
 
 
 class HiddenStateGPTModel(GPTModel):
-    """One pipeline stage. `vocab_size` is the real vocabulary; this rank's head holds `output_weight().shape[0]` rows of the padded."""
+    """One pipeline stage. megatron's own attribute `vocab_size` is the padded vocabulary, `real_vocab_size` the ids that count."""
 
-    def __init__(self, config, block_spec, *, layout: ParallelLayout, vocab_size: int, padded_vocab_size: int, **kwargs):
+    def __init__(self, config, block_spec, *, layout: ParallelLayout, real_vocab_size: int, padded_vocab_size: int, **kwargs):
         super().__init__(
             config,
             block_spec,
@@ -33,7 +33,7 @@ class HiddenStateGPTModel(GPTModel):
             pg_collection=layout.groups,
             **kwargs,
         )
-        self.layout, self.real_vocab_size = layout, vocab_size
+        self.layout, self.real_vocab_size = layout, real_vocab_size
 
     def forward(self, tokens_BS: Tensor, position_ids_BS: Tensor, soft_prompt_PH: Tensor | None = None) -> Tensor:
         """Hidden states of the S real positions, [S, B, H], whole on every TP rank of the last stage; else the next stage's input."""

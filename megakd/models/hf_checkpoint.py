@@ -48,6 +48,7 @@ class HFCheckpoint:
         return load_hf_config(self.folder, flag=self.flag)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """As stored: GPT-2's Conv1D weights are [in, out]."""
         return self._find(name).shape
 
     def dtype(self, name: str) -> str:
@@ -55,6 +56,7 @@ class HFCheckpoint:
         return self._find(name).dtype
 
     def read(self, name: str, index: tuple[slice, ...]) -> Tensor:
+        """A view of the mapped file, which stays mapped as long as the tensor lives."""
         stored = self._find(name)
         with safe_open(stored.file, framework="pt") as file:
             return file.get_slice(stored.name)[index]
@@ -94,6 +96,7 @@ class HFCheckpoint:
 
 
 def without_prefix(name: str) -> str:
+    """`transformer.h.0.ln_1.weight` -> `h.0.ln_1.weight`; "" for a name without a dot."""
     return name.partition(".")[2]
 
 

@@ -27,6 +27,7 @@ class TensorPlan:
 
     @property
     def nbytes(self) -> int:
+        """Of its data alone; the header is not counted."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -38,11 +39,11 @@ def write_weights(
     Returns the weight files.
     """
     shards = split_into_shards(plans, max_shard_size)
-    files = [folder / shard_name(i, len(shards)) for i in range(len(shards))]
+    files = [folder / _shard_name(i, len(shards)) for i in range(len(shards))]
     for file, shard in zip(files, shards):
         write_file(file, shard, blocks)
     if len(files) > 1:
-        write_index(folder, files, shards)
+        _write_index(folder, files, shards)
     return files
 
 
@@ -59,7 +60,7 @@ def split_into_shards(plans: list[TensorPlan], max_shard_size: int) -> list[list
     return shards
 
 
-def shard_name(i: int, count: int) -> str:
+def _shard_name(i: int, count: int) -> str:
     return SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
 
 
@@ -87,7 +88,7 @@ def header(plans: list[TensorPlan]) -> bytes:
     return HEADER_LENGTH.pack(len(text)) + text
 
 
-def write_index(folder: Path, files: list[Path], shards: list[list[TensorPlan]]) -> None:
+def _write_index(folder: Path, files: list[Path], shards: list[list[TensorPlan]]) -> None:
     plans = [plan for shard in shards for plan in shard]
     total = {"total_parameters": sum(math.prod(plan.shape) for plan in plans), "total_size": sum(plan.nbytes for plan in plans)}
     weight_map = {plan.name: file.name for file, shard in zip(files, shards) for plan in shard}

@@ -47,13 +47,13 @@ def model_arguments(hf: LlamaConfig) -> dict:
     return {"position_embedding_type": "rope", "max_sequence_length": hf.max_position_embeddings}
 
 
-def qkv(hf: LlamaConfig, kind: str) -> QKV:
+def _qkv(hf: LlamaConfig, kind: str) -> QKV:
     q, k, v = (HFTensor(f"model.layers.*.self_attn.{x}_proj.{kind}") for x in "qkv")
     groups = hf.num_key_value_heads
     return QKV(q=q, k=k, v=v, groups=groups, heads_per_group=hf.num_attention_heads // groups)
 
 
-def gated_mlp(kind: str) -> GatedMLP:
+def _gated_mlp(kind: str) -> GatedMLP:
     return GatedMLP(gate=HFTensor(f"model.layers.*.mlp.gate_proj.{kind}"), up=HFTensor(f"model.layers.*.mlp.up_proj.{kind}"))
 
 
@@ -67,10 +67,10 @@ def table(hf: LlamaConfig, padded_vocab_size: int, *, bias: bool | None = None, 
     return {
         "embedding.word_embeddings.weight": Vocabulary(tensor=words, padded_size=padded_vocab_size),
         **norm(f"{layer}.input_layernorm", "model.layers.*.input_layernorm", bias=False),
-        **{f"{layer}.self_attention.linear_qkv.{kind}": qkv(hf, kind) for kind in qkv_kinds},
+        **{f"{layer}.self_attention.linear_qkv.{kind}": _qkv(hf, kind) for kind in qkv_kinds},
         **linear(f"{layer}.self_attention.linear_proj", "model.layers.*.self_attn.o_proj", axis=1, bias=bias),
         **norm(f"{layer}.pre_mlp_layernorm", "model.layers.*.post_attention_layernorm", bias=False),
-        **{f"{layer}.mlp.linear_fc1.{kind}": gated_mlp(kind) for kind in kinds},
+        **{f"{layer}.mlp.linear_fc1.{kind}": _gated_mlp(kind) for kind in kinds},
         **linear(f"{layer}.mlp.linear_fc2", "model.layers.*.mlp.down_proj", axis=1, bias=bias),
         **norm("decoder.final_layernorm", "model.norm", bias=False),
         "output_layer.weight": Vocabulary(tensor=head, padded_size=padded_vocab_size),

@@ -44,8 +44,8 @@ def family_of(hf: PretrainedConfig, *, flag: str = "--model", name: str = "") ->
     return family
 
 
-def check_layout(hf: PretrainedConfig, tp: int, pp: int, *, flag: str = "--model", name: str = "", prefix: str = "--") -> None:
-    """Refuse a layout that does not fit the model; `prefix` is `--teacher-` for a teacher with flags of its own.
+def check_layout(hf: PretrainedConfig, tp: int, pp: int, *, flag: str = "--model", name: str = "") -> None:
+    """Refuse a layout that does not fit the model; `name` and `flag` say which one it is.
 
     Raises:
         ValueError: TP or PP does not fit; the message lists the sizes that do.
@@ -55,12 +55,12 @@ def check_layout(hf: PretrainedConfig, tp: int, pp: int, *, flag: str = "--model
     fits = [t for t in range(1, heads + 1) if heads % t == 0 and ffn % t == 0 and (groups % t == 0 or t % groups == 0)]
     if tp not in fits:
         raise ValueError(
-            f"{prefix}tensor-model-parallel-size {tp} does not divide the {heads} attention heads, {groups} key/value heads and "
+            f"--tensor-model-parallel-size {tp} does not divide the {heads} attention heads, {groups} key/value heads and "
             f"{ffn} feed-forward columns of {flag} {name}; use one of {fits}"
         )
     if pp > hf.num_hidden_layers:
         raise ValueError(
-            f"{prefix}pipeline-model-parallel-size {pp} is more than the {hf.num_hidden_layers} layers of {flag} {name}; "
+            f"--pipeline-model-parallel-size {pp} is more than the {hf.num_hidden_layers} layers of {flag} {name}; "
             f"use {hf.num_hidden_layers} or fewer"
         )
 
@@ -121,7 +121,7 @@ def build_model(
         config,
         block_spec(config, layout.pp_rank),
         layout=layout,
-        vocab_size=hf.vocab_size,
+        real_vocab_size=hf.vocab_size,
         padded_vocab_size=padded_vocab_size,
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
         **family.model_arguments(hf),

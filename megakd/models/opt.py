@@ -40,7 +40,7 @@ def model_arguments(hf: OPTConfig) -> dict:
     return {"position_embedding_type": "learned_absolute", "max_sequence_length": hf.max_position_embeddings}
 
 
-def qkv(hf: OPTConfig, kind: str) -> QKV:
+def _qkv(hf: OPTConfig, kind: str) -> QKV:
     q, k, v = (HFTensor(f"model.decoder.layers.*.self_attn.{x}_proj.{kind}") for x in "qkv")
     return QKV(q=q, k=k, v=v, groups=hf.num_attention_heads)
 
@@ -53,8 +53,8 @@ def table(hf: OPTConfig, padded_vocab_size: int) -> Table:
         "embedding.word_embeddings.weight": Vocabulary(tensor=words, padded_size=padded_vocab_size),
         "embedding.position_embeddings.weight": Whole(tensor=HFTensor(POSITIONS, skip_rows=UNUSED_POSITIONS)),
         **norm(f"{layer}.input_layernorm", f"{hf_layer}.self_attn_layer_norm"),
-        f"{layer}.self_attention.linear_qkv.weight": qkv(hf, "weight"),
-        f"{layer}.self_attention.linear_qkv.bias": qkv(hf, "bias"),
+        f"{layer}.self_attention.linear_qkv.weight": _qkv(hf, "weight"),
+        f"{layer}.self_attention.linear_qkv.bias": _qkv(hf, "bias"),
         **linear(f"{layer}.self_attention.linear_proj", f"{hf_layer}.self_attn.out_proj", axis=1),
         **norm(f"{layer}.pre_mlp_layernorm", f"{hf_layer}.final_layer_norm"),
         **linear(f"{layer}.mlp.linear_fc1", f"{hf_layer}.fc1", axis=0),

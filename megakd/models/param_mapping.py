@@ -23,9 +23,11 @@ from torch import Tensor
 class Source(Protocol):
     """Hugging Face tensors by name; reads only what is asked for."""
 
-    def shape(self, name: str) -> tuple[int, ...]: ...
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole tensor, as Hugging Face stores it."""
 
-    def read(self, name: str, index: tuple[slice, ...]) -> Tensor: ...
+    def read(self, name: str, index: tuple[slice, ...]) -> Tensor:
+        """The rectangle `index`, a slice for each axis, as Hugging Face stores it."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,11 @@ class HFTensor:
     skip_rows: int = 0  # OPT's position table begins with two rows that no position uses
 
     def at_layer(self, layer: int) -> HFTensor:
+        """The same with `*` filled in."""
         return HFTensor(self.name.replace("*", str(layer)), self.transposed, self.part, self.parts, self.skip_rows)
 
     def shape(self, source: Source) -> tuple[int, ...]:
+        """[out, in] of this piece, without the skipped rows."""
         shape = source.shape(self.name)
         shape = shape[::-1] if self.transposed else shape
         return (shape[0] // self.parts - self.skip_rows, *shape[1:])
@@ -68,10 +72,12 @@ class Mapping:
     axis: int | None = None
 
     def sources(self) -> tuple[HFTensor, ...]:
+        """The Hugging Face tensors it is made of, in the order in which they lie in the parameter."""
         raise NotImplementedError
 
     @property
     def is_per_layer(self) -> bool:
+        """Whether the table's entry stands for a parameter in every layer."""
         return "*" in self.sources()[0].name
 
     def shape(self, source: Source) -> tuple[int, ...]:
@@ -102,6 +108,8 @@ class Mapping:
 
 @dataclass(frozen=True, kw_only=True)
 class Whole(Mapping):
+    """The same on every rank: norms, position embeddings, biases of row-parallel layers."""
+
     tensor: HFTensor
 
     def sources(self):
@@ -119,6 +127,8 @@ class Whole(Mapping):
 
 @dataclass(frozen=True, kw_only=True)
 class Cut(Whole):
+    """One even range of rows (axis 0) or columns (axis 1) a rank."""
+
     axis: int = 0
 
     def read(self, source, lo, hi):
@@ -186,6 +196,8 @@ class QKV(Mapping):
 
 @dataclass(frozen=True, kw_only=True)
 class GatedMLP(Mapping):
+    """[gate; up] along the rows, each cut on its own: a rank holds two ranges of the full parameter."""
+
     axis: int = 0
     gate: HFTensor
     up: HFTensor
@@ -210,15 +222,6 @@ class GatedMLP(Mapping):
 
     def to_hf(self, full):
         yield from zip(self.sources(), full.chunk(2))
-
-
-def assemble(name: str, pieces: list[tuple[HFTensor, Tensor]], head: Tensor | None = None) -> Tensor:
-    """One Hugging Face tensor from its pieces (GPT-2's c_attn has three, everything else one); `head` are the skipped rows."""
-    pieces = sorted(pieces, key=lambda piece: piece[0].part)
-    assert len(pieces) == pieces[0][0].parts, f"{name} needs {pieces[0][0].parts} pieces, got {len(pieces)}"
-    rows = [piece for _, piece in pieces]
-    full = torch.cat(rows if head is None else [head, *rows]) if len(rows) > 1 or head is not None else rows[0]
-    return full.t() if pieces[0][0].transposed else full
 
 
 Table = dict[str, Mapping]  # Megatron parameter name, `*` for the layer number -> mapping

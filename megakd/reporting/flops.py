@@ -22,6 +22,8 @@ PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # NVIDIA dat
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerSizes:
+    """The letters above, by the names of megatron-core's TransformerConfig where it has one."""
+
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -40,11 +42,6 @@ def forward_flops_per_token(sizes: TransformerSizes, seq_length: float, *, with_
     feed_forward = (6 if sizes.gated else 4) * sizes.hidden_size * sizes.ffn_hidden_size
     head = 2 * sizes.hidden_size * sizes.vocab_size if with_head else 0
     return sizes.num_layers * (projections + attention + feed_forward) + head
-
-
-def training_flops_per_token(sizes: TransformerSizes, seq_length: float) -> float:
-    """FLOPs of forward and backward, per token of rows of `seq_length` tokens."""
-    return TRAINING * forward_flops_per_token(sizes, seq_length)
 
 
 def peak_flops(device_name: str) -> float | None:

@@ -20,9 +20,11 @@ class JsonLines:
         self._file = path.open("a", buffering=1, encoding="utf-8")  # line-buffered: a killed run keeps every finished line
 
     def append(self, iteration: int, values: Mapping[str, Any]) -> None:
+        """One line; `iteration` comes first in it."""
         self._file.write(dump({"iteration": iteration, **values}))
 
     def close(self) -> None:
+        """Nothing is kept back until then: lines are written one by one."""
         self._file.close()
 
 

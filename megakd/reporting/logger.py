@@ -83,6 +83,7 @@ class RunLogger:
                 self._samples.append(iteration, sample)
 
     def close(self) -> None:
+        """TensorBoard's last events are written only now."""
         if self.enabled:
             self._metrics.close()
             self._samples.close()
@@ -107,6 +108,7 @@ class RunLogger:
 
 
 def progress_line(iteration: int, total_iterations: int, metrics: Mapping[str, float], eta_seconds: float | None) -> str:
+    """As in the example above; without ETA where `eta_seconds` is None."""
     width = len(str(total_iterations))
     parts = [f"iteration {iteration:{width}d}/{total_iterations}"]
     for name, value in metrics.items():

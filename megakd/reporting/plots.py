@@ -178,6 +178,7 @@ def draw_bars(ax: "Axes", bars: Mapping[str, tuple[float, float | None]]) -> Non
 
 
 def label_of(name: str) -> str:
+    """`time/student_step` -> `student step`."""
     return name.split("/")[-1].replace("_", " ")
 
 

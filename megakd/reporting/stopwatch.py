@@ -29,6 +29,7 @@ class Stopwatch:
 
 
 def now() -> float:
+    """Seconds of a clock, read when the GPU has done all that it was asked for."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -134,6 +134,7 @@ def resolve_dtype(name: str) -> torch.dtype:
 
 
 def is_rank_zero() -> bool:
+    """Of the whole run; True as well where torch.distributed is not initialized."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 

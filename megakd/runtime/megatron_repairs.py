@@ -24,13 +24,13 @@ def install() -> bool:
     from megatron.core.optimizer import clip_grads
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    if DistributedOptimizer.state_dict is not _upstream.get("state_dict_repaired"):
+    if DistributedOptimizer.state_dict is not _installed.get("state_dict"):
         _repair_distributed_optimizer(DistributedOptimizer)
     clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl = _l2_norm, _scale
     return True
 
 
-_upstream: dict = {}
+_installed: dict = {}  # ours, by upstream's name
 
 
 def _repair_distributed_optimizer(cls) -> None:
@@ -48,7 +48,7 @@ def _repair_distributed_optimizer(cls) -> None:
 
     cls.state_dict, cls.load_state_dict = repaired_state_dict, repaired_load_state_dict
     cls._set_main_param_and_optimizer_states = _set_main_param_and_optimizer_states
-    _upstream["state_dict_repaired"] = repaired_state_dict
+    _installed["state_dict"] = repaired_state_dict
 
 
 def _ensure_adam_state(optimizer: torch.optim.Optimizer) -> None:

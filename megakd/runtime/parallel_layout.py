@@ -30,52 +30,58 @@ class ParallelLayout:
 
     @property
     def tp_group(self) -> ProcessGroup:
+        """Ranks that share every layer of one stage."""
         return self.groups.tp
 
     @property
     def pp_group(self) -> ProcessGroup:
+        """Ranks whose stages make one model, first to last."""
         return self.groups.pp
 
     @property
     def dp_group(self) -> ProcessGroup:
+        """Ranks that hold the same weights and read other samples."""
         return self.groups.dp
 
     @property
     def tp_size(self) -> int:
+        """Shards of a layer."""
         return self.tp_group.size()
 
     @property
     def tp_rank(self) -> int:
+        """Which shard of every layer is here."""
         return self.tp_group.rank()
 
     @property
     def pp_size(self) -> int:
+        """Stages of the model."""
         return self.pp_group.size()
 
     @property
     def pp_rank(self) -> int:
+        """Which stage is here."""
         return self.pp_group.rank()
 
     @property
     def dp_size(self) -> int:
+        """Replicas of the model."""
         return self.dp_group.size()
 
     @property
     def dp_rank(self) -> int:
+        """Which replica this is."""
         return self.dp_group.rank()
 
     @property
     def is_first_stage(self) -> bool:
+        """The stage with the embedding: it reads tokens and the soft prompt."""
         return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
+        """The stage with the final norm and the output layer: losses and next tokens are made here."""
         return self.pp_rank == self.pp_size - 1
-
-    @property
-    def is_writer(self) -> bool:
-        """One rank per data-parallel replica that holds the last stage's results: the one that writes them down."""
-        return self.is_last_stage and self.tp_rank == 0
 
     def stage_global_rank(self, stage: int) -> int:
         """Global rank of pipeline stage `stage` in this rank's pipeline."""

@@ -7,6 +7,7 @@ far too long for a beginning: its held-out loss rises after a few.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from megakd.reporting.jsonl import read_jsonl
@@ -22,9 +23,15 @@ def main() -> None:
 
 
 def best_checkpoint(run: Path) -> tuple[int, float]:
-    """Iteration and held-out loss of the best checkpoint that is there; the last one always is."""
+    """Iteration and held-out loss of the best checkpoint that is there; the last one always is.
+
+    Raises:
+        SystemExit: there is none, or none with a held-out loss.
+    """
     saved = {int(folder.name.removeprefix("iter_")) for folder in (run / "checkpoints").glob("iter_*")}
     losses = {row["iteration"]: row["valid/lm"] for row in read_jsonl(run / "metrics.jsonl") if "valid/lm" in row}
+    if not saved & losses.keys():
+        sys.exit(f"error: --run {run}: no checkpoint whose held-out loss was logged; give the folder of an SFT run with --valid-data")
     return min(((i, losses[i]) for i in saved & losses.keys()), key=lambda pair: pair[1])
 
 

@@ -35,7 +35,7 @@ from megakd.config import Config, EvaluateConfig, from_yaml
 
 GIB = 1024**3
 TRAINING_STAGES = ("sft_teacher", "sft_student", "kd", "seqkd", "minillm", "promptkd")
-TRAINING_ROWS, DEVELOPMENT_ROWS = 11435, 1000
+TRAINING_ROWS = 11435
 ROW, RESPONSE = 147, 76  # positions of a Dolly row, tokens of its response
 TEST_SETS = (500, 242, 80, 1694, 10000)  # rows: Dolly, SelfInst, Vicuna, S-NI, UnNI
 PASSES = {  # method: student's, teacher's
@@ -50,6 +50,8 @@ STARTING = 20  # seconds of a command before its first iteration
 
 @dataclass(frozen=True)
 class Device:
+    """What large models reach on it, not its data sheet."""
+
     flops: float  # a second, reached by a large matrix product with all that is around it
     bandwidth: float  # bytes a second
     layer_overhead: float  # seconds a decoder layer takes at least
@@ -85,6 +87,8 @@ class Model:
 
 @dataclass(frozen=True)
 class Stage:
+    """What one command of paper.sh will take, on the worst rank."""
+
     name: str
     iterations: int | None
     bytes: float
@@ -110,11 +114,13 @@ class Plan:
             yield self.evaluation(f"evaluate {name}", evaluation, self.teacher if name == "sft_teacher" else self.student)
 
     def training(self, name: str, config: Config) -> Stage:
+        """One training run; `name` says whether the teacher learns or a student."""
         model = self.teacher if name == "sft_teacher" else self.student
         seconds = STARTING + self.training_seconds(config, model)
         return Stage(name, iterations(config), self.training_bytes(config, model), seconds)
 
     def training_bytes(self, config: Config, model: Model) -> float:
+        """Of a rank, by the formulas above."""
         t = tensor_parallel(config)
         learner = model.parameters / t * self.bytes_per_parameter(config, self.ranks // t)
         teacher = self.teacher.parameters / t * self.device.value_bytes if config.needs_teacher else 0
@@ -126,11 +132,13 @@ class Plan:
         return learner + teacher + activations + cache
 
     def bytes_per_parameter(self, config: Config, replicas: int) -> float:
+        """Of the model that learns, its gradient and optimizer state included."""
         if self.device.value_bytes == 4:
             return 16
         return 6 + 12 / (replicas if config.parallel.use_distributed_optimizer else 1)
 
     def training_seconds(self, config: Config, model: Model) -> float:
+        """Of all iterations, rollouts included."""
         training, t = config.training, tensor_parallel(config)
         micro_batches = training.global_batch_size / (training.micro_batch_size * self.ranks / t)
         positions = training.micro_batch_size * min(ROW, config.data.max_length)
@@ -199,6 +207,7 @@ def main() -> None:
 
 
 def done(out: Path, stage: str) -> bool:
+    """Whether the stage has left its result in OUT."""
     name = stage.removeprefix("evaluate ")
     return (out / name / "hf" if name == stage else out / "evaluation" / name / "results.json").exists()
 

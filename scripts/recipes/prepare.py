@@ -38,6 +38,7 @@ def main() -> None:
 
 
 def check_data(data: Path) -> None:
+    """Exits with one line where a file that every scale needs is missing."""
     for name in NEEDED:
         if not (data / name).is_file():
             sys.exit(f"error: DATA={data} holds no {name}; it needs MiniLLM's {', '.join(NEEDED)}")
