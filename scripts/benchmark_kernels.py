@@ -8,7 +8,7 @@ A row of the CSV is one implementation of one case: milliseconds (p20, p50, p80;
 flushed before each repetition; on a CPU also the process's own time, which other load does not change), the share of the copy
 bandwidth measured in this run that the needed bytes make of p50, the memory beyond the inputs, and the error of the gradient
 against float64. What is wrong is not timed, and says so. Needed bytes: logits read twice (a mixture's three times) and a gradient
-written once.
+written once; the single launch, which reads logits once, may pass a share of 1.
 """
 
 from __future__ import annotations

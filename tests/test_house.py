@@ -23,6 +23,7 @@ WITHOUT_MEGATRON = [
 ]
 SAID_ELSEWHERE = {  # public names that need no docstring, by folder: where their reader finds what they do
     "megakd/models": {"unsupported", "transformer_config", "model_arguments", "table"},  # a family's page: in Family's fields
+    "megakd/schedules.py": {"recv_forward", "send_backward_recv_forward", "recv_backward", "send_forward_recv_backward"},  # in megatron-core
     "scripts": {"main", "parse_args"},  # in the file's first lines and in --help
     "checkpoint_tools": {"parser", "convert"},  # there as well
     "": {"forward", "backward"},  # torch calls them: in the class's docstring
