@@ -16,6 +16,7 @@ from tiny import tiny_config, tiny_model
 from megakd.config import Config, DistillationConfig, GenerationConfig, MiniLLMConfig, PromptKDConfig, TrainingConfig
 from megakd.data.batch import Sample
 from megakd.data.dataloader import deal
+from megakd.losses.distillation import Divergence, VocabularySplit, sft_loss
 from megakd.losses.policy_gradient import advantages, importance_weights
 from megakd.methods import METHODS, minillm
 from megakd.methods.base import Cast
@@ -67,11 +68,11 @@ def run_config(method: str, micro_batch_size: int, parallel: dict) -> Config:
 TOKENIZER = SimpleNamespace(encode=lambda text, add_special_tokens: [11, 12, 13], eos_token_id=0)
 
 
-def cast(layout, config, pair) -> Cast:
+def cast(layout, config, pair, dtype=torch.float32) -> Cast:
     """Student and teacher from the same seeds that the oracle takes."""
     specs = [tiny_config(**spec) for spec in pair]
     width = padded_vocab_size([spec.vocab_size for spec in specs], layout.tp_size)
-    options = {"padded_vocab_size": width, "sequence_parallel": config.parallel.sequence_parallel}
+    options = {"padded_vocab_size": width, "sequence_parallel": config.parallel.sequence_parallel, "dtype": dtype}
     student, teacher = (build_model(spec, layout, **options) for spec in specs)
     load_weights(student, StateDictSource(tiny_model(specs[0], seed=1)))
     load_weights(teacher, StateDictSource(tiny_model(specs[1], seed=2)))
@@ -81,8 +82,8 @@ def cast(layout, config, pair) -> Cast:
     return Cast(student, optimizer, teacher if config.needs_teacher else None, TOKENIZER)
 
 
-def oracle(pair) -> Oracle:
-    student, teacher = (tiny_model(tiny_config(**spec), seed=seed) for seed, spec in enumerate(pair, start=1))
+def oracle(pair, dtype=torch.float32) -> Oracle:
+    student, teacher = (tiny_model(tiny_config(**spec), seed=seed).to(dtype) for seed, spec in enumerate(pair, start=1))
     return Oracle(student, teacher, lr=LR, weight_decay=WEIGHT_DECAY, clip=CLIP)
 
 
@@ -146,6 +147,48 @@ def test_one_iteration_equals_float64_transformers(method_name, tp, pp, dp, sp, 
         "use_distributed_optimizer": zero,
     }
     run_distributed(check_one_iteration, tp * pp * dp, method_name, PAIRS, micro_batch_size, parallel, tp=tp, pp=pp)
+
+
+def check_bfloat16(layout, method_name, parallel):
+    for name, pair in [("tied llama", PAIRS["llama student of a gpt2"]), ("opt", PAIRS["opt"])][: 3 - layout.tp_size]:
+        config = run_config(method_name, 2, parallel)
+        method = METHODS[method_name](cast(layout, config, pair, torch.bfloat16), config, total_iters=TOTAL_ITERS)
+        vectors = method.extra_tensors().get("vectors", torch.empty(0)).clone()
+        got = method.train(deal(samples(), layout.dp_size)[layout.dp_rank], 1)
+        want = expected(oracle(pair, torch.bfloat16), method_name, all_samples(method, layout), vectors)
+        for key in want.keys() - {"gradient", "vectors"}:
+            assert got[key] == pytest.approx(float(want[key]), rel=2e-2, abs=1e-3), (name, key)
+        loss = {"sft": "loss/lm", "kd": "loss/total", "promptkd": "loss/reverse_kl"}[method_name]
+        later = [method.train(deal(samples(), layout.dp_size)[layout.dp_rank], i)[loss] for i in range(2, 7)]
+        assert later[-1] < got[loss], (name, later)
+
+
+@pytest.mark.parametrize("method_name", ["sft", "kd", "promptkd"])
+@pytest.mark.parametrize("tp, pp, dp", [(1, 1, 1), (2, 2, 1), (1, 1, 2)])
+def test_bfloat16_weights_train_as_float64_does(method_name, tp, pp, dp):
+    parallel = {
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "sequence_parallel": tp > 1,
+        "use_distributed_optimizer": dp > 1,
+    }
+    run_distributed(check_bfloat16, tp * pp * dp, method_name, parallel, tp=tp, pp=pp)
+
+
+def test_the_heads_gradient_is_never_rounded_to_bfloat16():
+    draw = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+    hidden, head = draw(40, 16).bfloat16(), draw(30, 16).bfloat16().requires_grad_()
+    exact_head = head.detach().double().requires_grad_()
+    head.main_grad = torch.zeros(30, 16)
+    alone, labels = SimpleNamespace(size=lambda: 1), torch.arange(40) % 30
+    for loss in (lambda q: sft_loss(q, labels, VocabularySplit(30, alone))["loss/lm"],
+                 lambda q: Divergence("reverse_kl")(q, (hidden, head.detach().flip(0)), VocabularySplit(30, alone))):  # fmt: skip
+        loss((hidden, head)).sum().backward()
+    log_q = torch.log_softmax(hidden.double() @ exact_head.t(), -1)
+    log_p = torch.log_softmax(hidden.double() @ exact_head.detach().flip(0).t(), -1)
+    (-log_q[torch.arange(40), labels].sum() + (log_q.exp() * (log_q - log_p)).sum()).backward()
+    assert head.grad is None and (head.main_grad - exact_head.grad).norm() <= 1e-2 * exact_head.grad.norm()
+    assert (head.main_grad.bfloat16().float() != head.main_grad).float().mean() > 0.9
 
 
 def check_no_shape_travels(layout):

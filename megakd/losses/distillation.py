@@ -43,12 +43,24 @@ class Divergence:
 
     def __call__(self, student: Hidden, teacher: Hidden, vocabulary: VocabularySplit) -> Tensor:
         """Per token [N], with gradient to whichever side requires it."""
-        return megakd_kernels.fused_linear_kl(*student, *teacher, **vars(self), **vocabulary.arguments)
+        return megakd_kernels.fused_linear_kl(*student, *teacher, **vars(self), **into_main_grad(student), **vocabulary.arguments)
+
+
+def into_main_grad(student: Hidden) -> dict:
+    """Keyword of megakd_kernels' losses: the head's gradient, summed in float32, is added where Megatron's data parallelism sums it,
+    and under bfloat16 not rounded on the way."""
+    return {"accumulate_into_main_grad": hasattr(student[1], "main_grad")}
 
 
 def sft_loss(student: Hidden, labels_N: Tensor, vocabulary: VocabularySplit) -> dict[str, Tensor]:
     """−log q(label)."""
-    return {"loss/lm": megakd_kernels.fused_linear_cross_entropy(*student, labels_N, **vocabulary.arguments)}
+    return {"loss/lm": label_loss(student, labels_N, vocabulary)}
+
+
+def label_loss(student: Hidden, labels_N: Tensor, vocabulary: VocabularySplit, weights_N: Tensor | None = None) -> Tensor:
+    """−log q(label) times the weights, per token [N]."""
+    options = into_main_grad(student) | vocabulary.arguments
+    return megakd_kernels.fused_linear_cross_entropy(*student, labels_N, weights=weights_N, **options)
 
 
 def function_of_log_q(f: Callable[[Tensor], Tensor], student: Hidden, labels_N: Tensor, vocabulary: VocabularySplit) -> Tensor:
@@ -58,11 +70,11 @@ def function_of_log_q(f: Callable[[Tensor], Tensor], student: Hidden, labels_N: 
     over log q alone.
     """
     with torch.no_grad():
-        log_q = -sft_loss(student, labels_N, vocabulary)["loss/lm"]
+        log_q = -label_loss(student, labels_N, vocabulary)
     with torch.enable_grad():
         value = f(log_q.requires_grad_())
         (slope,) = torch.autograd.grad(value.sum(), log_q)
-    tangent = megakd_kernels.fused_linear_cross_entropy(*student, labels_N, weights=-slope, **vocabulary.arguments)
+    tangent = label_loss(student, labels_N, vocabulary, weights_N=-slope)
     return value.detach() + tangent - tangent.detach()
 
 
@@ -71,14 +83,14 @@ def kd_loss(
 ) -> dict[str, Tensor]:
     """(1 − r)·(−log q(label)) + r·D(p, q): with KL(p‖q) that of Hinton et al. 2015 as MiniLLM's `finetune.py` weighs it."""
     with torch.set_grad_enabled(kd_ratio < 1 and torch.is_grad_enabled()):  # at 1 it is for the log alone
-        lm = sft_loss(student, labels_N, vocabulary)["loss/lm"]
+        lm = label_loss(student, labels_N, vocabulary)
     distance = divergence(student, teacher, vocabulary)
     return {"loss/total": (1 - kd_ratio) * lm + kd_ratio * distance, "loss/lm": lm, f"loss/{divergence.objective}": distance}
 
 
 def reverse_kl_loss(student: Hidden, teacher: Hidden, vocabulary: VocabularySplit) -> dict[str, Tensor]:
     """KL(q‖p), with gradient to the student."""
-    return {"loss/reverse_kl": megakd_kernels.fused_linear_kl(*student, *teacher, objective="reverse_kl", **vocabulary.arguments)}
+    return {"loss/reverse_kl": Divergence("reverse_kl")(student, teacher, vocabulary)}
 
 
 def prompt_loss(
