@@ -22,7 +22,7 @@ lint: install
 	$(BIN)/ruff check .
 
 test: install lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 clean:
 	rm -rf $(VENV) quickstart
