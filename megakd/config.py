@@ -83,7 +83,7 @@ class LayoutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig(LayoutConfig):
-    """How a model is spread over ranks; what TP × PP leaves is data parallelism."""
+    """The layout of a run, and what else Megatron splits over its ranks."""
 
     sequence_parallel: bool = flag(False, "split what is between tensor-parallel layers along the sequence too")
     use_distributed_optimizer: bool = flag(False, "split the optimizer's state over data-parallel ranks (ZeRO-1)")
@@ -125,9 +125,9 @@ class DistillationConfig:
         "share of the divergence, the rest is cross-entropy; default: 0.5 (kd, minillm's text), 0 (seqkd), 1 (distillm)",
         methods=(*DIVERGENCE_METHODS, "minillm"),
     )
-    kd_objective: Objective = flag("forward_kl", "kd: which divergence between teacher p and student q", methods=DIVERGENCE_METHODS)
+    kd_objective: Objective = flag("forward_kl", "which divergence between teacher p and student q", methods=DIVERGENCE_METHODS)
     kd_temperature: float = flag(
-        1.0, "kd: temperature of both distributions in the divergence, never of sampling", methods=DIVERGENCE_METHODS
+        1.0, "temperature of both distributions in the divergence, never of sampling", methods=DIVERGENCE_METHODS
     )
     beta: float = flag(0.5, "jsd: the teacher's share of the mixture", methods=DIVERGENCE_METHODS)
     skew_alpha: float = flag(
@@ -139,6 +139,10 @@ class DistillationConfig:
     replay_capacity: int = flag(
         1000, "distillm: responses of the student that are kept to be learnt from again", methods=("distillm",)
     )
+
+    def ratio(self, usual: float) -> float:
+        """--kd-ratio, or a method's usual one where it is not given."""
+        return usual if self.kd_ratio is None else self.kd_ratio
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,6 +322,7 @@ class ResponseConfig(SamplingConfig):
     max_prompt_length: int = flag(256, "tokens of a prompt; rows with a longer one are left out")
     max_new_tokens: int = flag(256, "longest response")
     greedy: bool = flag(False, "the likeliest token each time, nothing random")
+    repetition_penalty: float = flag(1.0, "divides the logits of tokens that the row holds (multiplies negative ones); 1: off")
     no_repeat_ngram_size: int = flag(0, "no token that completes a run of so many tokens a second time; 0: no limit")
     batch_size: int = flag(64, "rows answered together on one replica")
 
@@ -459,7 +464,7 @@ POSITIVE = (
     "max_length", "max_prompt_length", "max_new_tokens", "rollout_batch_size", "prompt_len", "temperature", "save_interval",
     "eval_interval", "eval_iters", "log_interval", "lr", "kd_temperature", "batch_size", "exposure_bias_samples",
     "num_rollouts", "ppo_epochs", "replay_capacity", "reward_scaling", "cliprange", "cliprange_reward",
-    "student_layers", "student_hidden", "teacher_layers", "teacher_hidden", "vocab_size", "repetitions", "threads",
+    "repetition_penalty", "student_layers", "student_hidden", "teacher_layers", "teacher_hidden", "vocab_size", "repetitions", "threads",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "lm_coef", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "base_coef", "top_k", "teacher_lr", "adam_eps",

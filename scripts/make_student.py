@@ -29,8 +29,8 @@ def keep_layers(model, layers: list[int]) -> None:
         SystemExit: a layer that the model does not have.
     """
     stack = next(module for module in model.modules() if type(module).__name__ == "ModuleList")
-    if max(layers) >= len(stack):
-        sys.exit(f"error: --layers {max(layers)}: the model has layers 0 to {len(stack) - 1}")
+    if absent := [layer for layer in layers if not 0 <= layer < len(stack)]:
+        sys.exit(f"error: --layers {absent[0]}: the model has layers 0 to {len(stack) - 1}")
     kept = [stack[layer] for layer in layers]
     del stack[:]
     stack.extend(kept)

@@ -42,11 +42,6 @@ def test_a_resumed_loader_goes_on_where_the_first_one_stopped():
     assert DataLoader(dataset(50), global_batch_size=16, seed=6).samples(6) != seen[6]
 
 
-def test_without_shuffling_rows_come_in_the_order_of_the_file():
-    loader = DataLoader(dataset(50), global_batch_size=10, seed=5, shuffle=False)
-    assert [ids(loader.samples(i)) for i in (1, 6)] == [list(range(10, 20))] * 2
-
-
 def test_a_batch_larger_than_the_data_names_the_flag_and_the_largest_that_works():
     with pytest.raises(ValueError, match="--global-batch-size 64 is more than the 50 rows of the data; use at most 50"):
         DataLoader(dataset(50), global_batch_size=64, seed=5)

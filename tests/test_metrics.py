@@ -16,6 +16,10 @@ needs_rouge = pytest.mark.skipif(not ROUGE.is_dir(), reason=f"no recorded Rouge 
 needs_sinst = pytest.mark.skipif(not SINST.is_file(), reason=f"no S-NI test set at {SINST}; set MEGAKD_TEST_DATA")
 
 
+def mean_rouge_l(predictions, references):
+    return sum(map(rouge_l, predictions, references)) / len(predictions)
+
+
 @needs_rouge
 def test_rouge_l_gives_googles_recorded_values():
     expected = json.loads((ROUGE / "expected.json").read_text())
@@ -24,11 +28,11 @@ def test_rouge_l_gives_googles_recorded_values():
     mean = expected["plain_means_rouge_score_0.1.2"]["stem_true"]["rougeL"][2]
     published = next(case for case in expected["large_files_bootstrap_mid"]["cases"] if case["type"] == "rougeL")
     assert len(predictions) == 1000
-    assert rouge_l(predictions, references) == pytest.approx(100 * mean, abs=6e-4)  # recorded to five digits
-    assert rouge_l(predictions, references) == pytest.approx(100 * published["f"][1], abs=0.2)  # a bootstrap's median
+    assert mean_rouge_l(predictions, references) == pytest.approx(100 * mean, abs=6e-4)  # recorded to five digits
+    assert mean_rouge_l(predictions, references) == pytest.approx(100 * published["f"][1], abs=0.2)  # a bootstrap's median
     for case in expected["inline"]:
         if case["type"] == "rougeL":
-            assert rouge_l([case["prediction"]], [[case["target"]]]) == pytest.approx(100 * case["f"])
+            assert rouge_l(case["prediction"], [case["target"]]) == pytest.approx(100 * case["f"])
 
 
 @needs_sinst
@@ -41,13 +45,13 @@ def test_rouge_l_takes_the_best_reference_on_the_s_ni_set():
         for prediction, targets in zip(predictions, references)
     ]
     first = [scorer.score(targets[0], prediction)["rougeL"].fmeasure for prediction, targets in zip(predictions, references)]
-    assert rouge_l(predictions, references) == pytest.approx(100 * sum(best) / len(best))
+    assert mean_rouge_l(predictions, references) == pytest.approx(100 * sum(best) / len(best))
     assert sum(best) > sum(first)
 
 
 def test_the_stemmer_is_on_and_the_best_reference_counts():
-    assert rouge_l(["running"], [["runs"]]) == 100
-    assert rouge_l(["a b", "c"], [["x y", "a b"], ["d"]]) == 50
+    assert rouge_l("running", ["runs"]) == 100
+    assert rouge_l("a b", ["x y", "a b"]) == 100 and rouge_l("c", ["d"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -61,16 +65,4 @@ def test_the_stemmer_is_on_and_the_best_reference_counts():
     ],
 )
 def test_exact_match_ignores_case_punctuation_and_spacing_only(prediction, targets, score):
-    assert exact_match([prediction], [targets]) == score
-
-
-@pytest.mark.parametrize("metric", [rouge_l, exact_match])
-def test_lists_that_do_not_fit_together_are_refused(metric):
-    with pytest.raises(ValueError, match="2 predictions for 1 samples; give one prediction a sample"):
-        metric(["a", "b"], [["a"]])
-    with pytest.raises(ValueError, match="no predictions to score"):
-        metric([], [])
-    with pytest.raises(ValueError, match="sample 1: references are 'b'; give a list of one or more texts"):
-        metric(["a", "b"], [["a"], "b"])
-    with pytest.raises(ValueError, match=r"sample 0: references are \[\]; give a list"):
-        metric(["a"], [[]])
+    assert exact_match(prediction, targets) == score

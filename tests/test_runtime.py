@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 
 import pytest
@@ -41,7 +40,7 @@ def gpu_of(monkeypatch, local_rank: int, visible: int) -> list[int]:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: taken.append(backend))
-    join(datetime.timedelta(minutes=1))
+    join()
     return taken
 
 

@@ -31,7 +31,7 @@ GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 8
 MIXTURE_BLOCK, MIXTURE_WARPS = 2048, 8
 SKEW, JSD, TVD = 0, 1, 2
 OPS = {"jsd": JSD, "tvd": TVD}  # of an objective; the others are skewed KLs
-_SKEW, _JSD, _TVD = tl.constexpr(SKEW), tl.constexpr(JSD), tl.constexpr(TVD)
+_JSD, _TVD = tl.constexpr(JSD), tl.constexpr(TVD)
 
 
 @triton.jit

@@ -28,7 +28,6 @@ class DataLoader:
         seed: int,
         dp_rank: int = 0,
         dp_size: int = 1,
-        shuffle: bool = True,
     ) -> None:
         if global_batch_size > len(dataset):
             raise ValueError(
@@ -45,7 +44,6 @@ class DataLoader:
         self.seed = seed
         self.dp_rank = dp_rank
         self.dp_size = dp_size
-        self.shuffle = shuffle
         self._order_of: tuple[int, np.ndarray] | None = None  # the epoch last asked for, and its order
 
     @property
@@ -64,8 +62,6 @@ class DataLoader:
         return [self.dataset[int(i)] for i in self._order(epoch)[first : first + self.global_batch_size]]
 
     def _order(self, epoch: int) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(len(self.dataset))
         if self._order_of is None or self._order_of[0] != epoch:
             self._order_of = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.dataset))
         return self._order_of[1]

@@ -31,6 +31,7 @@ def sampling_of(settings: ResponseConfig, seed: int) -> Sampling:
         top_p=settings.top_p,
         greedy=settings.greedy,
         seed=seed,
+        repetition_penalty=settings.repetition_penalty,
         no_repeat_ngram_size=settings.no_repeat_ngram_size,
     )
 

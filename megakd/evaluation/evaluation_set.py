@@ -56,8 +56,8 @@ class EvaluationSet(PromptDataset):
         """Each metric of one answer, 0 to 100."""
         references = self.references(index)
         return {
-            "rouge_l": metrics.sample_rouge_l(answer, references),
-            "exact_match": metrics.sample_exact_match(answer, references),
+            "rouge_l": metrics.rouge_l(answer, references),
+            "exact_match": metrics.exact_match(answer, references),
         }
 
 

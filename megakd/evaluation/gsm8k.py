@@ -84,11 +84,3 @@ def gold_number(answer: str, where: str = "answer") -> Decimal:
 def score(reply: str, gold: Decimal) -> dict[str, float]:
     """One reply's `gsm8k_strict` and `gsm8k_flexible`, 0 or 100."""
     return {name: 100.0 * (extract(reply, rules) == gold) for name, rules in RULES.items()}
-
-
-def accuracy(replies: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
-    """Percentages of right replies, strict and flexible; `answers` are GSM8K's, with ####."""
-    scores = [score(reply, gold_number(answer)) for reply, answer in zip(replies, answers, strict=True)]
-    if not scores:
-        raise ValueError("no replies to score; the data hold no sample")
-    return {name: sum(row[name] for row in scores) / len(scores) for name in scores[0]}

@@ -44,8 +44,8 @@ class DistiLLM(KD):
         elif u < threshold:
             drawn = self.buffer.draw(self.config.training.global_batch_size, rng)
             samples = deal(drawn, self.layout.dp_size)[self.layout.dp_rank]
-        ratio = self.config.distillation.kd_ratio
-        return self.learn(samples, iteration, kd_ratio=1.0 if ratio is None else ratio) | {"on_policy_share": threshold}
+        learnt = self.learn(samples, iteration, kd_ratio=self.config.distillation.ratio(1.0))
+        return learnt | {"on_policy_share": threshold}
 
     def observe(self, metrics):
         """φ rises when the held-out loss has; the first one seen is what later ones are compared with."""

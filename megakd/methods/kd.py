@@ -12,7 +12,7 @@ from megakd.methods.rollout import rollout
 from megakd.methods.sft import SFT
 from megakd.schedules import supervised_hidden, supervised_labels
 
-DEFAULT_RATIO = 0.5  # of --kd-ratio, as in the papers' code
+USUAL_RATIO = 0.5  # of --kd-ratio, as in the papers' code
 
 
 class KD(Method):
@@ -29,7 +29,7 @@ class KD(Method):
             with self.time("rollout"):
                 samples = rollout(self.student, samples, self.config, self.tokenizer, iteration)
             self.rollouts = samples
-        ratio = DEFAULT_RATIO if settings.kd_ratio is None else settings.kd_ratio
+        ratio = settings.ratio(USUAL_RATIO)
         return self.learn(samples, iteration, kd_ratio=1.0 if on_policy else ratio)
 
     def learn(self, samples, iteration, *, kd_ratio):

@@ -22,7 +22,7 @@ from megakd.generation.rows import Voice
 from megakd.losses.distillation import Divergence, function_of_log_q, kd_loss, reverse_kl_loss, sft_loss
 from megakd.losses.policy_gradient import advantages, clipped_policy_loss, importance_weights, token_rewards, whiten
 from megakd.methods.base import Method
-from megakd.methods.kd import DEFAULT_RATIO
+from megakd.methods.kd import USUAL_RATIO
 from megakd.methods.rollout import rollout
 from megakd.schedules import supervised_hidden, supervised_labels
 
@@ -129,7 +129,7 @@ class MiniLLM(Method):
     def text_loss(self, hidden, teacher_hidden, batch):
         """lm_coef · [(1 − r) CE + r KL(p‖q)]: [N] over the tokens of text."""
         q, p = self.through_student(hidden), self.through_teacher(teacher_hidden)
-        ratio = DEFAULT_RATIO if self.config.distillation.kd_ratio is None else self.config.distillation.kd_ratio
+        ratio = self.config.distillation.ratio(USUAL_RATIO)
         text = kd_loss(q, p, supervised_labels(batch), self.vocabulary, kd_ratio=ratio, divergence=Divergence("forward_kl"))[
             "loss/total"
         ]

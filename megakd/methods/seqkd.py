@@ -4,7 +4,7 @@ A prompt's response is drawn once: its noise is a function of (seed, sample), no
 resumed run learns the same text. `scripts/generate.py` writes such data to a file beforehand, for `--method sft`.
 """
 
-from megakd.methods.kd import DEFAULT_RATIO, KD
+from megakd.methods.kd import KD, USUAL_RATIO
 from megakd.methods.rollout import rollout
 
 ONCE = 0  # the iteration that the noise is drawn for
@@ -23,9 +23,8 @@ class SeqKD(KD):
         with self.time("rollout"):
             self.write([sample for sample in samples if sample.sample_id not in self.written])
         self.rollouts = [self.written[sample.sample_id] for sample in samples]
-        default = DEFAULT_RATIO if self.config.training.quirk("seqkd-with-kd") else 0.0
-        ratio = self.config.distillation.kd_ratio
-        return self.learn(self.rollouts, iteration, kd_ratio=default if ratio is None else ratio)
+        usual = USUAL_RATIO if self.config.training.quirk("seqkd-with-kd") else 0.0
+        return self.learn(self.rollouts, iteration, kd_ratio=self.config.distillation.ratio(usual))
 
     def write(self, samples):
         """Answers that nobody has written yet, shared by all replicas: the next epoch deals the prompts to other ones."""

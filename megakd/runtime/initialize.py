@@ -18,9 +18,10 @@ import torch.distributed as dist
 from megakd.runtime import cpu_backend, megatron_repairs
 from megakd.runtime.parallel_layout import ParallelLayout, parallel_state
 
+TIMEOUT = datetime.timedelta(minutes=30)  # of a rank that waits for another
 
 def initialize(
-    *, tensor_model_parallel_size: int = 1, pipeline_model_parallel_size: int = 1, seed: int = 1234, timeout_minutes: int = 30
+    *, tensor_model_parallel_size: int = 1, pipeline_model_parallel_size: int = 1, seed: int = 1234
 ) -> ParallelLayout:
     """Join the other ranks and take a place in the TP × PP × DP grid.
 
@@ -32,7 +33,7 @@ def initialize(
     megatron_repairs.install()
     if not dist.is_initialized():
         parallel_state.destroy_model_parallel()  # forget the groups of a world that has ended
-        join(datetime.timedelta(minutes=timeout_minutes))
+        join()
     form_groups(tensor_model_parallel_size, pipeline_model_parallel_size)
     layout = ParallelLayout.from_parallel_state()
     seed_everything(seed, layout)
@@ -65,7 +66,7 @@ def check_world_size(tp: int, pp: int, world_size: int) -> None:
         )
 
 
-def join(timeout: datetime.timedelta) -> None:
+def join() -> None:
     """torch.distributed over nccl where there is a GPU, over gloo where there is none."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
@@ -73,10 +74,10 @@ def join(timeout: datetime.timedelta) -> None:
         os.environ["MASTER_PORT"] = str(free_port())
     if torch.cuda.is_available():
         torch.cuda.set_device(own_gpu(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()))
-        dist.init_process_group("nccl", timeout=timeout)
+        dist.init_process_group("nccl", timeout=TIMEOUT)
     else:
         share_cores()
-        dist.init_process_group("gloo", timeout=timeout)
+        dist.init_process_group("gloo", timeout=TIMEOUT)
 
 
 def own_gpu(local_rank: int, visible: int) -> int:
