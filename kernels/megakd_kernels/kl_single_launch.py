@@ -1,7 +1,7 @@
 """Reverse and forward KL and the prompt loss on one GPU, loss and gradient in one launch: each logit is read once from memory.
 
 The two passes of `kl_triton` read every logit twice. Here persistent programs draw tickets in order. Ticket t stands for the
-statistics of slice t of the logits and then for the gradient of slice t - lag, which by then is still in the second-level cache:
+statistics of slice t of the logits and then for the gradient of slice t - lag, which should still be in the second-level cache:
 
     tickets    0 ... lag - 1       lag ... items - 1               items ... items + lag - 1
                statistics of t     statistics of t, gradient of    gradient of t - lag
