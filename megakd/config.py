@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import os
 import sys
@@ -546,6 +547,12 @@ def as_words(name: str, value: Any) -> list[str]:
     return [flag_name(name), str(value)]
 
 
+def description_of(kind: type[BaseConfig]) -> str:
+    """What --help says first; `--config` is taken off before the flags are read, and has no line of its own there."""
+    config = "--config FILE: a YAML file with any of these flags, `flag-name: value` a line; those given here lie over it."
+    return f"{inspect.cleandoc(kind.__doc__)}\n\n{config}"
+
+
 def from_flags(arguments: list[str], default: AnyConfig, *, where: str = "", program: str | None = None) -> AnyConfig:
     """Flags over `default`. `--help` prints and exits.
 
@@ -555,7 +562,7 @@ def from_flags(arguments: list[str], default: AnyConfig, *, where: str = "", pro
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(type(default), args=arguments, default=default, prog=program)
+            return tyro.cli(type(default), args=arguments, default=default, prog=program, description=description_of(type(default)))
     except SystemExit as exit:
         if not exit.code:
             raise

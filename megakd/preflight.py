@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from megakd.checkpointing.model_folder import ModelFolder
+from megakd.checkpointing.native import is_native
 from megakd.config import Config, flag_name, from_yaml
 from megakd.data.tokenizer import check_same_tokenizer, load_tokenizer
 from megakd.models.model_provider import at_layer, check_layout, context_length, family_of, padded_vocab_size
@@ -96,10 +97,14 @@ def check_same_run(config: Config) -> None:
     """A folder that holds a run is continued by the same command; anything else is refused.
 
     Raises:
-        ValueError: a setting that decides results differs from the run's config.yaml.
+        ValueError: `--save` is a file or a model's folder, or a setting that decides results differs from the run's config.yaml.
     """
-    saved = Path(config.output.save) / "config.yaml"
+    folder = Path(config.output.save)
+    saved = folder / "config.yaml"
     if not saved.is_file():
+        if folder.is_file() or (folder / "config.json").is_file() or is_native(folder):
+            what = "a file" if folder.is_file() else "a model's folder"
+            raise ValueError(f"--save {folder} is {what}; give a folder of its own to the run")
         return
     before, now = from_yaml(saved).flat(), config.flat()
     fixed = WATCHED if config.method == "distillm" else set()

@@ -259,6 +259,7 @@ class Trainer:
         if is_rank_zero():
             export_to_hf(self.checkpoints, self.folder / "hf")
             plot_training(self.folder)
+            print(f"the student is {self.folder / 'hf'}; {self.folder} has its checkpoints, numbers and figures", flush=True)
         self.logger.close()
         dist.barrier()
 

@@ -14,6 +14,8 @@ def main() -> None:
 
     from megakd.data.tokenizer import TOKENIZER_FILES
 
+    if Path(args.save).is_file() or (Path(args.save).is_dir() and any(Path(args.save).iterdir())):
+        sys.exit(f"error: --save {args.save}: is there already; give another folder")
     model = AutoModelForCausalLM.from_pretrained(args.model, local_files_only=True)
     keep_layers(model, args.layers)
     model.save_pretrained(args.save)

@@ -20,6 +20,8 @@ def main() -> None:
             train(config)
     except ValueError as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        fail(f"interrupted; the same command continues {config.output.save} after its last checkpoint (--save-interval)")
 
 
 if __name__ == "__main__":

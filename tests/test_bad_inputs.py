@@ -139,6 +139,9 @@ CASES = {  # what is wrong: flags over the good ones (None takes one away), what
     "a mixture of one": ({"kd-objective": "jsd", "beta": "0"}, r"--beta 0.0 leaves jsd no mixture; use a number between 0 and 1"),
     "a student without a say": ({"method": "minillm", "teacher-mixed-alpha": "1", "num-rollouts": "4"}, r"--teacher-mixed-alpha 1 leaves the student no say .*below 1"),
     "a config that names code": ({"model": "{root}/remote-code"}, r"--model .*remote-code: config.json cannot be read .*; give"),
+    "the student's own folder for the run": ({"save": "{root}/student"}, r"--save \S+/student is a model's folder; give a folder of its own"),
+    "a file for the run": ({"save": "{root}/good.jsonl"}, r"--save \S+/good.jsonl is a file; give a folder of its own"),
+    "a run's folder as a model": ({"model": "{root}/finished-run"}, r"--model \S+: no config.json; give \S+/finished-run/hf$"),
     "the folder of another run": ({"save": "{root}/other-run"}, r"--lr 5e-05 differs from the 0.1 of the run in --save .*another --save"),
 }  # fmt: skip
 
@@ -173,6 +176,7 @@ def lines(inputs):
     """Every case in one forked rank."""
     good = parse(command(inputs, {"save": "{root}/other-run", "lr": "0.1"}))
     (inputs / "other-run").mkdir()
+    (inputs / "finished-run" / "hf").mkdir(parents=True)
     (inputs / "other-run" / "config.yaml").write_text(yaml.safe_dump(good.flat()))
     before = sorted(path.relative_to(inputs) for path in inputs.rglob("*"))
     with pytest.MonkeyPatch.context() as monkeypatch:

@@ -149,7 +149,9 @@ def test_a_student_made_of_a_teachers_layers_holds_their_weights(family, tmp_pat
     renumbered = {name.replace(".1.", ".3.", 1): tensor for name, tensor in ours.items()}
     assert renumbered.keys() == {name for name in theirs if ".1." not in name and ".2." not in name}
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in renumbered.items())
+    with pytest.raises(SystemExit, match="student: is there already; give another folder"):
+        runpy.run_path(str(script), run_name="__main__")
     for absent in ("-1", "4"):
-        words[4] = absent
+        words[4], words[-1] = absent, str(tmp_path / "another")
         with pytest.raises(SystemExit, match=f"--layers {absent}: the model has layers 0 to 3"):
             runpy.run_path(str(script), run_name="__main__")

@@ -127,6 +127,16 @@ def test_a_run_leaves_what_it_promises(inputs):
     assert AutoTokenizer.from_pretrained(folder / "hf").vocab_size <= model.config.vocab_size
 
 
+@pytest.mark.parametrize("native", ["first/checkpoints", "first/checkpoints/iter_0000002"])
+def test_a_student_may_be_another_runs_checkpoint(inputs, native):
+    run_distributed(run, 1, command(inputs, "first", "sft"))
+    save = native.replace("/", "-")
+    run_distributed(run, 1, command(inputs, save, "sft", model=inputs / native))
+    first, model = (AutoModelForCausalLM.from_pretrained(inputs / name / "hf").state_dict() for name in ("first", save))
+    assert first.keys() == model.keys() and any(not torch.equal(tensor, model[name]) for name, tensor in first.items())
+    assert (inputs / save / "hf" / "tokenizer.json").read_bytes() == (inputs / "student" / "tokenizer.json").read_bytes()
+
+
 def test_a_run_cut_off_while_it_writes_its_settings_keeps_the_old_ones(tmp_path, monkeypatch):
     def half(file, text, **options):
         file.open("w").write(text[: len(text) // 2])

@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megakd.models.hf_checkpoint import HFCheckpoint
+from megakd.models.hf_checkpoint import HFCheckpoint, load_hf_config
 from megakd.models.model_provider import family_of
 
 FOLDER = "huggingface"
@@ -49,8 +49,8 @@ def write_hf_folder(source: Path, checkpoint_folder: Path) -> None:
     if (source / SKIPPED_ROWS).is_file():
         shutil.copyfile(source / SKIPPED_ROWS, target / SKIPPED_ROWS)
         return
-    checkpoint = HFCheckpoint(source)
-    if skipped := family_of(checkpoint.config, name=str(source)).skipped_rows:
+    if skipped := family_of(load_hf_config(source, flag="--model"), name=str(source)).skipped_rows:
+        checkpoint = HFCheckpoint(source)
         rows = {name: checkpoint.read(name, (slice(0, count), slice(None))).clone() for name, count in skipped.items()}
         save_file(rows, target / SKIPPED_ROWS)
 

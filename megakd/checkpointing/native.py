@@ -89,7 +89,8 @@ def find_iteration(path: Path, iteration: int | None = None, *, flag: str = "--l
         return path
     number = read_latest(path, flag=flag) if iteration is None else iteration
     if number is None:
-        raise ValueError(f"{flag} {path}: no {LATEST}, so it is not a native checkpoint; give the folder that --save named")
+        right = path / "checkpoints" if is_native(path / "checkpoints") else "the folder that hf_to_mp.py's --save named"
+        raise ValueError(f"{flag} {path}: no {LATEST}, so it is not a native checkpoint; give {right}")
     folder = iteration_folder(path, number)
     if not folder.is_dir():
         there = ", ".join(sorted(found.name for found in path.glob("iter_*"))) or "none"

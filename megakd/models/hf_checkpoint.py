@@ -77,9 +77,9 @@ class HFCheckpoint:
         if not self.folder.is_dir():
             raise ValueError(f"{self.flag} {self.folder}: no such folder; give a Hugging Face folder or a native checkpoint")
         if not (self.folder / "config.json").is_file():
-            raise ValueError(
-                f"{self.flag} {self.folder}: no config.json; give the folder that save_pretrained wrote, or a native checkpoint"
-            )
+            inside = [f"{self.folder / name}" for name in ("hf", "checkpoints") if (self.folder / name).is_dir()]  # of a run
+            right = " or ".join(inside) or "the folder that save_pretrained wrote, or a native checkpoint"
+            raise ValueError(f"{self.flag} {self.folder}: no config.json; give {right}")
 
     def _files(self) -> list[Path]:
         if (self.folder / INDEX).is_file():
