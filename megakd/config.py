@@ -572,7 +572,7 @@ def from_flags(arguments: list[str], default: AnyConfig, *, where: str = "", pro
 def one_line(box: str) -> str:
     """tyro's complaint without its frame."""
     body = box.split("\n", 1)[1].split("──")[0]
-    return " ".join(body.replace("│", " ").split()) + "; --help lists the flags"
+    return " ".join(body.replace("│", " ").split()).rstrip(".") + "; --help lists the flags"
 
 
 def flag_name(name: str) -> str:

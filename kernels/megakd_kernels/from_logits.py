@@ -135,6 +135,8 @@ def _real_columns(cut_NV: Tensor, grads_NV: Sequence[Tensor | None]) -> list[Ten
 
 def weights_for(weights_N: Tensor | None, x: Tensor) -> Tensor | None:
     """The weights in the dtype that x's sums are made in, side by side: the kernels step from one to the next."""
+    if weights_N is not None and weights_N.shape != x.shape[:1]:
+        raise ValueError(f"weights has the shape {tuple(weights_N.shape)} for {len(x)} rows: give one number a row")
     return None if weights_N is None else weights_N.detach().to(accumulation_dtype(x)).contiguous()
 
 

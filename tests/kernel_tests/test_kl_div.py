@@ -221,6 +221,12 @@ def test_settings_without_a_formula_are_refused(options, message):
         kl_div(s, t, **options)
 
 
+def test_weights_of_another_length_are_refused():
+    s, t = logits(2)
+    with pytest.raises(ValueError, match=r"weights has the shape \(3,\) for 5 rows: give one number a row"):
+        kl_div(s, t, weights=torch.ones(3))
+
+
 @implementations
 def test_the_logits_stay_what_they_are_until_backward(implementation):
     s, t = (x.to(device_of(implementation)) for x in logits(2))
