@@ -92,10 +92,12 @@ def positive(text: str) -> int:
 
 def run(parser: Parser, convert: Callable[[argparse.Namespace], Path]) -> None:
     """Parse, convert, say where the result is; whatever a user can cause ends in one line."""
+    from megakd.errors import UserError
+
     args = parser.parse()
     try:
         print(f"wrote {convert(args)}")
-    except (ValueError, OSError, RuntimeError) as error:
+    except UserError as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted; nothing was written\n")

@@ -11,8 +11,6 @@ import dataclasses
 import inspect
 import io
 import os
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +18,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import tyro
 import yaml
+
+from megakd.errors import UserError, fail
 
 MethodName = Literal["sft", "kd", "seqkd", "distillm", "minillm", "promptkd"]
 Objective = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
@@ -33,7 +33,6 @@ Quirk = Literal[
     "all", "mean-of-means", "zero-lr-start", "lost-last-step", "decay-norms", "teacher-dropout", "special-tokens-in-prompt", "forced-eos",
     "whiten-padding", "seqkd-with-kd",
 ]  # fmt: skip
-GRACE_SECONDS = 3.0  # the launcher ends all ranks a moment after the first has ended
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
 TEACHER_METHODS = ("kd", "seqkd", "distillm", "minillm", "promptkd")
 ROLLOUT_METHODS = TEACHER_METHODS  # each of them writes responses, be it now and then
@@ -215,10 +214,10 @@ class BaseConfig:
         """Refuse what cannot be, before anything is loaded.
 
         Raises:
-            ValueError: the first impossible value or combination, with its flag.
+            UserError: the first impossible value or combination, with its flag.
         """
         for complaint in (*self.complaints(), *out_of_range(self)):
-            raise ValueError(complaint)
+            raise UserError(complaint)
 
     def complaints(self) -> Iterator[str]:
         """What is wrong, one line each; ranges of numbers are looked at elsewhere."""
@@ -500,7 +499,7 @@ def parse(arguments: Sequence[str], kind: type[AnyConfig] = Config, *, program: 
         config = from_flags(arguments, from_yaml(file, kind) if file else kind(), program=program)
         config.check()
         return config
-    except ValueError as error:
+    except UserError as error:
         fail(str(error))
 
 
@@ -513,7 +512,7 @@ def take_config_file(arguments: list[str]) -> tuple[list[str], str | None]:
         if name != "--config":
             rest.append(word)
         elif (file := value if equals else next(words, None)) is None:
-            raise ValueError("--config needs a YAML file")
+            raise UserError("--config needs a YAML file")
     return rest, file
 
 
@@ -521,19 +520,19 @@ def from_yaml(file: str | Path, kind: type[AnyConfig] = Config) -> AnyConfig:
     """A configuration from a flat YAML file of flag names.
 
     Raises:
-        ValueError: no such file, not a mapping, or a key that is no flag.
+        UserError: no such file, not a mapping, or a key that is no flag.
     """
     if not Path(file).is_file():
-        raise ValueError(f"--config {file}: no such file")
+        raise UserError(f"--config {file}: no such file")
     try:
         values = yaml.safe_load(Path(file).read_text()) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"--config {file}: not YAML ({str(error).splitlines()[0]}); write one `flag-name: value` a line") from error
+        raise UserError(f"--config {file}: not YAML ({str(error).splitlines()[0]}); write one `flag-name: value` a line") from error
     if not isinstance(values, dict):
-        raise ValueError(f"--config {file}: holds a {type(values).__name__}; write one `flag-name: value` a line")
+        raise UserError(f"--config {file}: holds a {type(values).__name__}; write one `flag-name: value` a line")
     values = {str(name).lstrip("-").replace("-", "_"): value for name, value in values.items()}
     if unknown := sorted(values.keys() - kind().flat().keys()):
-        raise ValueError(f"--config {file}: unknown key {unknown[0]!r}; --help lists the flags")
+        raise UserError(f"--config {file}: unknown key {unknown[0]!r}; --help lists the flags")
     words = [word for name, value in values.items() if value is not None for word in as_words(name, value)]
     return from_flags(words, kind(), where=f"--config {file}: ")
 
@@ -557,7 +556,7 @@ def from_flags(arguments: list[str], default: AnyConfig, *, where: str = "", pro
     """Flags over `default`. `--help` prints and exits.
 
     Raises:
-        ValueError: an unknown flag or a value of the wrong type, in one line.
+        UserError: an unknown flag or a value of the wrong type, in one line.
     """
     said = io.StringIO()
     try:
@@ -566,7 +565,7 @@ def from_flags(arguments: list[str], default: AnyConfig, *, where: str = "", pro
     except SystemExit as exit:
         if not exit.code:
             raise
-        raise ValueError(where + one_line(said.getvalue())) from None
+        raise UserError(where + one_line(said.getvalue())) from None
 
 
 def one_line(box: str) -> str:
@@ -587,15 +586,3 @@ def flatten(nested: dict[str, Any]) -> dict[str, Any]:
         flat |= value if isinstance(value, dict) else {name: value}
     return flat
 
-
-def fail(message: str) -> None:
-    """One line, and exit code 2 on every rank.
-
-    A mistake that all ranks find is told by rank 0 alone: its end ends the others within the grace that they give it. One that rank
-    0 does not share (a file that only another machine lacks) is told by whoever has it.
-    """
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        time.sleep(GRACE_SECONDS)
-    print(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)

@@ -9,6 +9,7 @@ from megakd.checkpointing.model_folder import ModelFolder
 from megakd.checkpointing.native import is_native
 from megakd.config import Config, flag_name, from_yaml
 from megakd.data.tokenizer import check_same_tokenizer, load_tokenizer
+from megakd.errors import UserError
 from megakd.models.model_provider import at_layer, check_layout, context_length, family_of, padded_vocab_size
 from megakd.runtime.initialize import check_world_size
 
@@ -26,7 +27,7 @@ def check(config: Config, student: ModelFolder, teacher: ModelFolder | None) -> 
     """Models, layout, tokenizers, lengths and batch sizes.
 
     Raises:
-        ValueError: the first thing that does not fit.
+        UserError: the first thing that does not fit.
     """
     parallel = config.parallel
     tp, pp, world_size = (
@@ -50,12 +51,12 @@ def check_context(config: Config, folder: ModelFolder) -> None:
     positions, needed = context_length(folder.config), config.data.max_length + soft
     if needed > positions:
         extra = f" + --prompt-len {soft}" if soft else ""
-        raise ValueError(
+        raise UserError(
             f"--max-length {config.data.max_length}{extra} is more than the {positions} positions of {folder.flag} {folder.path}; "
             f"use --max-length {positions - soft} or less"
         )
     if config.data.max_prompt_length + config.max_new_tokens > config.data.max_length:
-        raise ValueError(
+        raise UserError(
             f"--max-new-tokens {config.max_new_tokens} after --max-prompt-length {config.data.max_prompt_length} is more than "
             f"--max-length {config.data.max_length}; use --max-new-tokens {config.data.max_length - config.data.max_prompt_length} or less"
         )
@@ -74,7 +75,7 @@ def check_batch(config: Config, dp: int) -> None:
     """The global batch is a whole number of micro-batches on every replica."""
     micro, whole = config.training.micro_batch_size, config.training.global_batch_size
     if whole % (micro * dp):
-        raise ValueError(
+        raise UserError(
             f"--global-batch-size {whole} is not a multiple of --micro-batch-size {micro} × {dp} data-parallel rank(s); "
             f"use a multiple of {micro * dp}"
         )
@@ -87,7 +88,7 @@ def check_tokenizers(student: ModelFolder, teacher: ModelFolder | None) -> None:
         check_same_tokenizer(tokenizer, load_tokenizer(teacher.hf_folder))
     for folder in filter(None, (student, teacher)):
         if max(tokenizer.get_vocab().values()) >= folder.config.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"{folder.flag} {folder.path}: the tokenizer has ids up to {max(tokenizer.get_vocab().values())}, but the model only "
                 f"{folder.config.vocab_size} embedding rows; resize its embeddings or use its own tokenizer"
             )
@@ -97,20 +98,20 @@ def check_same_run(config: Config) -> None:
     """A folder that holds a run is continued by the same command; anything else is refused.
 
     Raises:
-        ValueError: `--save` is a file or a model's folder, or a setting that decides results differs from the run's config.yaml.
+        UserError: `--save` is a file or a model's folder, or a setting that decides results differs from the run's config.yaml.
     """
     folder = Path(config.output.save)
     saved = folder / "config.yaml"
     if not saved.is_file():
         if folder.is_file() or (folder / "config.json").is_file() or is_native(folder):
             what = "a file" if folder.is_file() else "a model's folder"
-            raise ValueError(f"--save {folder} is {what}; give a folder of its own to the run")
+            raise UserError(f"--save {folder} is {what}; give a folder of its own to the run")
         return
     before, now = from_yaml(saved).flat(), config.flat()
     fixed = WATCHED if config.method == "distillm" else set()
     for name, value in now.items():
         if name not in MAY_CHANGE - fixed and before[name] != value:
-            raise ValueError(
+            raise UserError(
                 f"{flag_name(name)} {value} differs from the {before[name]} of the run in --save {config.output.save}; "
                 "give the same command to continue it, or another --save to start anew"
             )

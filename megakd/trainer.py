@@ -24,6 +24,7 @@ from megakd.data.batch import Sample
 from megakd.data.dataloader import DataLoader, deal
 from megakd.data.open_data import open_prompts, open_responses
 from megakd.data.tokenizer import eos_id, load_tokenizer
+from megakd.errors import UserError
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
 from megakd.methods import METHODS
@@ -60,7 +61,7 @@ def train(config: Config) -> None:
     """A whole run: from folders to a Hugging Face folder.
 
     Raises:
-        ValueError: something does not fit; before any weight is loaded where that can be known.
+        UserError: something does not fit; before any weight is loaded where that can be known.
     """
     folders = Folders.open(config)
     preflight.check(config, folders.student, folders.teacher)
@@ -268,11 +269,11 @@ def check_prompts(dataset: Sequence[Sample]) -> None:
     """A student that answers the data's prompts, be it now and then, needs one in every row.
 
     Raises:
-        ValueError: a row of plain text.
+        UserError: a row of plain text.
     """
     plain = next((i for i, sample in enumerate(dataset) if not sample.prompt), None)
     if plain is not None:
-        raise ValueError(
+        raise UserError(
             f"{dataset.where(plain)} has no prompt that the student could answer; give data with prompts, or leave out --on-policy-ratio"
         )
 
@@ -298,7 +299,7 @@ def check_finite(metrics: dict[str, float], iteration: int) -> None:
     """A loss that is not a number ends the run with its name; the last checkpoint is whole."""
     for name, value in metrics.items():
         if not math.isfinite(value):
-            raise ValueError(
+            raise UserError(
                 f"iteration {iteration}: {name} is {value}; lower --lr, or use --dtype fp32 to see whether precision is the reason"
             )
 

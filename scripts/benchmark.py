@@ -8,7 +8,8 @@ Models have random weights. The systems' losses are compared first: what is wron
 
 import sys
 
-from megakd.config import BenchmarkConfig, fail, parse
+from megakd.config import BenchmarkConfig, parse
+from megakd.errors import told_in_one_line
 
 
 def main() -> None:
@@ -16,11 +17,8 @@ def main() -> None:
     from megakd.benchmarking.run import run  # seconds to import, --help none
     from megakd.runtime.initialize import process_group_closed_at_exit
 
-    try:
-        with process_group_closed_at_exit():
-            run(config)
-    except ValueError as error:
-        fail(str(error))
+    with told_in_one_line(), process_group_closed_at_exit():
+        run(config)
 
 
 if __name__ == "__main__":

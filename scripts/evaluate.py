@@ -7,7 +7,8 @@ Without torchrun the same line is one rank. --help lists the flags.
 
 import sys
 
-from megakd.config import EvaluateConfig, fail, parse
+from megakd.config import EvaluateConfig, parse
+from megakd.errors import told_in_one_line
 
 
 def main() -> None:
@@ -15,11 +16,9 @@ def main() -> None:
     from megakd.evaluation.evaluator import evaluate
     from megakd.runtime.initialize import process_group_closed_at_exit
 
-    try:
-        with process_group_closed_at_exit():
-            evaluate(config)
-    except ValueError as error:
-        fail(str(error))
+    again = "interrupted; scores come with the last answer, so start again"
+    with told_in_one_line(interrupted=again), process_group_closed_at_exit():
+        evaluate(config)
 
 
 if __name__ == "__main__":

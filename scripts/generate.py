@@ -7,7 +7,8 @@ Cut off, the same command continues. Without torchrun the same line is one rank.
 
 import sys
 
-from megakd.config import GenerateConfig, fail, parse
+from megakd.config import GenerateConfig, parse
+from megakd.errors import told_in_one_line
 
 
 def main() -> None:
@@ -15,11 +16,9 @@ def main() -> None:
     from megakd.evaluation.write_responses import write_responses
     from megakd.runtime.initialize import process_group_closed_at_exit
 
-    try:
-        with process_group_closed_at_exit():
-            write_responses(config)
-    except ValueError as error:
-        fail(str(error))
+    going_on = f"interrupted; the same command continues {config.save}"
+    with told_in_one_line(interrupted=going_on), process_group_closed_at_exit():
+        write_responses(config)
 
 
 if __name__ == "__main__":

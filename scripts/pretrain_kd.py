@@ -7,7 +7,8 @@ Without torchrun the same line is one rank. --help lists the flags.
 
 import sys
 
-from megakd.config import fail, parse
+from megakd.config import parse
+from megakd.errors import told_in_one_line
 
 
 def main() -> None:
@@ -15,13 +16,9 @@ def main() -> None:
     from megakd.runtime.initialize import process_group_closed_at_exit
     from megakd.trainer import train
 
-    try:
-        with process_group_closed_at_exit():
-            train(config)
-    except ValueError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        fail(f"interrupted; the same command continues {config.output.save} after its last checkpoint (--save-interval)")
+    going_on = f"interrupted; the same command continues {config.output.save} after its last checkpoint (--save-interval)"
+    with told_in_one_line(interrupted=going_on), process_group_closed_at_exit():
+        train(config)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ from distributed import run_distributed
 from safetensors.torch import load_file, save_file
 from tiny import tiny_folder
 
-from megakd import config, trainer
+from megakd import errors, trainer
 from megakd.config import parse
 from megakd.data.tasks import make_rows
 from megakd.data.train_tokenizer import train_tokenizer
+from megakd.errors import UserError
 from megakd.models.hf_checkpoint import load_hf_config
 from megakd.runtime.initialize import process_group_closed_at_exit
 
@@ -166,7 +167,7 @@ def complain(layout, root: Path, monkeypatch) -> dict[str, str]:
                 trainer.train(parse(command(root, changes)))
             except SystemExit:
                 lines[name] = said.getvalue().strip()
-            except ValueError as error:
+            except UserError as error:
                 lines[name] = str(error)
     return lines
 
@@ -199,11 +200,11 @@ def test_a_loss_that_is_no_number_names_itself():
 
 
 def test_a_mistake_that_rank_zero_does_not_share_is_told_by_whoever_has_it(monkeypatch, capsys):
-    monkeypatch.setattr(config, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(errors, "GRACE_SECONDS", 0.0)
     for rank, said in {"0": "error: no such file", "3": "error on rank 3: no such file"}.items():
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit) as exit:
-            config.fail("no such file")
+            errors.fail("no such file")
         assert exit.value.code == 2 and capsys.readouterr().err == f"{said}\n"
 
 

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from megakd.checkpointing import ModelFolder, NativeCheckpoint, export_to_hf, read_latest
 from megakd.checkpointing.import_hf import hf_to_native
 from megakd.checkpointing.reshard import reshard
+from megakd.errors import UserError
 from megakd.models.model_provider import build_model, padded_vocab_size
 from megakd.schedules import forward_only
 
@@ -263,7 +264,7 @@ def test_a_verification_that_fails_leaves_nothing_behind(folders, tmp_path, monk
         "megakd.checkpointing.torch_dist_writer.torch.save", lambda value, file: save_with_a_wrong_bit(value, file)
     )
     with pytest.raises(
-        RuntimeError, match=r"verification: transformer\.h\.0\.ln_1\.weight differs from its source; nothing was written"
+        UserError, match=r"verification: transformer\.h\.0\.ln_1\.weight differs from its source; nothing was written"
     ):
         hf_to_native(folders["gpt2"], tmp_path / "new", tp=1, pp=1)
     monkeypatch.undo()
@@ -271,7 +272,7 @@ def test_a_verification_that_fails_leaves_nothing_behind(folders, tmp_path, monk
         "megakd.checkpointing.export_hf.HuggingFaceView.read",
         lambda self, name, index: torch.zeros([s.stop - s.start for s in index]),
     )
-    with pytest.raises(RuntimeError, match=r"verification: .* differs from its source"):
+    with pytest.raises(UserError, match=r"verification: .* differs from its source"):
         export_to_hf(tmp_path / "mp", tmp_path / "hf")
     assert {path.name for path in tmp_path.iterdir()} == {"mp"}
 

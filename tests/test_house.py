@@ -10,11 +10,12 @@ from transformers.utils import is_kernels_available
 
 ROOT = Path(__file__).parents[1]
 ROOMS = [  # a file imports from rooms above its own, or from its own
-    "megakd_kernels", "config", "reporting", "runtime", "data", "optimizer", "losses", "schedules", "models", "generation", "methods",
-    "checkpointing", "preflight", "evaluation", "trainer", "benchmarking",
+    "megakd_kernels", "errors", "config", "reporting", "runtime", "data", "optimizer", "losses", "schedules", "models", "generation",
+    "methods", "checkpointing", "preflight", "evaluation", "trainer", "benchmarking",
 ]  # fmt: skip
 WITHOUT_MEGATRON = [
     "kernels/megakd_kernels",
+    "megakd/errors.py",
     "megakd/config.py",
     "megakd/data",
     "megakd/losses",

@@ -21,6 +21,7 @@ import torch
 from megakd.benchmarking.workload import Workload, positions
 from megakd.config import BenchmarkConfig
 from megakd.data.batch import Sample
+from megakd.errors import UserError
 from megakd.reporting.logger import RunLogger
 from megakd.reporting.stopwatch import now
 from megakd.runtime.initialize import is_rank_zero
@@ -73,7 +74,7 @@ def iterations(systems: Sequence, workload: Workload, folder: Path, dtype: torch
     """Every system's iterations over the same batches, once all of them have got the first one right.
 
     Raises:
-        ValueError: losses differ; nothing was timed, or what was timed is thrown away.
+        UserError: losses differ; nothing was timed, or what was timed is thrown away.
     """
     loggers = {
         s.name: RunLogger(folder / s.name, total_iterations=0, enabled=is_rank_zero(), log_interval=10**9) for s in systems
@@ -99,14 +100,14 @@ def check_equal(losses: dict[str, dict[str, float]], tolerance: float) -> None:
     """Refuse systems whose losses differ by more than `tolerance` of their size.
 
     Raises:
-        ValueError: which loss, and what each system made of it.
+        UserError: which loss, and what each system made of it.
     """
     (first, ours), *others = losses.items()
     for name, theirs in others:
         for loss in (key for key in theirs if key.startswith("loss/")):
             value = theirs[loss]
             if not math.isclose(ours[loss], value, rel_tol=tolerance, abs_tol=1e-9):
-                raise ValueError(
+                raise UserError(
                     f"{loss} is {ours[loss]:.6g} in {first} and {value:.6g} in {name}: not the same work, so it is not timed"
                 )
 

@@ -24,7 +24,7 @@ def run(config: BenchmarkConfig) -> None:
     """Measure, print, append to the CSV, draw.
 
     Raises:
-        ValueError: something does not fit, or the systems do not compute the same losses.
+        UserError: something does not fit, or the systems do not compute the same losses.
     """
     if config.threads:
         torch.set_num_threads(config.threads)

@@ -20,6 +20,7 @@ from megakd.data.batch import Sample
 from megakd.data.dataloader import DataLoader
 from megakd.data.sft_dataset import SFTDataset
 from megakd.data.tokenizer import load_tokenizer
+from megakd.errors import UserError
 from megakd.reporting.flops import FORWARD, FROZEN_WITH_GRADIENT, TRAINING, TransformerSizes, forward_flops_per_token
 
 disable_progress_bar()
@@ -50,7 +51,7 @@ def make_workload(config: BenchmarkConfig) -> Workload:
     """`repetitions` + 1 global batches, from --data or drawn.
 
     Raises:
-        ValueError: the data or the tokenizer do not fit.
+        UserError: the data or the tokenizer do not fit.
     """
     rows, prompt_ids, vocab_size = read_rows(config) if config.data else draw_rows(config)
     rows = [replace(row, response=row.response[: config.max_new_tokens]) for row in rows]
@@ -65,7 +66,7 @@ def read_rows(config: BenchmarkConfig) -> tuple[Sequence[Sample], list[int], int
     rows = SFTDataset(config.data, tokenizer, max_length=config.max_length, max_prompt_length=config.max_prompt_length)
     vocab_size = config.vocab_size or len(tokenizer)
     if vocab_size < len(tokenizer):
-        raise ValueError(
+        raise UserError(
             f"--vocab-size {vocab_size} is less than the {len(tokenizer)} tokens of --tokenizer {config.tokenizer}; raise it"
         )
     settings = PromptKDConfig()

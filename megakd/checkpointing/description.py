@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import megakd
+from megakd.errors import UserError
 
 FILE = "megakd_checkpoint.json"
 FORMAT_VERSION = 1
@@ -43,11 +44,11 @@ class Description:
     def read(cls, folder: Path) -> Description:
         """
         Raises:
-            ValueError: missing, damaged, or of a newer format.
+            UserError: missing, damaged, or of a newer format.
         """
         file = folder / FILE
         if not file.is_file():
-            raise ValueError(
+            raise UserError(
                 f"{file}: missing, so this is not a megakd checkpoint; give a folder that megakd or hf_to_mp.py wrote"
             )
         try:
@@ -55,9 +56,9 @@ class Description:
             newer = fields["format_version"] > FORMAT_VERSION
             found = None if newer else cls(**fields)
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{file}: damaged ({error}); copy the checkpoint again") from error
+            raise UserError(f"{file}: damaged ({error}); copy the checkpoint again") from error
         if newer:
-            raise ValueError(
+            raise UserError(
                 f"{file}: format version {fields['format_version']}, this megakd reads up to {FORMAT_VERSION}; use a newer megakd"
             )
         return found

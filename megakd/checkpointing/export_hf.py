@@ -41,7 +41,7 @@ def export_to_hf(
     `force` replaces an earlier export, and nothing else.
 
     Raises:
-        ValueError: the checkpoint cannot be read or `save` is in use; nothing was written.
+        UserError: the checkpoint cannot be read or `save` is in use; nothing was written.
     """
     native = NativeCheckpoint(load, iteration=iteration)
     view = HuggingFaceView(native)

@@ -18,6 +18,7 @@ from megakd.checkpointing.parameters import Grid, Parameter, checkpoint_paramete
 from megakd.checkpointing.publish import check_target, published
 from megakd.checkpointing.torch_dist_writer import TorchDistWriter
 from megakd.checkpointing.verify import check_equal, progress
+from megakd.errors import UserError
 from megakd.models.hf_checkpoint import without_prefix
 from megakd.models.hf_writer import DTYPES
 from megakd.models.model_provider import check_layout, padded_vocab_size
@@ -40,7 +41,7 @@ def hf_to_native(model: Path, save: Path, *, tp: int, pp: int, verify: bool = Tr
     """Write iteration 0 of checkpoint `save` and return its folder.
 
     Raises:
-        ValueError: the model cannot be read, TP or PP does not divide it, or `save` is in use; nothing was written.
+        UserError: the model cannot be read, TP or PP does not divide it, or `save` is in use; nothing was written.
     """
     source = WindowedCheckpoint(model)
     hf = source.config
@@ -63,7 +64,7 @@ def plan_import(source: WindowedCheckpoint, padded_size: int) -> list[PlannedPar
     """Every parameter's shape and dtype, from the headers alone.
 
     Raises:
-        ValueError: a tensor is missing, or its shape or dtype does not fit with the others.
+        UserError: a tensor is missing, or its shape or dtype does not fit with the others.
     """
     plan = [_planned(source, parameter) for parameter in checkpoint_parameters(source.config, padded_size)]
     first: dict[str, PlannedParameter] = {}
@@ -71,7 +72,7 @@ def plan_import(source: WindowedCheckpoint, padded_size: int) -> list[PlannedPar
         model = first.setdefault(item.parameter.key, item)
         if (item.shape, item.dtype) != (model.shape, model.dtype):
             names = ", ".join(tensor.name for tensor in item.parameter.mapping.sources())
-            raise ValueError(
+            raise UserError(
                 f"{source.flag} {source.folder}: {names} is {item.dtype} of shape {item.shape}, but in layer 0 {model.dtype} of "
                 f"shape {model.shape}; layers must be alike, save the model with one dtype"
             )
@@ -83,7 +84,7 @@ def _planned(source: WindowedCheckpoint, parameter: Parameter) -> PlannedParamet
     found = {source.dtype(tensor.name) for tensor in tensors}
     if len(found) > 1 or not found <= set(DTYPES):
         names = ", ".join(tensor.name for tensor in tensors)
-        raise ValueError(
+        raise UserError(
             f"{source.flag} {source.folder}: {names} is stored as {', '.join(sorted(found))}; "
             f"save the model with one of {', '.join(DTYPES)}"
         )
@@ -95,7 +96,7 @@ def _check_vocabulary(source: WindowedCheckpoint, parameter: Parameter) -> None:
     if isinstance(parameter.mapping, Vocabulary):
         tensor, expected = parameter.mapping.tensor, (source.config.vocab_size, source.config.hidden_size)
         if tensor.shape(source) != expected:
-            raise ValueError(
+            raise UserError(
                 f"{source.flag} {source.folder}: {tensor.name} has shape {tensor.shape(source)}, but config.json asks for "
                 f"{expected}; set vocab_size and hidden_size to what the weights have"
             )

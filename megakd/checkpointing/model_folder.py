@@ -29,7 +29,7 @@ class ModelFolder:
     def open(cls, path: str | Path, *, flag: str = "--model") -> ModelFolder:
         """
         Raises:
-            ValueError: neither a Hugging Face folder nor a native checkpoint, or a damaged one.
+            UserError: neither a Hugging Face folder nor a native checkpoint, or a damaged one.
         """
         path = Path(path)
         if is_native(path):
@@ -42,6 +42,6 @@ class ModelFolder:
         """Fill this rank's parameters, reading only this rank's slices; no rank waits for another.
 
         Raises:
-            ValueError: a tensor is missing or its shape is not what the config says.
+            UserError: a tensor is missing or its shape is not what the config says.
         """
         load_weights(model, self.source)

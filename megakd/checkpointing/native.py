@@ -18,6 +18,7 @@ from megakd.checkpointing.blocks import Index
 from megakd.checkpointing.description import FILE, Description
 from megakd.checkpointing.publish import write_text
 from megakd.checkpointing.torch_dist_reader import StoredTensor, TorchDistReader
+from megakd.errors import UserError
 from megakd.models.hf_checkpoint import load_hf_config
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -31,7 +32,7 @@ class NativeCheckpoint:
         iteration: which one; the latest by default.
 
     Raises:
-        ValueError: no such checkpoint or iteration; it is incomplete, damaged, or holds a pickle that is not to be trusted.
+        UserError: no such checkpoint or iteration; it is incomplete, damaged, or holds a pickle that is not to be trusted.
     """
 
     def __init__(self, path: str | Path, *, iteration: int | None = None, flag: str = "--load"):
@@ -67,7 +68,7 @@ class NativeCheckpoint:
 
     def _find(self, key: str) -> StoredTensor:
         if key not in self.reader.tensors:
-            raise ValueError(f"{self.folder}: holds no tensor {key!r}; it is not what its config.json says")
+            raise UserError(f"{self.folder}: holds no tensor {key!r}; it is not what its config.json says")
         return self.reader.tensors[key]
 
 
@@ -84,17 +85,17 @@ def is_native(path: Path) -> bool:
 def find_iteration(path: Path, iteration: int | None = None, *, flag: str = "--load") -> Path:
     """The folder of one iteration; the latest by default."""
     if not path.is_dir():
-        raise ValueError(f"{flag} {path}: no such folder; give a checkpoint folder, or one iter_* folder in it")
+        raise UserError(f"{flag} {path}: no such folder; give a checkpoint folder, or one iter_* folder in it")
     if iteration is None and (path / FILE).is_file():
         return path
     number = read_latest(path, flag=flag) if iteration is None else iteration
     if number is None:
         right = path / "checkpoints" if is_native(path / "checkpoints") else "the folder that hf_to_mp.py's --save named"
-        raise ValueError(f"{flag} {path}: no {LATEST}, so it is not a native checkpoint; give {right}")
+        raise UserError(f"{flag} {path}: no {LATEST}, so it is not a native checkpoint; give {right}")
     folder = iteration_folder(path, number)
     if not folder.is_dir():
         there = ", ".join(sorted(found.name for found in path.glob("iter_*"))) or "none"
-        raise ValueError(f"{flag} {path}: holds no {folder.name} (there: {there}); choose one with --iteration")
+        raise UserError(f"{flag} {path}: holds no {folder.name} (there: {there}); choose one with --iteration")
     return folder
 
 
@@ -102,14 +103,14 @@ def read_latest(root: str | Path, *, flag: str = "--load") -> int | None:
     """The last iteration that was saved completely, None where none was.
 
     Raises:
-        ValueError: latest_checkpointed_iteration.txt does not hold a number.
+        UserError: latest_checkpointed_iteration.txt does not hold a number.
     """
     file = Path(root) / LATEST
     if not file.is_file():
         return None
     text = file.read_text().strip()
     if not text.isdecimal():
-        raise ValueError(f"{flag} {root}: {LATEST} says {text[:40]!r}, which is no iteration; choose one with --iteration")
+        raise UserError(f"{flag} {root}: {LATEST} says {text[:40]!r}, which is no iteration; choose one with --iteration")
     return int(text)
 
 

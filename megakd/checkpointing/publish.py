@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megakd.errors import UserError
+
 
 @contextmanager
 def published(target: Path) -> Iterator[Path]:
@@ -65,15 +67,15 @@ def check_target(target: Path, *, force: bool, ours: Callable[[Path], bool], wha
     """Refuse to write over something; `--force` replaces what `ours` recognises, and nothing else.
 
     Raises:
-        ValueError: the target is a file, or a folder with something in it.
+        UserError: the target is a file, or a folder with something in it.
     """
     if target.is_file():
-        raise ValueError(f"--save {target}: is a file; give a folder")
+        raise UserError(f"--save {target}: is a file; give a folder")
     if not target.exists() or not any(target.iterdir()):
         return
     if not force:
-        raise ValueError(f"--save {target}: exists and is not empty; give another folder, or --force to replace it")
+        raise UserError(f"--save {target}: exists and is not empty; give another folder, or --force to replace it")
     if not ours(target):
-        raise ValueError(
+        raise UserError(
             f"--save {target}: holds something else than {what}, which --force does not replace; give another folder"
         )

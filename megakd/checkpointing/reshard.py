@@ -36,7 +36,7 @@ def reshard(
     """Write the same iteration under `save` at TP x PP and return its folder.
 
     Raises:
-        ValueError: the checkpoint cannot be read, TP or PP does not divide the model, or `save` is in use; nothing was written.
+        UserError: the checkpoint cannot be read, TP or PP does not divide the model, or `save` is in use; nothing was written.
     """
     native = NativeCheckpoint(load, iteration=iteration)
     check_layout(native.hf_config, tp, pp, flag="--load", name=str(load))

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint import Metadata
 
+from megakd.errors import UserError
+
 METADATA = ".metadata"
 CLASSES = {
     "torch": {"Size", "device"},
@@ -58,20 +60,20 @@ def read_metadata(folder: Path) -> Metadata:
     """The index of a torch_dist folder; no code of the file's choosing runs.
 
     Raises:
-        ValueError: there is none, it is damaged, or it names anything that does not belong in an index.
+        UserError: there is none, it is damaged, or it names anything that does not belong in an index.
     """
     file = folder / METADATA
     if not file.is_file():
-        raise ValueError(f"{file}: missing; the checkpoint is incomplete, use another iteration or copy it again")
+        raise UserError(f"{file}: missing; the checkpoint is incomplete, use another iteration or copy it again")
     try:
         with file.open("rb") as stream:
             metadata = MetadataUnpickler(stream).load()
     except ForbiddenGlobal as error:
-        raise ValueError(
+        raise UserError(
             f"{file}: names {error}, which a checkpoint index never needs and which could run code; do not trust it"
         ) from error
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise ValueError(f"{file}: damaged or cut off ({type(error).__name__}); copy the checkpoint again") from error
+        raise UserError(f"{file}: damaged or cut off ({type(error).__name__}); copy the checkpoint again") from error
     if not isinstance(metadata, Metadata):
-        raise ValueError(f"{file}: is a {type(metadata).__name__}, not a checkpoint index; copy the checkpoint again")
+        raise UserError(f"{file}: is a {type(metadata).__name__}, not a checkpoint index; copy the checkpoint again")
     return metadata

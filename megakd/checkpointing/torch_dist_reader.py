@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megakd.checkpointing.blocks import Index, row_pieces
 from megakd.checkpointing.safe_metadata import read_metadata
+from megakd.errors import UserError
 
 TENSOR_DATA = "data/0"  # the name of the first storage in torch.save's zip file
 
@@ -54,7 +55,7 @@ class StoredTensor:
         """The rectangle `index`, as a tensor of its own.
 
         Raises:
-            ValueError: the chunks do not cover it, or a chunk is damaged.
+            UserError: the chunks do not cover it, or a chunk is damaged.
         """
         out = torch.empty([s.stop - s.start for s in index], dtype=self.dtype)
         to = out.view(torch.uint8)
@@ -65,7 +66,7 @@ class StoredTensor:
                 to[byte_index(piece, [s.start for s in index], out.itemsize)] = source
                 filled += source.numel()
         if filled != out.nbytes:
-            raise ValueError(f"{self.key}: the checkpoint holds {filled:,} of {out.nbytes:,} bytes of {index}; it is incomplete")
+            raise UserError(f"{self.key}: the checkpoint holds {filled:,} of {out.nbytes:,} bytes of {index}; it is incomplete")
         return out
 
     def _candidates(self, index: Index) -> list[StoredChunk]:
@@ -78,7 +79,7 @@ class TorchDistReader:
     """The tensors of a torch_dist folder by key. Opening it checks the index and every file's length, and reads no tensor.
 
     Raises:
-        ValueError: the index is missing, damaged or not to be trusted; a file is missing or cut off.
+        UserError: the index is missing, damaged or not to be trusted; a file is missing or cut off.
     """
 
     def __init__(self, folder: Path):
@@ -106,9 +107,9 @@ class TorchDistReader:
         for name, end in file_ends(self.metadata).items():
             file = self.folder / name
             if Path(name).name != name or not file.is_file():
-                raise ValueError(f"{file}: the index names this file, but it is not there; copy the checkpoint again")
+                raise UserError(f"{file}: the index names this file, but it is not there; copy the checkpoint again")
             if (size := file.stat().st_size) < end:
-                raise ValueError(
+                raise UserError(
                     f"{file}: {size:,} bytes, but the index describes {end:,}; it is truncated, copy the checkpoint again"
                 )
 
@@ -146,14 +147,14 @@ def data_offset(chunk: StoredChunk, nbytes: int) -> int:
     """Where in its file the chunk's tensor begins.
 
     Raises:
-        ValueError: not the zip file that torch.save writes of one tensor of this size.
+        UserError: not the zip file that torch.save writes of one tensor of this size.
     """
     try:
         with chunk.file.open("rb") as file:
             archive = torch._C.PyTorchFileReader(_create_file_view(file, chunk.start, chunk.length))
             offset = archive.get_record_offset(TENSOR_DATA)
     except RuntimeError as error:
-        raise ValueError(f"{chunk.file}: damaged at byte {chunk.start:,}; copy the checkpoint again") from error
+        raise UserError(f"{chunk.file}: damaged at byte {chunk.start:,}; copy the checkpoint again") from error
     if offset + nbytes > chunk.length:
-        raise ValueError(f"{chunk.file}: too few bytes at byte {chunk.start:,}; it is damaged, copy the checkpoint again")
+        raise UserError(f"{chunk.file}: too few bytes at byte {chunk.start:,}; it is damaged, copy the checkpoint again")
     return chunk.start + offset

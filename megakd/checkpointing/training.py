@@ -30,6 +30,7 @@ from megakd.checkpointing.parameters import HEAD
 from megakd.checkpointing.publish import hidden, published
 from megakd.checkpointing.reshard import RUN_CONFIG
 from megakd.checkpointing.torch_dist_save import SynchronousSave
+from megakd.errors import UserError
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.runtime.parallel_layout import ParallelLayout
 
@@ -81,7 +82,7 @@ def load_checkpoint(
     """Fill model and optimizer in place, on all ranks; returns the extra tensors, on the CPU, on every rank.
 
     Raises:
-        ValueError: no such checkpoint, an untrusted or damaged one, or it lacks something that is asked for.
+        UserError: no such checkpoint, an untrusted or damaged one, or it lacks something that is asked for.
     """
     native = NativeCheckpoint(root, iteration=iteration, flag=flag)
     state = sharded_state(model, optimizer, is_loading=True)
@@ -143,9 +144,9 @@ def without_objects(value: Any) -> Any:
 def _check_complete(native: NativeCheckpoint, state: dict, *, flag: str) -> None:
     missing = sorted({value.key for value in nested_values(state) if isinstance(value, ShardedTensor)} - set(native.keys))
     if any(key.startswith("optimizer.") for key in missing):
-        raise ValueError(f"{flag} {native.folder}: holds no optimizer state to resume from; start a new run from it with --model")
+        raise UserError(f"{flag} {native.folder}: holds no optimizer state to resume from; start a new run from it with --model")
     if missing:
-        raise ValueError(f"{flag} {native.folder}: holds no {missing[0]!r}; it belongs to another model or method")
+        raise UserError(f"{flag} {native.folder}: holds no {missing[0]!r}; it belongs to another model or method")
 
 
 class LoadCommonWithoutPickle(TorchCommonLoadStrategy):
@@ -154,13 +155,13 @@ class LoadCommonWithoutPickle(TorchCommonLoadStrategy):
     def load_common(self, checkpoint_dir: str | Path) -> dict:
         """
         Raises:
-            ValueError: damaged, or there is more in it.
+            UserError: damaged, or there is more in it.
         """
         file = Path(checkpoint_dir) / COMMON_STATE_FNAME
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{file}: damaged, or holds more than numbers and names; copy the checkpoint again, or do not trust it"
             ) from error
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megakd.checkpointing.blocks import Index, bits, blocks
+from megakd.errors import UserError
 
 
 class Tensors(Protocol):
@@ -36,12 +37,12 @@ def check_equal(written: Tensors, source: Tensors, dtypes: dict[str, torch.dtype
     """Compare the named tensors.
 
     Raises:
-        RuntimeError: one differs; a disk, or this program, is at fault.
+        UserError: one differs; a disk, or this program, is at fault.
     """
     with progress(_stored_bytes(source, dtypes), "verifying") as bar:
         for name, dtype in dtypes.items():
             if tuple(written.shape(name)) != tuple(source.shape(name)):
-                raise RuntimeError(
+                raise UserError(
                     f"verification: {name} has shape {tuple(written.shape(name))}, its source {tuple(source.shape(name))}"
                 )
             compare_blocks(name, _pairs(written, source, name, dtype), bar)
@@ -56,9 +57,9 @@ def compare_blocks(name: str, blocks_of_both: Iterable[tuple[Tensor, Tensor]], b
     """Compare pairs of blocks of one tensor, dtypes and all bits.
 
     Raises:
-        RuntimeError: a pair differs; `name` is the tensor's.
+        UserError: a pair differs; `name` is the tensor's.
     """
     for ours, theirs in blocks_of_both:
         if ours.dtype != theirs.dtype or not torch.equal(bits(ours), bits(theirs)):
-            raise RuntimeError(f"verification: {name} differs from its source; nothing was written, try again and check the disk")
+            raise UserError(f"verification: {name} differs from its source; nothing was written, try again and check the disk")
         bar.update(ours.nbytes)

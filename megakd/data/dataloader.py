@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megakd.data.batch import Sample
+from megakd.errors import UserError
 
 
 class DataLoader:
@@ -17,7 +18,7 @@ class DataLoader:
 
     Rows that do not fill a batch at an epoch's end are left out of that epoch.
 
-    Raises ValueError where the batch does not fit the data set or the ranks.
+    Raises UserError where the batch does not fit the data set or the ranks.
     """
 
     def __init__(
@@ -30,12 +31,12 @@ class DataLoader:
         dp_size: int = 1,
     ) -> None:
         if global_batch_size > len(dataset):
-            raise ValueError(
+            raise UserError(
                 f"--global-batch-size {global_batch_size} is more than the {len(dataset)} rows of the data; "
                 f"use at most {len(dataset)}"
             )
         if global_batch_size % dp_size:
-            raise ValueError(
+            raise UserError(
                 f"--global-batch-size {global_batch_size} is not divisible by the {dp_size} data-parallel ranks; "
                 f"use a multiple of {dp_size}"
             )

@@ -17,6 +17,7 @@ import numpy as np
 
 from megakd.data.batch import Sample
 from megakd.data.text_dataset import report_dropped
+from megakd.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
 DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4"}  # 6 and 7 are fractions, no ids
@@ -39,7 +40,7 @@ class IndexedDataset(Sequence[Sample]):
     """The items of all shards whose prompt has at most `max_prompt_length` ids, as Samples of at most `max_length`; with
     `prompts_only` the prompts alone.
 
-    Raises ValueError where the files cannot be used, hold ids from `vocab_size` on, or no item is left.
+    Raises UserError where the files cannot be used, hold ids from `vocab_size` on, or no item is left.
     """
 
     def __init__(
@@ -101,15 +102,15 @@ def shard_files(path: Path) -> Iterator[Path]:
 
 
 def open_shard(path: Path, vocab_size: int) -> Shard:
-    """Raises ValueError where a file is missing, the two do not fit, or an id is `vocab_size` or more."""
+    """Raises UserError where a file is missing, the two do not fit, or an id is `vocab_size` or more."""
     index = path.with_suffix(".idx")
     for file in (path, index):
         if not file.is_file():
-            raise ValueError(f"{file}: no such file; token data are a .bin and the .idx beside it")
+            raise UserError(f"{file}: no such file; token data are a .bin and the .idx beside it")
     dtype, sizes, offsets = read_index(index)
     starts, count = offsets // dtype.itemsize, path.stat().st_size // dtype.itemsize
     if not len(sizes) or int((starts + sizes).max()) > count:
-        raise ValueError(f"{index} names {len(sizes)} items beyond the {count} ids of {path.name}; make both files again")
+        raise UserError(f"{index} names {len(sizes)} items beyond the {count} ids of {path.name}; make both files again")
     ids = np.memmap(path, dtype=dtype, mode="r")
     return Shard(path, ids, starts, sizes, prompt_lengths(path, ids, starts, vocab_size))
 
@@ -119,12 +120,12 @@ def read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
     data = np.memmap(path, dtype=np.uint8, mode="r")
     head = data[:HEADER].tobytes()
     if len(head) < HEADER or not head.startswith(MAGIC):
-        raise ValueError(f"{path} does not begin like an index of token data; give what MiniLLM's or Megatron's tools wrote")
+        raise UserError(f"{path} does not begin like an index of token data; give what MiniLLM's or Megatron's tools wrote")
     code, items = head[len(MAGIC) + 8], int.from_bytes(head[len(MAGIC) + 9 : len(MAGIC) + 17], "little")
     if code not in DTYPES:
-        raise ValueError(f"{path} has dtype code {code}, which is no whole number; token ids have {', '.join(map(str, DTYPES))}")
+        raise UserError(f"{path} has dtype code {code}, which is no whole number; token ids have {', '.join(map(str, DTYPES))}")
     if len(data) < HEADER + 12 * items:
-        raise ValueError(f"{path} ends before its {items} items do; make it again")
+        raise UserError(f"{path} ends before its {items} items do; make it again")
     sizes = data[HEADER : HEADER + 4 * items].view("<i4")
     return np.dtype(DTYPES[code]), sizes, data[HEADER + 4 * items : HEADER + 12 * items].view("<i8")
 
@@ -138,7 +139,7 @@ def prompt_lengths(path: Path, ids: np.ndarray, starts: np.ndarray, vocab_size: 
         separates = part == separator
         largest = part.max(where=~separates, initial=0)
         if largest >= vocab_size:
-            raise ValueError(f"{path} holds the id {largest}, the tokenizer {vocab_size}; give data of this model's tokenizer")
+            raise UserError(f"{path} holds the id {largest}, the tokenizer {vocab_size}; give data of this model's tokenizer")
         positions = np.flatnonzero(separates) + first
         items = np.searchsorted(starts, positions, side="right") - 1
         unseen = lengths[items] < 0

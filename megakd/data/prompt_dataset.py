@@ -12,12 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from megakd.data.rows import Row, read_rows
 from megakd.data.text_dataset import TextDataset, report_dropped
 from megakd.data.tokenizer import encode
+from megakd.errors import UserError
 
 
 class PromptDataset(TextDataset):
     """The rows of `path` that have a prompt of at most `max_prompt_length` ids, each a Sample with an empty response.
 
-    Raises ValueError where the file cannot be used or no row is left.
+    Raises UserError where the file cannot be used or no row is left.
     """
 
     def __init__(
@@ -33,14 +34,14 @@ class PromptDataset(TextDataset):
             if 0 < len(ids) <= max_prompt_length:
                 self._add(row, ids, [])
         if not self:
-            raise ValueError(f"{path} holds no text of two tokens or more; there is nothing to continue")
+            raise UserError(f"{path} holds no text of two tokens or more; there is nothing to continue")
 
 
 def check_prompts(rows: list[Row]) -> None:
-    """Raises ValueError at the first row with neither a prompt nor a text."""
+    """Raises UserError at the first row with neither a prompt nor a text."""
     for row in rows:
         if not row.prompt and not row.references:
-            raise ValueError(f"{row.where} has an empty prompt; a model needs at least one token to continue")
+            raise UserError(f"{row.where} has an empty prompt; a model needs at least one token to continue")
 
 
 def opening(row: Row, ids: list[int], tokenizer: PreTrainedTokenizerBase, max_prompt_length: int) -> tuple[Row, list[int]]:

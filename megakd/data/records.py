@@ -14,19 +14,21 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from megakd.errors import UserError
+
 NEWLINE = "<@x(x!>"  # within a document of MiniLLM's corpora
 TABLES = (".parquet", ".arrow")
 FORMS = "prompt with response (or output), instruction with output, question with answer, messages, or text"
 
 
 def records(path: Path) -> Iterator[tuple[str, dict]]:
-    """Where each record stands, as "train.jsonl line 7", and its fields. Raises ValueError where the file cannot be read."""
+    """Where each record stands, as "train.jsonl line 7", and its fields. Raises UserError where the file cannot be read."""
     if path.is_dir() or (path.suffix in TABLES and path.is_file()):
         return table_records(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such data file; give the path of a .jsonl or .txt file")
+        raise UserError(f"{path}: no such data file; give the path of a .jsonl or .txt file")
     if path.suffix in (".bin", ".idx"):
-        raise ValueError(f"{path} holds token ids, and text is needed here; give the .jsonl they were made from")
+        raise UserError(f"{path} holds token ids, and text is needed here; give the .jsonl they were made from")
     return text_records(path) if path.suffix == ".txt" else json_records(path)
 
 
@@ -48,21 +50,21 @@ def json_records(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def read_text(path: Path) -> str:
-    """With or without a byte-order mark. Raises ValueError where the file is not UTF-8."""
+    """With or without a byte-order mark. Raises UserError where the file is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from error
+        raise UserError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from error
 
 
 def json_object(line: str, where: str) -> dict:
-    """The fields of one line. Raises ValueError where it is no JSON object."""
+    """The fields of one line. Raises UserError where it is no JSON object."""
     try:
         fields = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON ({error.msg} at column {error.colno}): {short(line)}; fix it") from error
+        raise UserError(f"{where} is not JSON ({error.msg} at column {error.colno}): {short(line)}; fix it") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{where} is {short(line)}, not a JSON object; it needs {FORMS}")
+        raise UserError(f"{where} is {short(line)}, not a JSON object; it needs {FORMS}")
     return fields
 
 
@@ -79,12 +81,12 @@ def table_files(path: Path) -> list[Path]:
     """In the order of the rows: as `save_to_disk` noted it, or that of their names."""
     if (path / "dataset_dict.json").is_file():
         splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
-        raise ValueError(f"{path} holds the splits {', '.join(splits)}; give the folder of one, as {path / splits[0]}")
+        raise UserError(f"{path} holds the splits {', '.join(splits)}; give the folder of one, as {path / splits[0]}")
     if (path / "state.json").is_file():
         return [path / file["filename"] for file in json.loads((path / "state.json").read_text())["_data_files"]]
     files = sorted(file for file in path.iterdir() if file.suffix in TABLES) if path.is_dir() else [path]
     if not files:
-        raise ValueError(f"{path} is a folder without .parquet or .arrow files; give such a folder, or a .jsonl or .txt file")
+        raise UserError(f"{path} is a folder without .parquet or .arrow files; give such a folder, or a .jsonl or .txt file")
     return files
 
 
@@ -94,13 +96,13 @@ def read_table(file: Path) -> Iterator[dict]:
         import pyarrow
         from pyarrow import ipc, parquet
     except ImportError as error:
-        raise ValueError(f"{file}: tables need `pip install pyarrow`; or convert them to .jsonl") from error
+        raise UserError(f"{file}: tables need `pip install pyarrow`; or convert them to .jsonl") from error
     try:
         batches = parquet.ParquetFile(file).iter_batches() if file.suffix == ".parquet" else ipc.open_stream(file)
         for batch in batches:
             yield from batch.to_pylist()
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{file} is no {file.suffix} file ({str(error).splitlines()[0]}); save it again") from error
+        raise UserError(f"{file} is no {file.suffix} file ({str(error).splitlines()[0]}); save it again") from error
 
 
 def short(text: str) -> str:

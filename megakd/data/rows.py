@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from megakd.data.chat import split_messages
 from megakd.data.records import FORMS, records, short
 from megakd.data.templates import open_template
+from megakd.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,17 @@ class Row:
 def read_rows(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, *, template: str = "alpaca") -> list[Row]:
     """All rows of a file or dataset folder; `messages` need the tokenizer.
 
-    Raises ValueError naming file, line, value and way out where one cannot be used.
+    Raises UserError naming file, line, value and way out where one cannot be used.
     """
     render = open_template(template)
     rows = [row_of(fields, where, render, tokenizer) for where, fields in records(Path(path))]
     if not rows:
-        raise ValueError(f"{path} is empty; it needs one JSON object a line with {FORMS}")
+        raise UserError(f"{path} is empty; it needs one JSON object a line with {FORMS}")
     return rows
 
 
 def row_of(fields: dict, where: str, render: Callable[[str, str], str], tokenizer: PreTrainedTokenizerBase | None) -> Row:
-    """The first of the forms above that the fields have. Raises ValueError where they have none, or a value is no text."""
+    """The first of the forms above that the fields have. Raises UserError where they have none, or a value is no text."""
     if "prompt" in fields:
         prompt = string(fields, "prompt", where)
     elif "instruction" in fields:
@@ -56,7 +57,7 @@ def row_of(fields: dict, where: str, render: Callable[[str, str], str], tokenize
     elif "text" in fields:
         return Row(where, "", (string(fields, "text", where),))
     else:
-        raise ValueError(f"{where} has the fields {short(', '.join(fields))}; it needs {FORMS}")
+        raise UserError(f"{where} has the fields {short(', '.join(fields))}; it needs {FORMS}")
     return Row(where, prompt, references(fields, where))
 
 
@@ -70,8 +71,8 @@ def references(fields: dict, where: str) -> tuple[str, ...]:
 
 
 def string(fields: dict, name: str, where: str, expected: str = "a text") -> str:
-    """A field's text, "" where it is missing. Raises ValueError where it is something else than `expected`."""
+    """A field's text, "" where it is missing. Raises UserError where it is something else than `expected`."""
     value = fields.get(name, "")
     if not isinstance(value, str):
-        raise ValueError(f"{where}: field {name} is {short(json.dumps(value, default=str))}; it must be {expected}")
+        raise UserError(f"{where}: field {name} is {short(json.dumps(value, default=str))}; it must be {expected}")
     return value

@@ -12,12 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from megakd.data.rows import Row, read_rows
 from megakd.data.text_dataset import TextDataset, encode_responses, report_dropped
 from megakd.data.tokenizer import encode, eos_id
+from megakd.errors import UserError
 
 
 class SFTDataset(TextDataset):
     """The rows of `path` that have a prompt of at most `max_prompt_length` ids, each a Sample of at most `max_length`.
 
-    Raises ValueError where the file cannot be used, a row has no response, or no row is left.
+    Raises UserError where the file cannot be used, a row has no response, or no row is left.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class SFTDataset(TextDataset):
     ) -> None:
         super().__init__()
         if max_prompt_length >= max_length:
-            raise ValueError(
+            raise UserError(
                 f"--max-prompt-length {max_prompt_length} leaves no room for a response in --max-length {max_length}; lower it"
             )
         rows = read_rows(path, tokenizer, template=template)
@@ -48,8 +49,8 @@ class SFTDataset(TextDataset):
                     self._add(row, prompt, piece)
         if not self:
             if full_rows:
-                raise ValueError(f"{path} holds less text than a row of --max-length {max_length} tokens; give more or lower it")
-            raise ValueError(f"{path} holds no text; its documents have no tokens to learn")
+                raise UserError(f"{path} holds less text than a row of --max-length {max_length} tokens; give more or lower it")
+            raise UserError(f"{path} holds no text; its documents have no tokens to learn")
 
 
 def cut(prompt: list[int], response: list[int], max_length: int) -> list[list[int]]:
@@ -66,7 +67,7 @@ def whole_pieces(stream: list[int], length: int) -> list[int]:
 
 
 def check_responses(rows: list[Row]) -> None:
-    """Raises ValueError at the first row without one."""
+    """Raises UserError at the first row without one."""
     for row in rows:
         if not row.references:
-            raise ValueError(f"{row.where} has no response; training needs a field response or output")
+            raise UserError(f"{row.where} has no response; training needs a field response or output")

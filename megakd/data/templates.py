@@ -8,6 +8,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from megakd.errors import UserError
+
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     "\n\n### Instruction:\n{instruction}\n\n### Response:\n"
@@ -26,12 +28,12 @@ TEMPLATES = {  # name: (without input, with input)
 def open_template(name: str) -> Callable[[str, str], str]:
     """From instruction and input to the text a model is asked to continue.
 
-    Raises ValueError where there is no such template, or the file is none.
+    Raises UserError where there is no such template, or the file is none.
     """
     if name in TEMPLATES:
         return partial(render_prompt, template=name)
     if not (name.endswith(".jinja") and Path(name).is_file()):
-        raise ValueError(f"--prompt-template {name}: no such template; give {', '.join(TEMPLATES)} or the path of a .jinja file")
+        raise UserError(f"--prompt-template {name}: no such template; give {', '.join(TEMPLATES)} or the path of a .jinja file")
     return jinja_template(Path(name))
 
 
@@ -51,7 +53,7 @@ def jinja_template(path: Path) -> Callable[[str, str], str]:
         template = environment.from_string(path.read_text(encoding="utf-8"))
         template.render(instruction="an instruction", input="")
     except TemplateSyntaxError as error:
-        raise ValueError(f"--prompt-template {path} line {error.lineno}: {error.message}; correct it") from error
+        raise UserError(f"--prompt-template {path} line {error.lineno}: {error.message}; correct it") from error
     except TemplateError as error:
-        raise ValueError(f"--prompt-template {path}: {error.message}; its fields are instruction and input") from error
+        raise UserError(f"--prompt-template {path}: {error.message}; its fields are instruction and input") from error
     return lambda instruction, input: template.render(instruction=instruction, input=input)

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from megakd.data.batch import Sample
 from megakd.data.rows import Row
 from megakd.data.tokenizer import encode
+from megakd.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -62,10 +63,10 @@ def encode_responses(rows: list[Row], prompts: list[list[int]], tokenizer: PreTr
 
 
 def report_dropped(path: str | Path, lengths: list[int], max_prompt_length: int) -> None:
-    """Logs one line with the number of prompts that are too long, on rank 0. Raises ValueError where that is all of them."""
+    """Logs one line with the number of prompts that are too long, on rank 0. Raises UserError where that is all of them."""
     dropped = sum(length > max_prompt_length for length in lengths)
     if dropped == len(lengths):
-        raise ValueError(
+        raise UserError(
             f"{path}: all {dropped} prompts are longer than --max-prompt-length {max_prompt_length} tokens; "
             f"the shortest has {min(lengths)}: raise the flag"
         )

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from megakd.errors import UserError
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PROBE = "Below is an instruction.\n\n### Response:\n  It's 12,345 tokens — naïve?"  # merges, digits, spaces, bytes
 
@@ -14,21 +16,21 @@ PROBE = "Below is an instruction.\n\n### Response:\n  It's 12,345 tokens — na�
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The folder's tokenizer, pad = EOS. Reads local files only.
 
-    Raises ValueError where the folder has no usable tokenizer, or one without EOS.
+    Raises UserError where the folder has no usable tokenizer, or one without EOS.
     """
     folder = Path(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise ValueError(f"{folder} holds none of {', '.join(TOKENIZER_FILES)}; copy the model's tokenizer files into it")
+        raise UserError(f"{folder} holds none of {', '.join(TOKENIZER_FILES)}; copy the model's tokenizer files into it")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"{folder}: its tokenizer does not load ({reason}); the folder needs tokenizer.json, or the model's "
             "config.json beside vocab.json and merges.txt, or tokenizer.model"
         ) from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"{folder}: the tokenizer names no eos_token; name one in tokenizer_config.json")
+        raise UserError(f"{folder}: the tokenizer names no eos_token; name one in tokenizer_config.json")
     tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -39,7 +41,7 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError unless both spell every id alike, split text alike, and end alike.
+    """Raises UserError unless both spell every id alike, split text alike, and end alike.
 
     Embedding rows beyond the tokenizer's ids may differ in number; that is the models' business.
     """
@@ -48,14 +50,14 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
     ours, theirs = ({index: token for token, index in tok.get_vocab().items()} for tok in (student, teacher))
     for index in sorted(ours.keys() | theirs.keys()):
         if ours.get(index) != theirs.get(index):
-            raise ValueError(
+            raise UserError(
                 f"{names} have different tokenizers: id {index} is {theirs.get(index)!r} for the teacher and "
                 f"{ours.get(index)!r} for the student; {way_out}"
             )
     if encode(student, [PROBE]) != encode(teacher, [PROBE]):
-        raise ValueError(f"{names} have the same ids but split {PROBE!r} differently; {way_out}")
+        raise UserError(f"{names} have the same ids but split {PROBE!r} differently; {way_out}")
     if student.eos_token_id != teacher.eos_token_id:
-        raise ValueError(
+        raise UserError(
             f"{names} end a response differently: EOS is id {teacher.eos_token_id} for the teacher and "
             f"{student.eos_token_id} for the student; set eos_token in one tokenizer_config.json"
         )

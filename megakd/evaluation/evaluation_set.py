@@ -16,6 +16,7 @@ from megakd.data.prompt_dataset import PromptDataset
 from megakd.data.sft_dataset import check_responses
 from megakd.data.text_dataset import encode_responses
 from megakd.data.tokenizer import eos_id
+from megakd.errors import UserError
 from megakd.evaluation import gsm8k, metrics
 
 
@@ -25,7 +26,7 @@ class EvaluationSet(PromptDataset):
     A Sample's response is the first right answer and EOS, `max_response_length` ids at most. `add_bos` puts in front what the
     tokenizer puts in front of a text (OPT's </s>, Llama's <s>, nothing for GPT-2).
 
-    Raises ValueError where the file cannot be used, or a row has no right answer.
+    Raises UserError where the file cannot be used, or a row has no right answer.
     """
 
     def __init__(
@@ -90,13 +91,13 @@ def named_paths(words: Sequence[str]) -> list[NamedPath]:
     """The data sets of --data.
 
     Raises:
-        ValueError: two have one name.
+        UserError: two have one name.
     """
     named = [NamedPath.read(word) for word in words]
     for i, one in enumerate(named):
         for other in named[:i]:
             if one.name == other.name:
-                raise ValueError(f"--data {other.path} {one.path}: both are named {one.name}; name one, as in first={other.path}")
+                raise UserError(f"--data {other.path} {one.path}: both are named {one.name}; name one, as in first={other.path}")
     return named
 
 

@@ -40,7 +40,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """All scores; with --save also results.json, answers.jsonl and figures.
 
     Raises:
-        ValueError: something does not fit; before any weight is loaded where that can be known.
+        UserError: something does not fit; before any weight is loaded where that can be known.
     """
     config.check()
     began = time.perf_counter()

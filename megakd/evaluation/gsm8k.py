@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 
+from megakd.errors import UserError
+
 NUMBER = re.compile(
     r"""(?:(?<![\d)])-)?                              # a sign, unless it takes away from a number or a bracket
         (?: (?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?  # 1,234.50 or 1234.50
@@ -72,12 +74,12 @@ def gold_number(answer: str, where: str = "answer") -> Decimal:
     """The number after ####.
 
     Raises:
-        ValueError: there is none; the message begins with `where`.
+        UserError: there is none; the message begins with `where`.
     """
     _, marker, end = answer.rpartition(GOLD)
     found = numbers(end)
     if not (marker and found):
-        raise ValueError(f"{where} has no number after {GOLD}; --gsm8k needs answers that end in `{GOLD} 18`")
+        raise UserError(f"{where} has no number after {GOLD}; --gsm8k needs answers that end in `{GOLD} 18`")
     return found[0]
 
 

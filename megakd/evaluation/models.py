@@ -6,6 +6,7 @@ import os
 
 from megakd.checkpointing.model_folder import ModelFolder
 from megakd.config import AnsweringConfig
+from megakd.errors import UserError
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.model_provider import build_model, check_layout, context_length, family_of, padded_vocab_size, share_vocabulary
 from megakd.preflight import check_tokenizers
@@ -17,7 +18,7 @@ def open_folders(config: AnsweringConfig, teacher_model: str = "") -> list[Model
     """The model and, where one is named, the teacher; configs and headers only.
 
     Raises:
-        ValueError: a folder, the layout, the tokenizers or the lengths do not fit.
+        UserError: a folder, the layout, the tokenizers or the lengths do not fit.
     """
     folders = [ModelFolder.open(config.model, flag="--model")]
     folders += [ModelFolder.open(teacher_model, flag="--teacher-model")] if teacher_model else []
@@ -38,7 +39,7 @@ def check_context(config: AnsweringConfig, folder: ModelFolder) -> None:
     positions = context_length(folder.config)
     if prompt + bos + response > positions:
         extra = " + 1 of --add-bos" if bos else ""
-        raise ValueError(
+        raise UserError(
             f"--max-prompt-length {prompt}{extra} + --max-new-tokens {response} is more than the {positions} positions of "
             f"{folder.flag} {folder.path}; lower their sum to {positions - bos}"
         )

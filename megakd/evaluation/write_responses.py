@@ -18,6 +18,7 @@ from megakd.config import GenerateConfig, ResponseConfig, flag_name, from_yaml
 from megakd.data.prompt_dataset import PromptDataset
 from megakd.data.records import records
 from megakd.data.tokenizer import eos_id, load_tokenizer
+from megakd.errors import UserError
 from megakd.evaluation.answers import Writer, response_text, sampling_of
 from megakd.evaluation.models import load_models, open_folders, start
 from megakd.evaluation.progress import Progress
@@ -31,7 +32,7 @@ def write_responses(config: GenerateConfig) -> None:
     """All responses to `config.data` into `config.save`.
 
     Raises:
-        ValueError: something does not fit; before any weight is loaded where that can be known.
+        UserError: something does not fit; before any weight is loaded where that can be known.
     """
     config.check()
     folders = open_folders(config)
@@ -60,7 +61,7 @@ class Prompts(PromptDataset):
         self._fields = dict(records(Path(path)))
         for i in range(len(self)):
             if not {"prompt", "instruction", "question", "messages"} & self._fields[self.where(i)].keys():
-                raise ValueError(f"{self.where(i)} is plain text; --data needs rows with prompt, or with instruction and input")
+                raise UserError(f"{self.where(i)} is plain text; --data needs rows with prompt, or with instruction and input")
 
     def row(self, index: int, response: Sequence[int], *, token_ids: bool) -> dict[str, Any]:
         """What is written for one prompt."""
@@ -74,7 +75,7 @@ class ResponseFile:
     """The jsonl file of a command, and beside it the settings that made it, `<file>.config.yaml`.
 
     Raises:
-        ValueError: the file there was made with other settings.
+        UserError: the file there was made with other settings.
     """
 
     def __init__(self, config: GenerateConfig) -> None:
@@ -87,11 +88,11 @@ class ResponseFile:
         if not self.path.is_file():
             return
         if not self.settings.is_file():
-            raise ValueError(f"--save {self.path} exists, and no {self.settings.name} says how it was made; name another file")
+            raise UserError(f"--save {self.path} exists, and no {self.settings.name} says how it was made; name another file")
         before, now = from_yaml(self.settings, GenerateConfig).flat(), self.config.flat()
         for name, value in now.items():
             if name not in MAY_CHANGE and before[name] != value:
-                raise ValueError(
+                raise UserError(
                     f"{flag_name(name)} {value} differs from the {before[name]} that --save {self.path} was begun with; "
                     "give the same command to continue it, or another --save to start anew"
                 )

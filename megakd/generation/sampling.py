@@ -20,13 +20,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megakd.errors import UserError
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How next tokens are chosen. The two repetition limits are off; the names are those of transformers.
 
     Raises:
-        ValueError: a setting is out of its range; the message names it.
+        UserError: a setting is out of its range; the message names it.
     """
 
     max_new_tokens: int = 256
@@ -49,7 +51,7 @@ class Sampling:
         }
         for name, (holds, rule) in checks.items():
             if not holds:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: it must be {rule}")
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: it must be {rule}")
 
     @property
     def limits_repetition(self) -> bool:

@@ -15,6 +15,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from megakd.errors import UserError
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEADER_LENGTH = struct.Struct("<Q")  # a safetensors file: u64 header length, JSON header, data
@@ -34,7 +36,7 @@ class HFCheckpoint:
     """The weights of a Hugging Face folder. Opening it reads and checks every file's header, and no weight.
 
     Raises:
-        ValueError: no such folder, no config.json, only pickled weights, a missing or truncated file.
+        UserError: no such folder, no config.json, only pickled weights, a missing or truncated file.
     """
 
     def __init__(self, folder: str | Path, *, flag: str = "--model"):
@@ -68,18 +70,18 @@ class HFCheckpoint:
         """Folders saved from a base model leave out its prefix: `h.0.ln_1.weight` for `transformer.h.0.ln_1.weight`."""
         found = self.tensors.get(name) or self.tensors.get(without_prefix(name))
         if found is None:
-            raise ValueError(
+            raise UserError(
                 f"{self.flag} {self.folder}: tensor {name!r} is missing; the folder is incomplete or not what its config.json says"
             )
         return found
 
     def _check_folder(self) -> None:
         if not self.folder.is_dir():
-            raise ValueError(f"{self.flag} {self.folder}: no such folder; give a Hugging Face folder or a native checkpoint")
+            raise UserError(f"{self.flag} {self.folder}: no such folder; give a Hugging Face folder or a native checkpoint")
         if not (self.folder / "config.json").is_file():
             inside = [f"{self.folder / name}" for name in ("hf", "checkpoints") if (self.folder / name).is_dir()]  # of a run
             right = " or ".join(inside) or "the folder that save_pretrained wrote, or a native checkpoint"
-            raise ValueError(f"{self.flag} {self.folder}: no config.json; give {right}")
+            raise UserError(f"{self.flag} {self.folder}: no config.json; give {right}")
 
     def _files(self) -> list[Path]:
         if (self.folder / INDEX).is_file():
@@ -88,11 +90,11 @@ class HFCheckpoint:
         if (self.folder / SINGLE).is_file():
             return [self.folder / SINGLE]
         if pickled := sorted(path.name for path in self.folder.glob("*.bin")):
-            raise ValueError(
+            raise UserError(
                 f"{self.flag} {self.folder}: {pickled[0]} is a pickle, which can run code when it is loaded; "
                 "load it where you trust it and save_pretrained(..., safe_serialization=True)"
             )
-        raise ValueError(f"{self.flag} {self.folder}: no {SINGLE} and no {INDEX}; the weights are missing")
+        raise UserError(f"{self.flag} {self.folder}: no {SINGLE} and no {INDEX}; the weights are missing")
 
 
 def without_prefix(name: str) -> str:
@@ -104,10 +106,10 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file.
 
     Raises:
-        ValueError: the file is missing, shorter than its header says, or not a safetensors file.
+        UserError: the file is missing, shorter than its header says, or not a safetensors file.
     """
     if not file.is_file():
-        raise ValueError(f"{file}: the index names this file, but it is not there; download it again")
+        raise UserError(f"{file}: the index names this file, but it is not there; download it again")
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:
@@ -115,11 +117,11 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             assert length < size
             header = json.loads(stream.read(length))
     except (struct.error, AssertionError, ValueError) as error:
-        raise ValueError(f"{file}: not a safetensors file, or cut off in its header; copy or download it again") from error
+        raise UserError(f"{file}: not a safetensors file, or cut off in its header; copy or download it again") from error
     header.pop("__metadata__", None)
     end = HEADER_LENGTH.size + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size != end:
-        raise ValueError(f"{file}: {size:,} bytes, but its header describes {end:,}; it is truncated, copy or download it again")
+        raise UserError(f"{file}: {size:,} bytes, but its header describes {end:,}; it is truncated, copy or download it again")
     return {name: StoredTensor(file, name, tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()}
 
 
@@ -127,12 +129,12 @@ def load_hf_config(folder: Path, *, flag: str) -> PretrainedConfig:
     """config.json as transformers reads it.
 
     Raises:
-        ValueError: not JSON, or a model type that transformers does not know.
+        UserError: not JSON, or a model type that transformers does not know.
     """
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)  # else it may ask, on every rank
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
+        raise UserError(
             f"{flag} {folder}: config.json cannot be read ({reason}); give a folder that save_pretrained wrote"
         ) from error

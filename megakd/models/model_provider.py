@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from megakd.errors import UserError
 from megakd.models import gpt2, llama, mistral, opt, qwen2
 from megakd.models.family import Family
 from megakd.models.gpt_model import HiddenStateGPTModel
@@ -32,15 +33,15 @@ def family_of(hf: PretrainedConfig, *, flag: str = "--model", name: str = "") ->
     """The family of a config.
 
     Raises:
-        ValueError: an unknown family, or a config of a known one that cannot be run; the message says why.
+        UserError: an unknown family, or a config of a known one that cannot be run; the message says why.
     """
     family = FAMILIES.get(hf.model_type)
     if family is None:
-        raise ValueError(
+        raise UserError(
             f"{flag} {name}: model_type {hf.model_type!r} is not supported; use one of {', '.join(sorted(FAMILIES))}"
         )
     if reason := family.unsupported(hf):
-        raise ValueError(f"{flag} {name}: this {hf.model_type} model cannot be run: {reason}; use another size of the family")
+        raise UserError(f"{flag} {name}: this {hf.model_type} model cannot be run: {reason}; use another size of the family")
     return family
 
 
@@ -48,18 +49,18 @@ def check_layout(hf: PretrainedConfig, tp: int, pp: int, *, flag: str = "--model
     """Refuse a layout that does not fit the model; `name` and `flag` say which one it is.
 
     Raises:
-        ValueError: TP or PP does not fit; the message lists the sizes that do.
+        UserError: TP or PP does not fit; the message lists the sizes that do.
     """
     heads, groups = hf.num_attention_heads, getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads
     ffn = family_of(hf, flag=flag, name=name).transformer_config(hf)["ffn_hidden_size"]
     fits = [t for t in range(1, heads + 1) if heads % t == 0 and ffn % t == 0 and (groups % t == 0 or t % groups == 0)]
     if tp not in fits:
-        raise ValueError(
+        raise UserError(
             f"--tensor-model-parallel-size {tp} does not divide the {heads} attention heads, {groups} key/value heads and "
             f"{ffn} feed-forward columns of {flag} {name}; use one of {fits}"
         )
     if pp > hf.num_hidden_layers:
-        raise ValueError(
+        raise UserError(
             f"--pipeline-model-parallel-size {pp} is more than the {hf.num_hidden_layers} layers of {flag} {name}; "
             f"use {hf.num_hidden_layers} or fewer"
         )
@@ -193,14 +194,14 @@ def load_weights(model: HiddenStateGPTModel, source: Source) -> None:
     """Fill this rank's parameters, reading only this rank's slices.
 
     Raises:
-        ValueError: a tensor is missing or its shape is not what the config says.
+        UserError: a tensor is missing or its shape is not what the config says.
     """
     layout = model.layout
     for param, mapping in parameter_mappings(model):
         shard = mapping.read_shard(source, layout.tp_rank, layout.tp_size)
         if shard.shape != param.shape:
             names = ", ".join(tensor.name for tensor in mapping.sources())
-            raise ValueError(
+            raise UserError(
                 f"{names}: gives a shard of shape {tuple(shard.shape)}, but config.json asks for {tuple(param.shape)}"
             )
         param.copy_(shard)

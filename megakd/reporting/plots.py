@@ -10,6 +10,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megakd.errors import UserError
 from megakd.reporting.jsonl import read_jsonl
 
 if TYPE_CHECKING:
@@ -42,12 +43,12 @@ Series = dict[str, tuple[list[int], list[float]]]  # name: iterations, values
 def plot_training(run_folder: str | Path) -> list[Path]:
     """figures/training.png and .csv from metrics.jsonl: losses, gradient norm, throughput, time, held-out metrics.
 
-    Raises ValueError where the folder has no metrics.
+    Raises UserError where the folder has no metrics.
     """
     run_folder = Path(run_folder)
     rows = read_jsonl(run_folder / "metrics.jsonl")
     if not rows:
-        raise ValueError(f"{run_folder / 'metrics.jsonl'} holds no iteration; give the --save folder of a run that has started")
+        raise UserError(f"{run_folder / 'metrics.jsonl'} holds no iteration; give the --save folder of a run that has started")
     series = series_of(rows)
     panels = panels_of(series)
     columns = min(4, len(panels))

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megakd.errors import UserError
 from megakd.runtime import cpu_backend, megatron_repairs
 from megakd.runtime.parallel_layout import ParallelLayout, parallel_state
 
@@ -26,7 +27,7 @@ def initialize(
     """Join the other ranks and take a place in the TP × PP × DP grid.
 
     Raises:
-        ValueError: the number of ranks is not a multiple of TP × PP.
+        UserError: the number of ranks is not a multiple of TP × PP.
     """
     check_world_size(tensor_model_parallel_size, pipeline_model_parallel_size, int(os.environ.get("WORLD_SIZE", "1")))
     cpu_backend.install()
@@ -60,7 +61,7 @@ def close_groups() -> None:
 def check_world_size(tp: int, pp: int, world_size: int) -> None:
     """Refuse a grid that does not fit the ranks, before any of them waits for another."""
     if world_size % (tp * pp):
-        raise ValueError(
+        raise UserError(
             f"--tensor-model-parallel-size {tp} × --pipeline-model-parallel-size {pp} = {tp * pp} does not divide the {world_size} "
             f"rank(s) started; use torchrun --nproc_per_node with a multiple of {tp * pp}"
         )
@@ -84,11 +85,11 @@ def own_gpu(local_rank: int, visible: int) -> int:
     """The GPU of this rank's number, or the only one: some launchers show each process no more than its own.
 
     Raises:
-        ValueError: there are several, and fewer than ranks.
+        UserError: there are several, and fewer than ranks.
     """
     if local_rank >= visible > 1:
         ranks = os.environ.get("LOCAL_WORLD_SIZE", f"{local_rank + 1} or more")
-        raise ValueError(f"--nproc_per_node {ranks} is more than the {visible} GPUs of this machine; use {visible} or fewer")
+        raise UserError(f"--nproc_per_node {ranks} is more than the {visible} GPUs of this machine; use {visible} or fewer")
     return local_rank % visible
 
 

@@ -1,0 +1,90 @@
+"""A user's mistake is one line; every other exception keeps its traceback.
+
+A UserError names the flag or file, the value it met, and a way out. It is raised where the mistake is found, and told by the
+command alone (`told_in_one_line`): a ValueError of torch or of megatron-core is nobody's mistake but ours, and is shown whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+GRACE_SECONDS = 3.0  # the launcher ends all ranks a moment after the first has ended
+INTERRUPTED = 130  # the exit code that shells give to Ctrl-C
+WAYS_OUT = {  # of what the system says about a file
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EACCES: "change its permissions",
+    errno.EPERM: "change its permissions",
+    errno.EROFS: "give a path that can be written",
+    errno.ENOENT: "check the path",
+    errno.EISDIR: "give a file",
+    errno.ENOTDIR: "give a folder",
+}
+
+
+class UserError(ValueError):
+    """What a user can mend: the one exception that becomes one line."""
+
+
+@contextmanager
+def file_errors(path: str | Path, *, flag: str = "", way_out: str = "") -> Iterator[None]:
+    """What goes wrong with a file in the block is told with its name: `flag path: what happened; way out`.
+
+    Raises:
+        UserError: the system refuses the file, or it is not UTF-8, or not JSON.
+    """
+    name = f"{flag} {path}".strip()
+    try:
+        yield
+    except OSError as error:
+        way = way_out or WAYS_OUT.get(error.errno, "check the path and the disk")
+        raise UserError(f"{name}: {error.strerror or error}; {way}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: byte {error.start} is not UTF-8; {way_out or 'convert the file to UTF-8'}") from error
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno} column {error.colno}"
+        raise UserError(f"{name}: not JSON ({error.msg} at {place}); {way_out or 'copy or download it again'}") from error
+    except RecursionError as error:
+        raise UserError(f"{name}: nested too deeply to be read; {way_out or 'copy or download it again'}") from error
+
+
+def read_json(path: Path, *, flag: str = "", way_out: str = "") -> object:
+    """What a JSON file holds.
+
+    Raises:
+        UserError: it cannot be read, and why.
+    """
+    with file_errors(path, flag=flag, way_out=way_out):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def told_in_one_line(*, interrupted: str = "interrupted") -> Iterator[None]:
+    """Around a whole command: a UserError, and Ctrl-C, end it with one line."""
+    try:
+        yield
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail(interrupted, code=INTERRUPTED)
+
+
+def fail(message: str, *, code: int = 2) -> NoReturn:
+    """One line, and exit `code` on every rank.
+
+    A mistake that all ranks find is told by rank 0 alone: its end ends the others within the grace that they give it. One that rank
+    0 does not share (a file that only another machine lacks) is told by whoever has it.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(GRACE_SECONDS)
+    print(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
