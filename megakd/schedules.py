@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -20,10 +21,13 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from megakd.data.batch import Batch
+from megakd.losses.token_loss import HeadRows, TokenLoss
 from megakd.runtime.parallel_layout import ParallelLayout
 
-LossFunction = Callable[[Tensor, Batch, int], dict[str, Tensor]]
-"""(hidden_NH, micro-batch, its number) -> values per token [N] by name; the first is what is minimised."""
+TOKENS = "tokens"  # the number of supervised tokens, among what is summed
+LossFunction = Callable[[HeadRows, Batch, Any], TokenLoss]
+"""(rows of the model that learns, micro-batch, its context) -> a loss per token. The context is what the caller gives beside each
+micro-batch: the teacher's rows, for most."""
 
 
 def forward_only(
@@ -35,7 +39,7 @@ def forward_only(
     """
 
     def step(iterator, model):
-        batch = next(iterator)
+        batch, _ = next(iterator)
         return model(batch.tokens, batch.position_ids, soft_prompt), lambda hidden, non_loss_data: keep(hidden, batch)
 
     with torch.no_grad(), evaluation_mode(model):
@@ -51,69 +55,90 @@ def forward_backward(
     model: torch.nn.Module,
     batches: Sequence[Batch],
     loss_function: LossFunction,
-    names: Sequence[str],
     *,
     layout: ParallelLayout,
+    context: Sequence[Any] = (),
     soft_prompt: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Gradients of Σ loss over this rank's micro-batches, and the token means of all `names` over the global batch, on every rank.
+    """Gradients of Σ loss over this rank's micro-batches; token means over the global batch of what the loss logs, and the number
+    of `tokens`, on every rank.
 
-    `model` is the student in its DistributedDataParallel, or the frozen teacher when `soft_prompt` is what learns.
+    `model` is the student in its DistributedDataParallel, or the frozen teacher when `soft_prompt` is what learns. `context` has
+    one entry a micro-batch, on the last stage.
     """
-    sums = _run_loss(model, batches, loss_function, names, soft_prompt, forward_only=False)
-    return token_means(layout.broadcast_from_last_stage(sums), names, layout)
+    sums = _run_loss(model, batches, loss_function, context, soft_prompt, forward_only=False)
+    names = layout.object_from_last_stage(tuple(sums))
+    return token_means(layout.broadcast_from_last_stage(as_vector(sums, names, layout)), names[:-1], layout)
 
 
-def evaluate_loss(model: torch.nn.Module, batches: Sequence[Batch], loss_function: LossFunction, names: Sequence[str]) -> Tensor:
-    """Sums of all `names` and, last, the token count, over this rank's micro-batches, on every stage. No dropout, no gradient."""
+def evaluate_loss(
+    model: torch.nn.Module, batches: Sequence[Batch], loss_function: LossFunction, names: Sequence[str], context: Sequence[Any] = ()
+) -> Tensor:
+    """Sums of the `names` that the loss logs and, last, the token count, over this rank's micro-batches, on every stage.
+
+    No dropout, no gradient.
+    """
     with torch.no_grad(), evaluation_mode(model):
-        sums = _run_loss(model, batches, loss_function, names, None, forward_only=True)
-    return model.layout.broadcast_from_last_stage(sums)
+        sums = _run_loss(model, batches, loss_function, context, None, forward_only=True)
+    return model.layout.broadcast_from_last_stage(as_vector(sums, (*names, TOKENS), model.layout))
 
 
-def _run_loss(model, batches, loss_function, names, soft_prompt, *, forward_only: bool) -> Tensor:
-    numbers = iter(range(len(batches)))
+def as_vector(sums: dict[str, Tensor], names: Sequence[str], layout: ParallelLayout) -> Tensor:
+    """The sums in the order of `names`; zeros on a stage that has none."""
+    if not sums:
+        return torch.zeros(len(names), dtype=torch.double, device=layout.device)
+    return torch.stack([sums[name] for name in names])
+
+
+def _run_loss(model, batches, loss_function, context, soft_prompt, *, forward_only: bool) -> dict[str, Tensor]:
+    """Sums by name over the micro-batches, `tokens` last, in float64; on the last stage."""
+    output_weight = unwrap(model).output_weight
 
     def step(iterator, model):
-        batch, number = next(iterator), next(numbers)
+        batch, beside = next(iterator)
         output = model(batch.tokens, batch.position_ids, soft_prompt)
 
         def loss(hidden: Tensor):
-            values = loss_function(supervised(hidden, batch), batch, number)
-            minimised = next(iter(values.values())).sum()
+            found = loss_function(HeadRows(supervised(hidden, batch), output_weight()), batch, beside)
             tokens = torch.tensor(batch.num_supervised, dtype=torch.int, device=hidden.device)
-            return minimised, tokens, torch.stack([values[name].detach().sum() for name in names] + [tokens]).double()
+            sums = {name: value.detach().sum() for name, value in found.logs.items()} | {TOKENS: tokens}
+            return found.objective_N.sum(), tokens, {name: value.double() for name, value in sums.items()}
 
         return output, loss
 
-    sums = run_schedule(model, batches, step, soft_prompt, forward_only=forward_only)
-    device = torch.cuda.current_device()
-    return torch.stack(sums).sum(0) if sums else torch.zeros(len(names) + 1, dtype=torch.double, device=device)
+    parts = run_schedule(model, batches, step, soft_prompt, context=context, forward_only=forward_only)
+    return {name: torch.stack([part[name] for part in parts]).sum(0) for name in (parts[0] if parts else ())}
 
 
 def mean_of_means(loss_function: LossFunction, batches: Sequence[Batch], layout: ParallelLayout) -> LossFunction:
     """The loss with each micro-batch divided by its own tokens, then averaged: what the reference does, and depends on the layout."""
-    mine = torch.tensor([sum(batch.num_supervised for batch in batches), len(batches)], device=torch.cuda.current_device())
+    mine = torch.tensor([sum(batch.num_supervised for batch in batches), len(batches)], device=layout.device)
     tokens, count = layout.sum_over_data_parallel(mine).tolist()
 
-    def scaled(hidden_NH: Tensor, batch: Batch, number: int) -> dict[str, Tensor]:
-        share = tokens / (count * batch.num_supervised)
-        return {name: value * share for name, value in loss_function(hidden_NH, batch, number).items()}
+    def scaled(rows: HeadRows, batch: Batch, beside: Any) -> TokenLoss:
+        return loss_function(rows, batch, beside).scaled(tokens / (count * batch.num_supervised))
 
     return scaled
 
 
 def run_schedule(
-    model: torch.nn.Module, batches: Sequence[Batch], step: Callable, soft_prompt: Tensor | None = None, **options
+    model: torch.nn.Module,
+    batches: Sequence[Batch],
+    step: Callable,
+    soft_prompt: Tensor | None = None,
+    *,
+    context: Sequence[Any] = (),
+    **options,
 ) -> list:
-    """megatron-core's schedule for this model's pipeline; what `step`'s second half returned per micro-batch on the last stage."""
+    """megatron-core's schedule for this model's pipeline, over (micro-batch, its context); what `step`'s second half returned per
+    micro-batch on the last stage. Batches are on the model's device."""
     inner = unwrap(model)
-    layout, device = inner.layout, torch.cuda.current_device()
+    layout = inner.layout
     if layout.pp_size > 1:
         options["p2p_communicator"] = KnownShapes(inner, [inner.handed_on_shape(batch.tokens, soft_prompt) for batch in batches])
     return get_forward_backward_func(pp_size=layout.pp_size)(
         forward_step_func=step,
-        data_iterator=iter([batch.to(device) for batch in batches]),
+        data_iterator=iter(list(zip(batches, context or [None] * len(batches), strict=True))),
         model=model,
         num_microbatches=len(batches),
         seq_length=max(batch.seq_length for batch in batches),  # a bound: KnownShapes has each micro-batch's own
@@ -149,16 +174,11 @@ def supervised(hidden_SBH: Tensor, batch: Batch) -> Tensor:
     return hidden_SBH.transpose(0, 1).reshape(-1, hidden_SBH.shape[-1])[batch.supervised_positions]
 
 
-def supervised_labels(batch: Batch) -> Tensor:
-    """The tokens they predict: [N]."""
-    return batch.labels.reshape(-1)[batch.supervised_positions]
-
-
 def token_means(sums: Tensor, names: Sequence[str], layout: ParallelLayout) -> dict[str, Tensor]:
-    """Means over the tokens of the global batch, and their number under `tokens`, from every replica's sums."""
+    """Means over the tokens of the global batch, and their number under `tokens`, from every replica's sums, in which it is last."""
     layout.sum_over_data_parallel(sums)
     *totals, tokens = sums
-    return {name: total / tokens.clamp(min=1) for name, total in zip(names, totals)} | {"tokens": tokens}
+    return {name: total / tokens.clamp(min=1) for name, total in zip(names, totals)} | {TOKENS: tokens}
 
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:

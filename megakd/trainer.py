@@ -28,7 +28,7 @@ from megakd.errors import UserError
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
 from megakd.methods import METHODS
-from megakd.methods.base import Cast, Method
+from megakd.methods.base import Method, MethodInputs
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.model_provider import build_model, padded_vocab_size
 from megakd.optimizer import StudentOptimizer
@@ -37,6 +37,7 @@ from megakd.reporting.logger import RunLogger
 from megakd.reporting.plots import plot_training
 from megakd.runtime.initialize import initialize, is_rank_zero, resolve_dtype, seed_everything
 from megakd.runtime.parallel_layout import ParallelLayout
+from megakd.teachers.live import LiveTeacher
 
 SAMPLES_SHOWN = 4  # held-out prompts that the student answers greedily at every evaluation, for people to read
 GIB = 1024**3
@@ -136,13 +137,13 @@ class Trainer:
         sizes = [folder.config.vocab_size for folder in (self.folders.student, self.folders.teacher) if folder]
         width = padded_vocab_size(sizes, self.layout.tp_size)
         student = self._load(self.folders.student, width, **self._student_options())
-        teacher = self._load(self.folders.teacher, width).eval().requires_grad_(False) if self.folders.teacher else None
+        teacher = LiveTeacher(self._load(self.folders.teacher, width).eval().requires_grad_(False)) if self.folders.teacher else None
         parallel = self.config.parallel
         optimizer = StudentOptimizer(
             student, self.config.training, total_iters=self.total_iters, distributed=parallel.use_distributed_optimizer
         )
-        cast = Cast(student, optimizer, teacher, self.tokenizer)
-        return METHODS[self.config.method](cast, self.config, total_iters=self.total_iters)
+        inputs = MethodInputs(student, optimizer, teacher, self.tokenizer)
+        return METHODS[self.config.method](inputs, self.config, total_iters=self.total_iters)
 
     def _load(self, folder: ModelFolder, width: int, **options) -> HiddenStateGPTModel:
         model = build_model(
@@ -220,7 +221,7 @@ class Trainer:
         with self.method.time("evaluation"):
             metrics = held_out_losses(self.method, self._valid_samples(), self.layout)
             self._show_samples()
-        self.method.observe(metrics)
+        self.method.on_evaluation(metrics)
         self.logger.log(self.iteration, metrics | self.method.time.take())
 
     def _valid_samples(self) -> list[Sample]:
@@ -253,7 +254,7 @@ class Trainer:
             source=self.folders.student,
             extra_tensors=self.method.extra_tensors(),
             run_config=self.folder / "config.yaml",
-            teacher_layout=self.method.teacher.layout if self.method.teacher else None,
+            teacher_layout=self.method.teacher.model.layout if self.method.teacher else None,
         )
 
     def _finish(self) -> None:

@@ -24,10 +24,11 @@ from megakd.checkpointing import (
 from megakd.checkpointing.reshard import reshard
 from megakd.config import TrainingConfig
 from megakd.data.batch import Sample, micro_batches
-from megakd.losses.distillation import VocabularySplit, sft_loss
+from megakd.losses.distillation import sft_loss
+from megakd.losses.token_loss import VocabularySplit
 from megakd.models.model_provider import build_model, padded_vocab_size
 from megakd.optimizer import StudentOptimizer
-from megakd.schedules import forward_backward, supervised_labels
+from megakd.schedules import forward_backward
 
 VOCABULARY = 60  # padded to 64 rows at TP 1 and to 128 at TP 2
 EXTRA = {"vectors": torch.arange(24.0).view(3, 8) / 7, "step": torch.tensor(2.0)}
@@ -58,13 +59,12 @@ class Run:
     def _iterate(self, iteration: int) -> float:
         self.student.zero_grad()
         batches = micro_batches(samples(iteration)[self.layout.dp_rank :: self.layout.dp_size], 1)
-        means = forward_backward(self.student.ddp, batches, self._loss, ["loss/lm"], layout=self.layout)
+        means = forward_backward(self.student.ddp, batches, self._loss, layout=self.layout)
         self.student.step(iteration)
         return means["loss/lm"].item()
 
-    def _loss(self, hidden, batch, number):
-        vocabulary = VocabularySplit(VOCABULARY, self.layout.tp_group)
-        return sft_loss((hidden, self.model.output_weight()), supervised_labels(batch), vocabulary)
+    def _loss(self, q, batch, _):
+        return sft_loss(q, batch.supervised_labels, VocabularySplit(VOCABULARY, self.layout.tp_group))
 
     def save(self, root: Path, iteration: int) -> None:
         options = {"optimizer": self.student.optimizer, "source": self.source, "extra_tensors": EXTRA}

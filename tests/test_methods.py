@@ -16,13 +16,15 @@ from tiny import tiny_config, tiny_model
 from megakd.config import Config, DistillationConfig, GenerationConfig, MiniLLMConfig, PromptKDConfig, TrainingConfig
 from megakd.data.batch import Sample
 from megakd.data.dataloader import deal
-from megakd.losses.distillation import Divergence, VocabularySplit, sft_loss
+from megakd.losses.distillation import Divergence, sft_loss
 from megakd.losses.policy_gradient import advantages, importance_weights
+from megakd.losses.token_loss import HeadRows, VocabularySplit
 from megakd.methods import METHODS, minillm
-from megakd.methods.base import Cast
+from megakd.methods.base import MethodInputs
 from megakd.methods.minillm import MiniLLM
 from megakd.models.model_provider import build_model, load_weights, padded_vocab_size, parameter_mappings
 from megakd.optimizer import StudentOptimizer, learning_rate
+from megakd.teachers.live import LiveTeacher
 
 LR, WEIGHT_DECAY, CLIP, TOTAL_ITERS = 1e-2, 0.1, 0.5, 10
 PAIRS = {  # student, teacher
@@ -68,7 +70,7 @@ def run_config(method: str, micro_batch_size: int, parallel: dict) -> Config:
 TOKENIZER = SimpleNamespace(encode=lambda text, add_special_tokens: [11, 12, 13], eos_token_id=0)
 
 
-def cast(layout, config, pair, dtype=torch.float32) -> Cast:
+def cast(layout, config, pair, dtype=torch.float32) -> MethodInputs:
     """Student and teacher from the same seeds that the oracle takes."""
     specs = [tiny_config(**spec) for spec in pair]
     width = padded_vocab_size([spec.vocab_size for spec in specs], layout.tp_size)
@@ -79,7 +81,7 @@ def cast(layout, config, pair, dtype=torch.float32) -> Cast:
     teacher.eval().requires_grad_(False)
     distributed = config.parallel.use_distributed_optimizer
     optimizer = StudentOptimizer(student, config.training, total_iters=TOTAL_ITERS, distributed=distributed)
-    return Cast(student, optimizer, teacher if config.needs_teacher else None, TOKENIZER)
+    return MethodInputs(student, optimizer, LiveTeacher(teacher) if config.needs_teacher else None, TOKENIZER)
 
 
 def oracle(pair, dtype=torch.float32) -> Oracle:
@@ -132,7 +134,7 @@ def check_prompt(method, want, name):
     gradient = method.prompt.vectors.grad
     assert (gradient.double() - clipped).abs().max() <= 1e-6 * max(1.0, clipped.abs().max()), name
     assert (method.prompt.vectors.double() - want["vectors"]).abs().max() <= 2e-6, name
-    assert all(param.grad is None and not hasattr(param, "main_grad") for param in method.teacher.parameters()), (
+    assert all(param.grad is None and not hasattr(param, "main_grad") for param in method.teacher.model.parameters()), (
         "the teacher is frozen"
     )
 
@@ -181,9 +183,9 @@ def test_the_heads_gradient_is_never_rounded_to_bfloat16():
     exact_head = head.detach().double().requires_grad_()
     head.main_grad = torch.zeros(30, 16)
     alone, labels = SimpleNamespace(size=lambda: 1), torch.arange(40) % 30
-    for loss in (lambda q: sft_loss(q, labels, VocabularySplit(30, alone))["loss/lm"],
-                 lambda q: Divergence("reverse_kl")(q, (hidden, head.detach().flip(0)), VocabularySplit(30, alone))):  # fmt: skip
-        loss((hidden, head)).sum().backward()
+    for loss in (lambda q: sft_loss(q, labels, VocabularySplit(30, alone)).objective_N,
+                 lambda q: Divergence("reverse_kl")(q, HeadRows(hidden, head.detach().flip(0)), VocabularySplit(30, alone))):  # fmt: skip
+        loss(HeadRows(hidden, head)).sum().backward()
     log_q = torch.log_softmax(hidden.double() @ exact_head.t(), -1)
     log_p = torch.log_softmax(hidden.double() @ exact_head.detach().flip(0).t(), -1)
     (-log_q[torch.arange(40), labels].sum() + (log_q.exp() * (log_q - log_p)).sum()).backward()
@@ -285,7 +287,7 @@ def check_distillm(layout):
     method.train(mine, 1)
     assert learnt[-1] == mine, "φ = 0: the data"
     for loss in (2.0, 1.0, 2.05, 2.1):  # compared with the first, 2.0
-        method.observe({"valid/lm": loss})
+        method.on_evaluation({"valid/lm": loss})
     assert method.threshold.item() == pytest.approx(0.1)
     method.threshold.fill_(1.0)
     assert method.train(mine, 2)["kd_ratio"] == 1.0 and [s.prompt for s in learnt[-1]] == [s.prompt for s in mine]
@@ -333,7 +335,7 @@ def check_unequal_widths(layout, method_name, widths, hidden):
     for student, teacher in (pair, pair[::-1]):
         config = run_config(method_name, 4, {})
         method = METHODS[method_name](cast(layout, config, (student, teacher)), config, total_iters=TOTAL_ITERS)
-        assert method.student.real_vocab_size == method.teacher.real_vocab_size == shared
+        assert method.student.real_vocab_size == method.teacher.model.real_vocab_size == shared
         vectors = method.extra_tensors().get("vectors", torch.empty(0)).clone()
         got = method.train(samples(), 1)
         reference = oracle((student, teacher))

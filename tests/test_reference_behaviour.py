@@ -101,7 +101,7 @@ def check_initial_prompt(layout, quirks):
     config = with_quirks(run_config("promptkd", 4, {}), *quirks)
     parts = replace(cast(layout, config, PAIRS["llama"]), tokenizer=SimpleNamespace(encode=encode, eos_token_id=0))
     method = METHODS["promptkd"](parts, config, total_iters=TOTAL_ITERS)
-    words = method.teacher.embedding.word_embeddings.weight
+    words = method.teacher.model.embedding.word_embeddings.weight
     expected = [1, 11, 12, 1, 11, 12, 1] if quirks else [11, 12, 11, 12, 11, 12, 11]
     assert torch.equal(method.prompt.vectors, words[expected])
 
@@ -119,7 +119,7 @@ def check_teacher_dropout(layout):
         config = with_quirks(run_config("promptkd", 4, {}), *quirks)
         method = METHODS["promptkd"](cast(layout, config, (PAIRS["gpt2"][0], teacher)), config, total_iters=TOTAL_ITERS)
         losses[quirks] = method.train(samples(), 1)["loss/prompt_kd"]
-        assert not method.teacher.training
+        assert not method.teacher.model.training
     assert abs(losses[()] - losses[("teacher-dropout",)]) > 1e-3
 
 

@@ -197,7 +197,7 @@ def left_padded(prompts: Sequence[Sequence[int]], width: int, padding: int) -> t
 
 
 def _as_inputs(batch: Batch) -> dict[str, Tensor]:
-    real = torch.arange(batch.seq_length, device=batch.tokens.device) < batch.lengths[:, None]
+    real = torch.arange(batch.seq_length, device=batch.tokens.device) < batch.lengths.to(batch.tokens.device)[:, None]
     return {"input_ids": batch.tokens, "attention_mask": real.long(), "position_ids": batch.position_ids}
 
 

@@ -12,12 +12,13 @@ from megakd.data.batch import Sample
 from megakd.data.dataloader import deal
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
-from megakd.methods.base import Cast
+from megakd.methods.base import MethodInputs
 from megakd.methods.promptkd import PromptKD
 from megakd.models.model_provider import build_model, padded_vocab_size
 from megakd.optimizer import StudentOptimizer
 from megakd.runtime.initialize import initialize, resolve_dtype
 from megakd.runtime.parallel_layout import ParallelLayout
+from megakd.teachers.live import LiveTeacher
 
 TOTAL_ITERS = 1000  # of the run that the measured iterations belong to: says how far the weight of KL(p_P‖p) has fallen
 UNREACHABLE = -1  # no token ends a response
@@ -59,7 +60,7 @@ class MegakdSystem:
         self.layout = join_ranks(config)
         self.method = _build_method(config, workload, models, self.layout)
         self.time, self.counter = self.method.time, PositionCounter()
-        for model in (self.method.student, self.method.teacher):
+        for model in (self.method.student, self.method.teacher.model):
             self.counter.watch(model)
 
     def iterate(self, batch: Sequence[Sample], iteration: int) -> dict[str, float]:
@@ -83,7 +84,8 @@ def _build_method(config: BenchmarkConfig, workload: Workload, models: Path, lay
     optimizer = StudentOptimizer(
         student, run.training, total_iters=TOTAL_ITERS, distributed=config.parallel.use_distributed_optimizer
     )
-    return GivenEndsPromptKD(Cast(student, optimizer, teacher, PromptTokens(workload.prompt_ids)), run, total_iters=TOTAL_ITERS)
+    inputs = MethodInputs(student, optimizer, LiveTeacher(teacher), PromptTokens(workload.prompt_ids))
+    return GivenEndsPromptKD(inputs, run, total_iters=TOTAL_ITERS)
 
 
 def run_config(config: BenchmarkConfig, models: Path) -> Config:

@@ -10,12 +10,13 @@ padding.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 MICRO_BATCH_COST = 128  # positions of padding that are worth one more micro-batch
+ON_DEVICE = ("tokens", "labels", "loss_mask", "position_ids", "supervised_positions")  # of a Batch; the rest stays with the host
 PADDING = 0  # any valid id: padded positions are masked out of attention and loss, whatever they hold
 
 
@@ -41,9 +42,10 @@ class Batch:
     labels: Tensor  # [b, s] int64, the next token; 0 where there is none
     loss_mask: Tensor  # [b, s] float32, 1 where the label is a token of the response, EOS included
     position_ids: Tensor  # [b, s] int64, 0 .. s-1 in every row
-    lengths: Tensor  # [b] int64, real input positions
-    sample_ids: Tensor  # [b] int64
     supervised_positions: Tensor  # [n] int64, where the mask is 1 in the flattened [b * s]
+    lengths: Tensor  # [b] int64, real input positions; like the two below always on the host, which asks for them
+    response_lengths: Tensor  # [b] int64, labels that count
+    sample_ids: Tensor  # [b] int64
 
     @property
     def micro_batch_size(self) -> int:
@@ -61,13 +63,18 @@ class Batch:
         return self.supervised_positions.shape[0]
 
     @property
+    def supervised_labels(self) -> Tensor:
+        """The labels that count, row by row: [n]."""
+        return self.labels.reshape(-1)[self.supervised_positions]
+
+    @property
     def counts(self) -> Tensor:
         """[3]: labels that count, real input positions, positions computed on (padding included)."""
         return torch.tensor([self.num_supervised, int(self.lengths.sum()), self.tokens.numel()])
 
     def to(self, device: torch.device | str) -> "Batch":
-        """A copy on `device`, which is not waited for."""
-        return Batch(**{field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)})
+        """What models and losses compute with on `device`, which is not waited for."""
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in ON_DEVICE})
 
 
 def collate(samples: Sequence[Sample], *, seq_length: int | None = None, multiple_of: int = 1) -> Batch:
@@ -95,6 +102,7 @@ def collate(samples: Sequence[Sample], *, seq_length: int | None = None, multipl
         loss_mask=loss_mask.float(),
         position_ids=position_ids,
         lengths=lengths,
+        response_lengths=loss_mask.sum(1),
         sample_ids=torch.tensor([sample.sample_id for sample in samples]),
         supervised_positions=loss_mask.flatten().nonzero().squeeze(1),
     )

@@ -32,6 +32,7 @@ from megakd.evaluation.report import Report, print_table
 from megakd.generation.sampling import Sampling
 from megakd.runtime.initialize import is_rank_zero
 from megakd.runtime.parallel_layout import ParallelLayout
+from megakd.teachers.live import LiveTeacher
 
 AT_LENGTH = 16  # the response length at which MiniLLM's code prints ExAccErr; the last one where responses are shorter
 
@@ -78,7 +79,8 @@ class Evaluator:
         report: Report,
     ) -> None:
         self.config, self.sets, self.tokenizer, self.writers, self.report = config, sets, tokenizer, writers, report
-        self.models = [writer.model for writer in writers.values()]
+        self.model = writers["student"].model
+        self.teacher = LiveTeacher(writers["teacher"].model) if "teacher" in writers else None
         settings = config.responses
         seeds = config.seeds[:1] if settings.greedy else config.seeds  # a greedy answer is the same for every seed
         self.scored = {seed: sampling_of(settings, seed) for seed in seeds}
@@ -105,7 +107,7 @@ class Evaluator:
 
     def losses(self, data: EvaluationSet) -> dict[str, float]:
         """On the gold responses."""
-        return held_out_losses(*self.models, samples=list(data), micro_batch_size=self.config.micro_batch_size)
+        return held_out_losses(self.model, self.teacher, samples=list(data), micro_batch_size=self.config.micro_batch_size)
 
     def responses(self, data: EvaluationSet, writer: str, sampling: Sampling) -> list[list[int]]:
         """One response a sample, in the order of the file, on every rank. None is written twice."""
@@ -139,7 +141,7 @@ class Evaluator:
         """KL(p‖q) at every token of what `writer` draws."""
         responses = self.responses(data, writer, self.drawn[seed])
         samples = [replace(sample, response=tuple(response)) for sample, response in zip(data.questions(), responses)]
-        rows = token_divergences(*self.models, samples, micro_batch_size=self.config.micro_batch_size)
+        rows = token_divergences(self.model, self.teacher, samples, micro_batch_size=self.config.micro_batch_size)
         self.report.add_divergences(data, writer, seed, samples, rows)
         return rows
 

@@ -22,15 +22,17 @@ from megakd.data.batch import Batch, Sample, micro_batches
 from megakd.data.dataloader import deal
 from megakd.evaluation.answers import gather_by_index
 from megakd.evaluation.held_out import passes
-from megakd.losses.distillation import Divergence, VocabularySplit
+from megakd.losses.distillation import Divergence
+from megakd.losses.token_loss import VocabularySplit
 from megakd.models.gpt_model import HiddenStateGPTModel
-from megakd.schedules import supervised_hidden
+from megakd.teachers.live import LiveTeacher
+from megakd.teachers.teacher import Teacher
 
 ROUNDING = 1e-7  # nats per token: a KL below this is rounding, and a ratio of two such means nothing
 
 
 def token_divergences(
-    model: HiddenStateGPTModel, teacher: HiddenStateGPTModel, samples: Sequence[Sample], *, micro_batch_size: int
+    model: HiddenStateGPTModel, teacher: Teacher, samples: Sequence[Sample], *, micro_batch_size: int
 ) -> list[np.ndarray]:
     """KL(p‖q) at every token of each sample's response, float64, in the order of `samples`, on every rank."""
     layout = model.layout
@@ -43,19 +45,21 @@ def token_divergences(
 
 
 def replica_divergences(
-    model: HiddenStateGPTModel, teacher: HiddenStateGPTModel, batches: Sequence[Batch]
+    model: HiddenStateGPTModel, teacher: Teacher, batches: Sequence[Batch]
 ) -> dict[int, np.ndarray]:
     """The same by sample id for one replica's batches, on each of its ranks."""
-    pairs = zip(supervised_hidden(model, batches), supervised_hidden(teacher, batches))  # the last stage alone has any
-    vocabulary, kl = VocabularySplit(model.real_vocab_size, model.layout.tp_group), Divergence("forward_kl")
+    layout = model.layout
+    batches = [batch.to(layout.device) for batch in batches]
+    pairs = zip(*(who.read(batches, to=layout) for who in (LiveTeacher(model), teacher)))  # the last stage alone has any
+    vocabulary, kl = VocabularySplit(model.real_vocab_size, layout.tp_group), Divergence("forward_kl")
     total = sum(batch.num_supervised for batch in batches)
-    values = torch.zeros(total, dtype=torch.double, device=torch.cuda.current_device())
+    values = torch.zeros(total, dtype=torch.double, device=layout.device)
     with torch.no_grad():
-        found = [kl((q, model.output_weight()), (p, teacher.output_weight()), vocabulary) for q, p in pairs]
+        found = [kl(q, p, vocabulary) for q, p in pairs]
     if found:
         values.copy_(torch.cat(found))
-    tokens = [int(count) for batch in batches for count in batch.loss_mask.sum(1)]
-    rows = model.layout.broadcast_from_last_stage(values).cpu().split(tokens)
+    tokens = [int(count) for batch in batches for count in batch.response_lengths]
+    rows = layout.broadcast_from_last_stage(values).cpu().split(tokens)
     ids = [int(i) for batch in batches for i in batch.sample_ids]
     return {i: row.numpy() for i, row in zip(ids, rows)}
 

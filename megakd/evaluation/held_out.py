@@ -13,20 +13,22 @@ import torch
 
 from megakd.data.batch import Sample, micro_batches
 from megakd.data.dataloader import deal
-from megakd.losses.distillation import Divergence, VocabularySplit, sft_loss
+from megakd.losses.distillation import Divergence, label_loss
+from megakd.losses.token_loss import TokenLoss, VocabularySplit
 from megakd.models.gpt_model import HiddenStateGPTModel
-from megakd.schedules import evaluate_loss, supervised_hidden, supervised_labels, token_means
+from megakd.schedules import evaluate_loss, token_means
+from megakd.teachers.teacher import Teacher
 
 MICRO_BATCHES_PER_PASS = 8  # hidden states of a pass are kept; more fill the pipeline better
 
 
 def held_out_losses(
-    model: HiddenStateGPTModel, teacher: HiddenStateGPTModel | None = None, *, samples: Sequence[Sample], micro_batch_size: int
+    model: HiddenStateGPTModel, teacher: Teacher | None = None, *, samples: Sequence[Sample], micro_batch_size: int
 ) -> dict[str, float]:
     """The means by name, and the number of `tokens`, on every rank. Without a teacher only `lm_loss`."""
     layout = model.layout
     names = ("lm_loss", "reverse_kl", "forward_kl") if teacher else ("lm_loss",)
-    sums = torch.zeros(len(names) + 1, dtype=torch.double, device=torch.cuda.current_device())
+    sums = torch.zeros(len(names) + 1, dtype=torch.double, device=layout.device)
     for part in passes(deal(samples, layout.dp_size)[layout.dp_rank], micro_batch_size):
         sums += sums_of(model, teacher, part, names, micro_batch_size)
     return {name: float(value) for name, value in token_means(sums, names, layout).items()}
@@ -41,16 +43,12 @@ def passes(samples: Sequence[Sample], micro_batch_size: int) -> Iterator[Sequenc
 
 def sums_of(model, teacher, samples: Sequence[Sample], names: Sequence[str], micro_batch_size: int) -> torch.Tensor:
     """Sums of `names` and the token count over some samples, on every stage."""
-    batches = micro_batches(samples, micro_batch_size)
-    teacher_hidden = supervised_hidden(teacher, batches) if teacher else []
+    batches = [batch.to(model.layout.device) for batch in micro_batches(samples, micro_batch_size)]
     vocabulary = VocabularySplit(model.real_vocab_size, model.layout.tp_group)
 
-    def loss(hidden_NH, batch, number):
-        student = (hidden_NH, model.output_weight())
-        values = {"lm_loss": sft_loss(student, supervised_labels(batch), vocabulary)["loss/lm"]}
-        if teacher:
-            other = (teacher_hidden[number], teacher.output_weight())
-            values |= {name: Divergence(name)(student, other, vocabulary) for name in ("reverse_kl", "forward_kl")}
-        return values
+    def loss(q, batch, p):
+        lm = label_loss(q, batch.supervised_labels, vocabulary)
+        distances = {name: Divergence(name)(q, p, vocabulary) for name in ("reverse_kl", "forward_kl")} if teacher else {}
+        return TokenLoss(lm, {"lm_loss": lm, **distances})
 
-    return evaluate_loss(model, batches, loss, names)
+    return evaluate_loss(model, batches, loss, names, teacher.read(batches, to=model.layout) if teacher else ())

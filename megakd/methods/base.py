@@ -1,9 +1,10 @@
-"""What methods share: the models they are given, one optimizer step of the student, and the held-out losses."""
+"""What methods share: what they are given, one optimizer step of the student, and the held-out losses."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,21 +12,23 @@ import torch.distributed as dist
 from megakd.config import Config
 from megakd.data.batch import Batch, Sample, micro_batches
 from megakd.data.dataloader import DataLoader
-from megakd.losses.distillation import Hidden, VocabularySplit, reverse_kl_loss, sft_loss
+from megakd.losses.distillation import reverse_kl_loss, sft_loss
+from megakd.losses.token_loss import HeadRows, TokenLoss, VocabularySplit
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.model_provider import share_vocabulary
 from megakd.optimizer import StudentOptimizer
 from megakd.reporting.stopwatch import Stopwatch
-from megakd.schedules import LossFunction, evaluate_loss, forward_backward, mean_of_means, supervised_hidden, supervised_labels
+from megakd.schedules import LossFunction, evaluate_loss, forward_backward, mean_of_means
+from megakd.teachers.teacher import Teacher
 
 
 @dataclass
-class Cast:
-    """Who plays: the student, its optimizer, and the frozen teacher of the methods that have one."""
+class MethodInputs:
+    """What a method works on: the student, its optimizer, and the frozen teacher of the methods that have one."""
 
     student: HiddenStateGPTModel
     optimizer: StudentOptimizer
-    teacher: HiddenStateGPTModel | None
+    teacher: Teacher | None
     tokenizer: object
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
@@ -36,13 +39,13 @@ class Method:
     on_policy = False
     rollouts: Sequence[Sample] = ()  # what was written in the last iteration, by whomever
 
-    def __init__(self, cast: Cast, config: Config, *, total_iters: int):
-        self.student, self.optimizer, self.teacher = cast.student, cast.optimizer, cast.teacher
-        self.tokenizer, self.time = cast.tokenizer, cast.stopwatch
+    def __init__(self, inputs: MethodInputs, config: Config, *, total_iters: int):
+        self.student, self.optimizer, self.teacher = inputs.student, inputs.optimizer, inputs.teacher
+        self.tokenizer, self.time = inputs.tokenizer, inputs.stopwatch
         self.config, self.total_iters = config, total_iters
-        self.layout = cast.student.layout
+        self.layout = inputs.student.layout
         self.vocabulary = VocabularySplit(
-            share_vocabulary(list(filter(None, (cast.student, cast.teacher)))), self.layout.tp_group
+            share_vocabulary([inputs.student, *([inputs.teacher.model] if inputs.teacher else [])]), self.layout.tp_group
         )
 
     @classmethod
@@ -58,7 +61,7 @@ class Method:
         """The same, on this rank's share of the global batch."""
         raise NotImplementedError
 
-    def observe(self, metrics: dict[str, float]) -> None:
+    def on_evaluation(self, metrics: dict[str, float]) -> None:
         """Held-out metrics, after every evaluation."""
 
     def extra_tensors(self) -> dict[str, torch.Tensor]:
@@ -68,25 +71,32 @@ class Method:
     def batches(self, samples: Sequence[Sample]) -> list[Batch]:
         """Micro-batches within --micro-batch-size and --micro-batch-tokens, of rows of like length."""
         training = self.config.training
-        return micro_batches(samples, training.micro_batch_size, most_tokens=training.micro_batch_tokens)
+        cut = micro_batches(samples, training.micro_batch_size, most_tokens=training.micro_batch_tokens)
+        return [batch.to(self.layout.device) for batch in cut]
 
-    def through_student(self, hidden_NH: torch.Tensor) -> Hidden:
-        """What a loss takes of the student: hidden states and its output layer, which the loss applies."""
-        return hidden_NH, self.student.output_weight()
+    def read_teacher(self, batches: Sequence[Batch]) -> list[HeadRows]:
+        """What the teacher says at the supervised positions of every micro-batch, on the last stage."""
+        with self.time("teacher"):
+            return self.teacher.read(batches, to=self.layout)
 
-    def through_teacher(self, hidden_NH: torch.Tensor) -> Hidden:
-        """The same of the teacher. Its weights are frozen; a gradient may pass to its hidden states."""
-        return hidden_NH, self.teacher.output_weight()
-
-    def student_step(self, batches: list[Batch], loss: LossFunction, names: Sequence[str], iteration: int) -> dict[str, float]:
-        """Gradients of the token mean over the global batch, and one optimizer step."""
+    def student_step(
+        self, batches: list[Batch], loss: LossFunction, iteration: int, *, context: Sequence[Any] = ()
+    ) -> dict[str, float]:
+        """Gradients of the token mean over the global batch, and one optimizer step; `context` is what the loss gets beside each
+        micro-batch."""
         with self.time("student_step"):
             self.student.train()
             self.optimizer.zero_grad()
-            means = forward_backward(self.optimizer.ddp, batches, self.normalised(loss, batches), names, layout=self.layout)
+            loss = self.normalised(loss, batches)
+            means = forward_backward(self.optimizer.ddp, batches, loss, context=context, layout=self.layout)
         with self.time("optimizer"):
             step = self.optimizer.step(iteration)
         return to_floats(means) | step | self.positions(batches)
+
+    def cross_entropy_step(self, samples: Sequence[Sample], iteration: int) -> dict[str, float]:
+        """One step on −log q of the responses: no teacher reads."""
+        loss = lambda q, batch, _: sft_loss(q, batch.supervised_labels, self.vocabulary)
+        return self.student_step(self.batches(samples), loss, iteration)
 
     def normalised(self, loss: LossFunction, batches: list[Batch]) -> LossFunction:
         """A token mean over the global batch, or the reference's mean of means."""
@@ -94,11 +104,11 @@ class Method:
 
     def positions(self, batches: list[Batch]) -> dict[str, float]:
         """Real input positions of the global batch, and their share of the positions computed."""
-        counts = sum(batch.counts for batch in batches).to(torch.cuda.current_device())
+        counts = sum(batch.counts for batch in batches).to(self.layout.device)
         _, real, computed = self.layout.sum_over_data_parallel(counts).tolist()
         return {"positions": real, "real_share": real / computed}
 
-    def of_all_replicas(self, samples: Sequence[Sample]) -> list[Sample]:
+    def all_gather_samples(self, samples: Sequence[Sample]) -> list[Sample]:
         """What each replica has, on every rank, in the order of the replicas."""
         replicas: list[Sequence[Sample]] = [()] * self.layout.dp_size
         dist.all_gather_object(replicas, samples, group=self.layout.dp_group)
@@ -107,17 +117,16 @@ class Method:
     def evaluate(self, samples: Sequence[Sample]) -> torch.Tensor:
         """Sums of `evaluation_names` and the token count over this rank's samples, every stage alike."""
         if not samples:
-            return torch.zeros(len(self.evaluation_names) + 1, dtype=torch.double, device=torch.cuda.current_device())
+            return torch.zeros(len(self.evaluation_names) + 1, dtype=torch.double, device=self.layout.device)
         batches = self.batches(samples)
-        teacher = supervised_hidden(self.teacher, batches) if self.teacher else []
+        teacher = self.teacher.read(batches, to=self.layout) if self.teacher else []
 
-        def loss(hidden_NH, batch, number):
-            values = sft_loss(self.through_student(hidden_NH), supervised_labels(batch), self.vocabulary)
-            if self.teacher:
-                values |= reverse_kl_loss(self.through_student(hidden_NH), self.through_teacher(teacher[number]), self.vocabulary)
-            return values
+        def loss(q, batch, p):
+            lm = sft_loss(q, batch.supervised_labels, self.vocabulary)
+            kl = reverse_kl_loss(q, p, self.vocabulary).logs if self.teacher else {}
+            return TokenLoss(lm.objective_N, lm.logs | kl)
 
-        return evaluate_loss(self.student, batches, loss, self.evaluation_names)
+        return evaluate_loss(self.student, batches, loss, self.evaluation_names, teacher)
 
     @property
     def evaluation_names(self) -> tuple[str, ...]:

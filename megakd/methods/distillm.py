@@ -25,8 +25,8 @@ WATCHED = "valid/lm"
 class DistiLLM(KD):
     """KD that decides at every iteration whose text is learnt: new, remembered, or the data's."""
 
-    def __init__(self, cast, config, *, total_iters):
-        super().__init__(cast, config, total_iters=total_iters)
+    def __init__(self, inputs, config, *, total_iters):
+        super().__init__(inputs, config, total_iters=total_iters)
         self.buffer = ReplayBuffer(config.distillation.replay_capacity, config.data.max_length)
         self.threshold, self.last_loss = torch.tensor(0.0), torch.tensor(torch.inf)
 
@@ -40,14 +40,14 @@ class DistiLLM(KD):
         if u < threshold * (1 - iteration / self.total_iters) or (u < threshold and not self.buffer.is_full):
             with self.time("rollout"):
                 samples = self.rollouts = rollout(self.student, samples, self.config, self.tokenizer, iteration)
-            self.buffer.add(self.of_all_replicas(samples))
+            self.buffer.add(self.all_gather_samples(samples))
         elif u < threshold:
             drawn = self.buffer.draw(self.config.training.global_batch_size, rng)
             samples = deal(drawn, self.layout.dp_size)[self.layout.dp_rank]
         learnt = self.learn(samples, iteration, kd_ratio=self.config.distillation.ratio(1.0))
         return learnt | {"on_policy_share": threshold}
 
-    def observe(self, metrics):
+    def on_evaluation(self, metrics):
         """φ rises when the held-out loss has; the first one seen is what later ones are compared with."""
         first, loss = self.last_loss.isinf().item(), metrics[WATCHED]
         if first or loss >= self.last_loss.item() + TOLERANCE:

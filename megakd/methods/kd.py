@@ -9,14 +9,12 @@ import random
 from megakd.losses.distillation import Divergence, kd_loss
 from megakd.methods.base import Method
 from megakd.methods.rollout import rollout
-from megakd.methods.sft import SFT
-from megakd.schedules import supervised_hidden, supervised_labels
 
 USUAL_RATIO = 0.5  # of --kd-ratio, as in the papers' code
 
 
 class KD(Method):
-    """The teacher reads first and leaves its hidden states on the last stage; the student learns from them."""
+    """The teacher reads first; the student learns from what it says."""
 
     @classmethod
     def answers_prompts(cls, config):
@@ -36,14 +34,11 @@ class KD(Method):
         """One step on these samples; without a share for the divergence the teacher has nothing to read."""
         settings = self.config.distillation
         if not kd_ratio:
-            return SFT.train(self, samples, iteration)
+            return self.cross_entropy_step(samples, iteration)
         divergence = Divergence(settings.kd_objective, settings.kd_temperature, settings.beta, settings.skew_alpha)
         batches = self.batches(samples)
-        with self.time("teacher"):
-            teacher = supervised_hidden(self.teacher, batches)
 
-        def loss(hidden, batch, number):
-            q, p = self.through_student(hidden), self.through_teacher(teacher[number])
-            return kd_loss(q, p, supervised_labels(batch), self.vocabulary, kd_ratio=kd_ratio, divergence=divergence)
+        def loss(q, batch, p):
+            return kd_loss(q, p, batch.supervised_labels, self.vocabulary, kd_ratio=kd_ratio, divergence=divergence)
 
-        return self.student_step(batches, loss, ("loss/total", "loss/lm", f"loss/{divergence.objective}"), iteration)
+        return self.student_step(batches, loss, iteration, context=self.read_teacher(batches))

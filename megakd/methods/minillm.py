@@ -10,6 +10,7 @@ three are token means over the global batch; advantages are whitened over its va
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,12 +20,15 @@ from torch.nn.utils.rnn import pad_sequence
 from megakd.data.dataloader import DataLoader
 from megakd.data.open_data import open_responses
 from megakd.generation.rows import Voice
-from megakd.losses.distillation import Divergence, function_of_log_q, kd_loss, reverse_kl_loss, sft_loss
+from megakd.losses.distillation import Divergence, function_of_log_q, kd_loss, label_loss, reverse_kl_loss
 from megakd.losses.policy_gradient import advantages, clipped_policy_loss, importance_weights, token_rewards, whiten
+from megakd.losses.token_loss import HeadRows, TokenLoss
 from megakd.methods.base import Method
 from megakd.methods.kd import USUAL_RATIO
 from megakd.methods.rollout import rollout
-from megakd.schedules import supervised_hidden, supervised_labels
+from megakd.teachers.live import LiveTeacher
+
+TERMS = ("policy", "reverse_kl", "text")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Experience:
     rewards: Tensor  # [n]
     weights: Tensor  # [n]
     teacher_hidden: Tensor  # [n, H]
+    advantages: Tensor | None = None  # [n], of the global batch in hand
 
 
 class MiniLLM(Method):
@@ -42,8 +47,8 @@ class MiniLLM(Method):
 
     on_policy = True
 
-    def __init__(self, cast, config, *, total_iters):
-        super().__init__(cast, config, total_iters=total_iters)
+    def __init__(self, inputs, config, *, total_iters):
+        super().__init__(inputs, config, total_iters=total_iters)
         self.settings = config.minillm
         self.batches_per_phase = self.settings.num_rollouts // config.training.global_batch_size
         self.steps_per_phase = self.batches_per_phase * self.settings.ppo_epochs
@@ -61,29 +66,25 @@ class MiniLLM(Method):
         """Write the responses, and remember log q, r, w and the teacher's hidden states of every token."""
         settings = self.settings
         with self.time("rollout"):
-            voices = [Voice(self.teacher, settings.teacher_mixed_alpha)] if settings.teacher_mixed_alpha else []
+            voices = [Voice(self.teacher.model, settings.teacher_mixed_alpha)] if settings.teacher_mixed_alpha else []
             self.rollouts = rollout(self.student, samples, self.config, self.tokenizer, iteration, mix_with=voices)
         self.numbered = [replace(sample, sample_id=number) for number, sample in enumerate(self.rollouts)]
         batches, self.experience = self.batches(self.numbered), {}
-        with self.time("teacher"):
-            teacher = supervised_hidden(self.teacher, batches)
+        teacher = self.read_teacher(batches)
         with self.time("old_log_q"):
-            student = supervised_hidden(self.student, batches)
+            student = LiveTeacher(self.student).read(batches, to=self.layout)  # as it was when it wrote
         for batch, p, q in zip(batches, teacher, student):
             self._remember(batch, p, q)
 
     @torch.no_grad()
-    def _remember(self, batch, teacher_hidden, student_hidden):
-        settings, labels = self.settings, supervised_labels(batch).to(student_hidden.device)
-        log_p = -sft_loss(self.through_teacher(teacher_hidden), labels, self.vocabulary)["loss/lm"]
-        log_q = -sft_loss(self.through_student(student_hidden), labels, self.vocabulary)["loss/lm"]
+    def _remember(self, batch, p, q):
+        settings, labels = self.settings, batch.supervised_labels
+        log_p, log_q = (-label_loss(rows, labels, self.vocabulary) for rows in (p, q))
         rewards = token_rewards(log_p, log_q, scale=settings.reward_scaling, limit=settings.cliprange_reward)
         weights = importance_weights(log_p, log_q, alpha=settings.teacher_mixed_alpha)
-        lengths = batch.loss_mask.sum(1).long().tolist()
-        for number, *parts in zip(
-            batch.sample_ids.tolist(), *(x.split(lengths) for x in (log_q, rewards, weights, teacher_hidden))
-        ):
-            self.experience[number] = Experience(*parts)
+        parts = (x.split(batch.response_lengths.tolist()) for x in (log_q, rewards, weights, p.hidden_NH))
+        for number, *of_response in zip(batch.sample_ids.tolist(), *parts):
+            self.experience[number] = Experience(*of_response)
 
     def chosen(self, phase, step):
         """This replica's share of one iteration: every epoch is a fresh order of the phase's responses."""
@@ -93,53 +94,42 @@ class MiniLLM(Method):
         return [self.numbered[i] for i in order[position * size : (position + 1) * size]]
 
     def learn(self, samples, text, iteration):
-        """One optimizer step on micro-batches of rollouts and of text together."""
+        """One optimizer step on micro-batches of rollouts and of text together, each with its own loss."""
         rollouts, texts = self.batches(samples), self.batches(text)
         of_rollouts, of_text = self.shares(rollouts, texts)
-        advantage = self.advantages_of(samples)
-        with self.time("teacher"):
-            teacher_on_text = supervised_hidden(self.teacher, texts) if texts else []
+        remembered = self.recall(samples, rollouts)
+        teacher_on_text = self.read_teacher(texts) if texts else []
+        losses = [partial(self.policy_loss, experience=experience, share=of_rollouts) for experience in remembered]
+        losses += [partial(self.text_loss, p=p, share=of_text) for p in teacher_on_text]
+        return self.student_step(rollouts + texts, lambda q, batch, loss: loss(q, batch), iteration, context=losses)
 
-        def loss(hidden, batch, number):
-            if number < len(rollouts):
-                values, share = self.policy_loss(hidden, batch, advantage), of_rollouts
-            else:
-                values, share = self.text_loss(hidden, teacher_on_text[number - len(rollouts)], batch), of_text
-            return {name: value * share for name, value in values.items()}
-
-        names = ("loss/total", "loss/policy", "loss/reverse_kl", "loss/text")
-        return self.student_step(rollouts + texts, loss, names, iteration)
-
-    def policy_loss(self, hidden, batch, advantage):
+    def policy_loss(self, q, batch, *, experience, share):
         """L_policy and, unless --no-single-step-reg, KL(q‖p): [N] over the tokens of rollouts."""
-        numbers = batch.sample_ids.tolist()
-        recall = lambda field: torch.cat([getattr(self.experience[number], field) for number in numbers])
-        student, labels = self.through_student(hidden), supervised_labels(batch)
-        chosen = torch.cat([advantage[number] for number in numbers])
         objective = lambda log_q: clipped_policy_loss(
-            log_q, recall("old_log_q"), chosen, recall("weights"), clip=self.settings.cliprange
+            log_q, experience.old_log_q, experience.advantages, experience.weights, clip=self.settings.cliprange
         )
-        policy = function_of_log_q(objective, student, labels, self.vocabulary)
-        zero = torch.zeros_like(policy)
+        policy = function_of_log_q(objective, q, batch.supervised_labels, self.vocabulary)
         if not self.settings.single_step_reg:
-            return {"loss/total": policy, "loss/policy": policy, "loss/reverse_kl": zero, "loss/text": zero}
-        single_step = reverse_kl_loss(student, self.through_teacher(recall("teacher_hidden")), self.vocabulary)["loss/reverse_kl"]
-        return {"loss/total": policy + single_step, "loss/policy": policy, "loss/reverse_kl": single_step, "loss/text": zero}
+            return logged(policy, policy=policy).scaled(share)
+        p = HeadRows(experience.teacher_hidden, self.teacher.model.output_weight())
+        single_step = reverse_kl_loss(q, p, self.vocabulary).objective_N
+        return logged(policy + single_step, policy=policy, reverse_kl=single_step).scaled(share)
 
-    def text_loss(self, hidden, teacher_hidden, batch):
+    def text_loss(self, q, batch, *, p, share):
         """lm_coef · [(1 − r) CE + r KL(p‖q)]: [N] over the tokens of text."""
-        q, p = self.through_student(hidden), self.through_teacher(teacher_hidden)
-        ratio = self.config.distillation.ratio(USUAL_RATIO)
-        text = kd_loss(q, p, supervised_labels(batch), self.vocabulary, kd_ratio=ratio, divergence=Divergence("forward_kl"))[
-            "loss/total"
-        ]
-        zero = torch.zeros_like(text)
-        return {"loss/total": self.settings.lm_coef * text, "loss/policy": zero, "loss/reverse_kl": zero, "loss/text": text}
+        ratio, divergence = self.config.distillation.ratio(USUAL_RATIO), Divergence("forward_kl")
+        text = kd_loss(q, p, batch.supervised_labels, self.vocabulary, kd_ratio=ratio, divergence=divergence).objective_N
+        return logged(self.settings.lm_coef * text, text=text).scaled(share)
+
+    def recall(self, samples, batches):
+        """What is remembered of each micro-batch's tokens, with A_t over `samples`; on the last stage, which alone remembers."""
+        if not self.experience:
+            return []
+        kept = {number: replace(self.experience[number], advantages=a) for number, a in self.advantages_of(samples).items()}
+        return [concatenated([kept[number] for number in batch.sample_ids.tolist()]) for batch in batches]
 
     def advantages_of(self, samples):
-        """Whitened A_t of every response by its number; on the last stage, which alone knows the rewards."""
-        if not self.experience:
-            return {}
+        """Whitened A_t of every response by its number."""
         rewards = [self.experience[sample.sample_id].rewards for sample in samples]
         rewards_RT = pad_sequence(rewards, batch_first=True)
         mask_RT = pad_sequence([torch.ones_like(r) for r in rewards], batch_first=True)
@@ -151,7 +141,7 @@ class MiniLLM(Method):
     def shares(self, rollouts, texts):
         """Factors, one for the rollouts' losses and one for the text's, that make Σ/(all tokens) the sum of their token means."""
         tokens = [sum(batch.num_supervised for batch in part) for part in (rollouts, texts)]
-        counts = self.layout.sum_over_data_parallel(torch.tensor(tokens, device=torch.cuda.current_device())).tolist()
+        counts = self.layout.sum_over_data_parallel(torch.tensor(tokens, device=self.layout.device)).tolist()
         return [sum(counts) / max(1, count) for count in counts]
 
     def _open_text(self):
@@ -164,3 +154,14 @@ class MiniLLM(Method):
             dp_rank=self.layout.dp_rank,
             dp_size=self.layout.dp_size,
         )
+
+
+def concatenated(responses: list[Experience]) -> Experience:
+    """Several responses, token after token."""
+    return Experience(*(torch.cat(parts) for parts in zip(*(vars(response).values() for response in responses))))
+
+
+def logged(objective_N: Tensor, **terms: Tensor) -> TokenLoss:
+    """The loss with all four of MiniLLM's terms in the log, 0 where it has none: rollouts and text are averaged together."""
+    zero = torch.zeros_like(objective_N)
+    return TokenLoss(objective_N, {"loss/total": objective_N} | {f"loss/{name}": terms.get(name, zero) for name in TERMS})

@@ -12,12 +12,13 @@ responses are never read.
 
 from functools import partial
 
-from megakd.losses.distillation import prompt_loss, prompt_loss_of_kinds, reverse_kl_loss
+from megakd.losses.distillation import prompt_loss, reverse_kl_loss
 from megakd.methods.base import Method, to_floats
 from megakd.methods.rollout import rollout
 from megakd.models.soft_prompt import SoftPrompt
 from megakd.optimizer import SoftPromptOptimizer
-from megakd.schedules import forward_backward, supervised_hidden
+from megakd.schedules import forward_backward
+from megakd.teachers.live import LiveTeacher, SoftPromptedTeacher
 
 
 class PromptKD(Method):
@@ -25,12 +26,13 @@ class PromptKD(Method):
 
     on_policy = True
 
-    def __init__(self, cast, config, *, total_iters):
-        super().__init__(cast, config, total_iters=total_iters)
-        self.prompt = initial_prompt(self.teacher, config, self.tokenizer)
+    def __init__(self, inputs, config, *, total_iters):
+        super().__init__(inputs, config, total_iters=total_iters)
+        self.prompt = initial_prompt(self.teacher.model, config, self.tokenizer)
+        self.prompted_teacher = SoftPromptedTeacher(self.teacher.model, self.prompt)
         lr = config.training.lr if config.promptkd.teacher_lr is None else config.promptkd.teacher_lr
         kinds = (config.promptkd.teacher_kld_type, config.promptkd.base_kld_type)
-        self.prompt_loss = prompt_loss if kinds == ("reverse", "reverse") else partial(prompt_loss_of_kinds, kinds=kinds)
+        self.prompt_loss = partial(prompt_loss, vocabulary=self.vocabulary, kinds=kinds)
         self.prompt_optimizer = SoftPromptOptimizer(self.prompt, config.training, lr=lr, total_iters=total_iters)
 
     def train(self, samples, iteration):
@@ -39,37 +41,36 @@ class PromptKD(Method):
         batches = self.batches(self.rollouts)
         metrics = self.prompt_step(batches, iteration)
         with self.time("teacher"):
-            prompted = supervised_hidden(self.teacher, batches, self.prompt.vectors)
-
-        def loss(hidden, batch, number):
-            return reverse_kl_loss(self.through_student(hidden), self.through_teacher(prompted[number]), self.vocabulary)
-
-        return self.student_step(batches, loss, ("loss/reverse_kl",), iteration) | metrics
+            prompted = self.prompted_teacher.read(batches, to=self.layout)
+        loss = lambda q, batch, p_P: reverse_kl_loss(q, p_P, self.vocabulary)
+        return self.student_step(batches, loss, iteration, context=prompted) | metrics
 
     def respond(self, samples, iteration):
-        """(a)"""
+        """Step (a): y ~ q(·|x)."""
         return rollout(self.student, samples, self.config, self.tokenizer, iteration)
 
     def prompt_step(self, batches, iteration):
-        """(b): the teacher's weights are frozen, the student's distribution is a constant."""
+        """Step (b): the teacher's weights are frozen, the student's distribution is a constant."""
         base_coef = self.config.promptkd.base_coef * (1 - iteration / self.total_iters)
         with self.time("teacher"):
-            base = supervised_hidden(self.teacher, batches)
-            student = supervised_hidden(self.student, batches)
-
-        def loss(hidden, batch, number):
-            prompted, q = self.through_teacher(hidden), self.through_student(student[number])
-            return self.prompt_loss(prompted, q, base[number], self.vocabulary, base_coef=base_coef)
-
+            base = self.teacher.read(batches, to=self.layout)
+            student = LiveTeacher(self.student).read(batches, to=self.layout)  # here the student is who is listened to
+        loss = lambda p_P, batch, q_and_p: self.prompt_loss(p_P, *q_and_p, base_coef=base_coef)
         with self.time("prompt_step"):
-            self.prompt_optimizer.zero_grad()
-            self.teacher.train(self.config.training.quirk("teacher-dropout"))
-            names = ("loss/prompt", "loss/prompt_kd", "loss/prompt_base")
-            loss = self.normalised(loss, batches)
-            means = forward_backward(self.teacher, batches, loss, names, layout=self.layout, soft_prompt=self.prompt.vectors)
+            means = self.prompt_gradient(self.normalised(loss, batches), batches, list(zip(student, base)))
             step = self.prompt_optimizer.step(iteration, means.pop("tokens"))
-        self.teacher.eval()
         return to_floats(means) | step
+
+    def prompt_gradient(self, loss, batches, context):
+        """∇_P of the token mean, in `prompt.vectors.grad`; returns what the loss logs, and the `tokens`."""
+        self.prompt_optimizer.zero_grad()
+        teacher = self.teacher.model
+        teacher.train(self.config.training.quirk("teacher-dropout"))
+        means = forward_backward(
+            teacher, batches, loss, context=context, layout=self.layout, soft_prompt=self.prompt.vectors
+        )
+        teacher.eval()
+        return means
 
     def extra_tensors(self):
         return self.prompt_optimizer.state_tensors()

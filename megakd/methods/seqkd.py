@@ -15,8 +15,8 @@ class SeqKD(KD):
 
     on_policy = True  # it is given prompts; the data's own responses are never read
 
-    def __init__(self, cast, config, *, total_iters):
-        super().__init__(cast, config, total_iters=total_iters)
+    def __init__(self, inputs, config, *, total_iters):
+        super().__init__(inputs, config, total_iters=total_iters)
         self.written = {}  # sample_id -> the teacher's answer, of all replicas
 
     def train(self, samples, iteration):
@@ -28,5 +28,5 @@ class SeqKD(KD):
 
     def write(self, samples):
         """Answers that nobody has written yet, shared by all replicas: the next epoch deals the prompts to other ones."""
-        answers = rollout(self.teacher, samples, self.config, self.tokenizer, ONCE)
-        self.written |= {answer.sample_id: answer for answer in self.of_all_replicas(answers)}
+        answers = rollout(self.teacher.model, samples, self.config, self.tokenizer, ONCE)
+        self.written |= {answer.sample_id: answer for answer in self.all_gather_samples(answers)}

@@ -7,6 +7,7 @@ Nothing outside this package asks megatron's global parallel_state.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,16 +18,18 @@ from torch.distributed import ProcessGroup
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """Process groups of one model, and this rank's place in them."""
+    """Process groups of one model, this rank's place in them, and its device."""
 
     groups: ProcessGroupCollection
+    device: torch.device
 
     @classmethod
     def from_parallel_state(cls) -> ParallelLayout:
         """The layout that `initialize` set up: the student's, and by default the teacher's too."""
         groups = ProcessGroupCollection.use_mpu_process_groups()
         groups.dp_cp = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        return cls(groups)
+        gpu = torch.cuda.is_available()
+        return cls(groups, torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu"))
 
     @property
     def tp_group(self) -> ProcessGroup:
@@ -90,6 +93,14 @@ class ParallelLayout:
     def broadcast_from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
         """Overwrite `tensor` on every stage with the last stage's."""
         return self._broadcast(tensor, self.pp_size - 1)
+
+    def object_from_last_stage(self, value: Any) -> Any:
+        """The last stage's object on every stage."""
+        if self.pp_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, self.stage_global_rank(self.pp_size - 1), group=self.pp_group, device=self.device)
+        return values[0]
 
     def broadcast_from_first_stage(self, tensor: torch.Tensor) -> torch.Tensor:
         """Overwrite `tensor` on every stage with the first stage's."""

@@ -1,0 +1,49 @@
+"""What goes into a loss and what comes out of it, for the N supervised positions of a micro-batch.
+
+N supervised positions, H hidden size, Vp vocabulary columns of this rank, padding among them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """Exact rows: the loss applies the output layer in chunks, so that [N, vocabulary] need not exist."""
+
+    hidden_NH: Tensor  # whole and equal on every tensor-parallel rank, and so is its gradient
+    head_VpH: Tensor  # this rank's rows of the output layer
+
+    def detached(self) -> HeadRows:
+        """The same as constants."""
+        return HeadRows(self.hidden_NH.detach(), self.head_VpH.detach())
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """A loss per token: what is minimised, and what of it is logged, `loss/<name>`. All are [N]; means are taken once, over the
+    tokens of the global batch."""
+
+    objective_N: Tensor
+    logs: dict[str, Tensor]
+
+    def scaled(self, factor: float) -> TokenLoss:
+        """Objective and logs times one number."""
+        return TokenLoss(self.objective_N * factor, {name: value * factor for name, value in self.logs.items()})
+
+
+@dataclass(frozen=True)
+class VocabularySplit:
+    """How the vocabulary lies over ranks, the same for both models: ids at or past `size` are padding and have no probability."""
+
+    size: int
+    tp_group: ProcessGroup
+
+    @property
+    def arguments(self) -> dict:
+        """Keywords of megakd_kernels' losses. A group of one rank is None there: no collective is called."""
+        return {"valid_vocab": self.size, "tp_group": self.tp_group if self.tp_group.size() > 1 else None}

@@ -1,0 +1,28 @@
+"""What a learner may ask a teacher for, wherever it lives and whatever it reads.
+
+    rows = teacher.read(batches, to=layout)      one HeadRows or TopKRows a micro-batch, on the last stage of the learner's layout,
+                                                 in its data-parallel and vocabulary shards; an empty list on its other stages
+
+Row n of a micro-batch is the teacher's distribution at the n-th supervised position of the learner's batch. The learner is the
+student; in PromptKD's step (b) it is the soft prompt, and the student is what is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megakd.data.batch import Batch
+from megakd.losses.token_loss import HeadRows
+from megakd.models.gpt_model import HiddenStateGPTModel
+from megakd.runtime.parallel_layout import ParallelLayout
+
+
+class Teacher:
+    """A source of rows. `model` is the teacher as a model, for methods that sample from it or differentiate it; None where it is
+    only ever read."""
+
+    model: HiddenStateGPTModel | None = None
+
+    def read(self, batches: Sequence[Batch], *, to: ParallelLayout) -> list[HeadRows]:
+        """The rows of every micro-batch: no gradient, no dropout."""
+        raise NotImplementedError
