@@ -31,6 +31,13 @@ class Norm:
         return norm
 
 
+class OwnGroupRowParallelLinear(RowParallelLinear):
+    """megatron-core's, which asks the global state for a group that its matrix product then does not use."""
+
+    def _forward_impl(self, *args, **options):
+        return super()._forward_impl(*args, **options | {"tp_group": self.tp_group})
+
+
 LAYER = ModuleSpec(
     module=TransformerLayer,
     submodules=TransformerLayerSubmodules(
@@ -39,12 +46,12 @@ LAYER = ModuleSpec(
             module=SelfAttention,
             params={"attn_mask_type": AttnMaskType.causal},
             submodules=SelfAttentionSubmodules(
-                linear_qkv=ColumnParallelLinear, core_attention=SDPACoreAttention, linear_proj=RowParallelLinear
+                linear_qkv=ColumnParallelLinear, core_attention=SDPACoreAttention, linear_proj=OwnGroupRowParallelLinear
             ),
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=Norm,
-        mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+        mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=OwnGroupRowParallelLinear)),
         mlp_bda=get_bias_dropout_add,
     ),
 )

@@ -22,14 +22,17 @@ class ParallelLayout:
 
     groups: ProcessGroupCollection
     device: torch.device
+    host_dp_group: ProcessGroup  # the replicas once more, over gloo: what travels between hosts' memories when a checkpoint is made
 
     @classmethod
     def from_parallel_state(cls) -> ParallelLayout:
         """The layout that `initialize` set up: the student's, and by default the teacher's too."""
         groups = ProcessGroupCollection.use_mpu_process_groups()
         groups.dp_cp = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        host = parallel_state.get_data_parallel_group_gloo(with_context_parallel=True)
         gpu = torch.cuda.is_available()
-        return cls(groups, torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu"))
+        device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+        return cls(groups, device, host)
 
     @property
     def tp_group(self) -> ProcessGroup:
