@@ -136,6 +136,13 @@ class DistillationConfig:
     on_policy_ratio: Annotated[float, alias("--lmbda")] = flag(
         0.0, "kd: share of the batches that the student writes (GKD's lambda)", methods=("kd",)
     )
+    hidden_coef: float = flag(0.0, "weight of matching hidden states beside distributions; 0: none", methods=DIVERGENCE_METHODS)
+    hidden_loss: Literal["mse", "cosine"] = flag("mse", "the distance of two hidden states", methods=DIVERGENCE_METHODS)
+    hidden_layers: tuple[int, ...] = flag(
+        (),
+        "layers of the student to match, counted from 1, each with the teacher's at the same height; default: the last",
+        methods=DIVERGENCE_METHODS,
+    )
     replay_capacity: int = flag(
         1000, "distillm: responses of the student that are kept to be learnt from again", methods=("distillm",)
     )
@@ -308,6 +315,10 @@ class Config(BaseConfig):
         if share and getattr(distillation, share) in (0, 1):
             value, objective = getattr(distillation, share), distillation.kd_objective
             yield f"{flag_name(share)} {value} leaves {objective} no mixture; use a number between 0 and 1"
+        if distillation.hidden_coef and training.recompute:
+            yield "--hidden-coef with --recompute: a layer that runs twice would be matched twice; leave one of them out"
+        if distillation.hidden_coef and training.quirk("mean-of-means"):
+            yield "--hidden-coef is a token mean, which --reference-behaviour mean-of-means is not; leave one of them out"
         if self.method == "minillm" and self.minillm.teacher_mixed_alpha == 1:
             yield "--teacher-mixed-alpha 1 leaves the student no say in its responses; use a number below 1"
         if training.min_lr > training.lr:
@@ -467,7 +478,7 @@ POSITIVE = (
     "repetition_penalty", "student_layers", "student_hidden", "teacher_layers", "teacher_hidden", "vocab_size", "repetitions", "threads",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "lm_coef", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "base_coef", "top_k", "teacher_lr", "adam_eps",
+    "lm_coef", "hidden_coef", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "base_coef", "top_k", "teacher_lr", "adam_eps",
     "no_repeat_ngram_size",
 )  # fmt: skip
 FRACTIONS = (

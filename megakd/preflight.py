@@ -41,6 +41,7 @@ def check(config: Config, student: ModelFolder, teacher: ModelFolder | None) -> 
         check_layout(folder.config, tp, pp, flag=folder.flag, name=str(folder.path))
         check_context(config, folder)
         check_tensors(folder, tp)
+    check_hidden_layers(config, student)
     check_batch(config, world_size // (tp * pp))
     check_tokenizers(student, teacher)
 
@@ -69,6 +70,13 @@ def check_tensors(folder: ModelFolder, tp: int) -> None:
         layers = range(folder.config.num_hidden_layers) if mapping.is_per_layer else (0,)
         for layer in layers:
             at_layer(mapping, layer).shape(folder.source)
+
+
+def check_hidden_layers(config: Config, student: ModelFolder) -> None:
+    """Layers to be matched are layers that the student has."""
+    layers = student.config.num_hidden_layers
+    if absent := [layer for layer in config.distillation.hidden_layers if not 1 <= layer <= layers]:
+        raise UserError(f"--hidden-layers {absent[0]}: --model {student.path} has the layers 1 to {layers}; name some of them")
 
 
 def check_batch(config: Config, dp: int) -> None:

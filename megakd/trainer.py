@@ -27,11 +27,10 @@ from megakd.data.tokenizer import eos_id, load_tokenizer
 from megakd.errors import UserError
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
-from megakd.methods import METHODS
-from megakd.methods.base import Method, MethodInputs
+from megakd.methods import METHODS, build_method
+from megakd.methods.base import Method
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.model_provider import build_model, padded_vocab_size
-from megakd.optimizer import StudentOptimizer
 from megakd.reporting.jsonl import JsonLines
 from megakd.reporting.logger import RunLogger
 from megakd.reporting.plots import plot_training
@@ -138,12 +137,7 @@ class Trainer:
         width = padded_vocab_size(sizes, self.layout.tp_size)
         student = self._load(self.folders.student, width, **self._student_options())
         teacher = LiveTeacher(self._load(self.folders.teacher, width).eval().requires_grad_(False)) if self.folders.teacher else None
-        parallel = self.config.parallel
-        optimizer = StudentOptimizer(
-            student, self.config.training, total_iters=self.total_iters, distributed=parallel.use_distributed_optimizer
-        )
-        inputs = MethodInputs(student, optimizer, teacher, self.tokenizer)
-        return METHODS[self.config.method](inputs, self.config, total_iters=self.total_iters)
+        return build_method(self.config, student, teacher, self.tokenizer, total_iters=self.total_iters)
 
     def _load(self, folder: ModelFolder, width: int, **options) -> HiddenStateGPTModel:
         model = build_model(

@@ -440,7 +440,8 @@ def flags_read(layout, method_name):
     """Settings of these groups that a method looks at when it is made and in one iteration that writes."""
     config = run_config(method_name, 4, {})
     ratios = {"on_policy_ratio": 1.0} if method_name == "kd" else {"kd_ratio": 0.5} if method_name == "seqkd" else {}
-    config = replace(config, distillation=replace(config.distillation, **ratios), minillm=replace(config.minillm, num_rollouts=8))
+    settings = replace(config.distillation, hidden_coef=0.5, **ratios)
+    config = replace(config, distillation=settings, minillm=replace(config.minillm, num_rollouts=8))
     parts, read = cast(layout, config, PAIRS["gpt2"]), set()
 
     def get(self, name):
@@ -450,6 +451,7 @@ def flags_read(layout, method_name):
     for group in (DistillationConfig, PromptKDConfig, MiniLLMConfig, GenerationConfig):
         group.__getattribute__ = get
     minillm.open_responses = lambda *args, **options: text_rows()
+    parts.student.method_parts.update(METHODS[method_name].modules(parts.student, parts.teacher, config))
     method = METHODS[method_name](parts, config, total_iters=TOTAL_ITERS)
     for name, tensor in method.extra_tensors().items():
         if name == "threshold":

@@ -49,6 +49,12 @@ class Method:
         )
 
     @classmethod
+    def modules(cls, student: HiddenStateGPTModel, teacher: Teacher | None, config: Config) -> dict[str, torch.nn.Module]:
+        """What the method trains beside the student's own weights, on the stage that uses it: made before the optimizer, which
+        then has it; alike on the replicas and tensor-parallel ranks of a stage."""
+        return {}
+
+    @classmethod
     def answers_prompts(cls, config: Config) -> bool:
         """Whether the prompts of the data are answered anew, be it now and then: every row must then have one."""
         return cls.on_policy

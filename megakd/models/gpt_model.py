@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import megakd_kernels
+import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
@@ -17,9 +18,14 @@ from torch import Tensor
 
 from megakd.runtime.parallel_layout import ParallelLayout
 
+METHOD_PARTS = "method_parts."  # what begins the names of parameters that are no part of the model
+
 
 class HiddenStateGPTModel(GPTModel):
-    """One pipeline stage. megatron's own attribute `vocab_size` is the padded vocabulary, `real_vocab_size` the ids that count."""
+    """One pipeline stage. megatron's own attribute `vocab_size` is the padded vocabulary, `real_vocab_size` the ids that count.
+
+    `method_parts` are modules that a method trains with the model: they share its optimizer and its checkpoints, and no export.
+    """
 
     def __init__(self, config, block_spec, *, layout: ParallelLayout, real_vocab_size: int, padded_vocab_size: int, **kwargs):
         super().__init__(
@@ -34,6 +40,7 @@ class HiddenStateGPTModel(GPTModel):
             **kwargs,
         )
         self.layout, self.real_vocab_size = layout, real_vocab_size
+        self.method_parts = torch.nn.ModuleDict()
 
     def forward(self, tokens_BS: Tensor, position_ids_BS: Tensor, soft_prompt_PH: Tensor | None = None) -> Tensor:
         """Hidden states of the S real positions, [S, B, H], whole on every TP rank of the last stage; else the next stage's input."""

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from megakd.errors import UserError
 from megakd.models import gpt2, llama, mistral, opt, qwen2
 from megakd.models.family import Family
-from megakd.models.gpt_model import HiddenStateGPTModel
+from megakd.models.gpt_model import METHOD_PARTS, HiddenStateGPTModel
 from megakd.models.layer_specs import block_spec
 from megakd.models.param_mapping import HFTensor, Mapping, Source
 from megakd.runtime.initialize import is_rank_zero
@@ -166,11 +166,13 @@ def rotary_frequencies(hf: PretrainedConfig) -> torch.Tensor:
 
 
 def parameter_mappings(model: HiddenStateGPTModel) -> Iterator[tuple[torch.nn.Parameter, Mapping]]:
-    """This rank's parameters with their mappings at the model's own layer numbers."""
+    """This rank's parameters with their mappings at the model's own layer numbers; a method's own parts have none."""
     family = family_of(model.hf_config)
     table = family.table(model.hf_config, model.vocab_size)
     offset = get_transformer_layer_offset(model.config, pp_rank=model.layout.pp_rank)
     for name, param in model.named_parameters():
+        if name.startswith(METHOD_PARTS):
+            continue
         pattern, layer = layer_pattern(name)
         yield param, table[pattern] if layer is None else at_layer(table[pattern], layer + offset)
 

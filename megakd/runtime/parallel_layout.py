@@ -95,7 +95,7 @@ class ParallelLayout:
 
     def broadcast_from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
         """Overwrite `tensor` on every stage with the last stage's."""
-        return self._broadcast(tensor, self.pp_size - 1)
+        return self.broadcast_from_stage(tensor, self.pp_size - 1)
 
     def object_from_last_stage(self, value: Any) -> Any:
         """The last stage's object on every stage."""
@@ -107,9 +107,10 @@ class ParallelLayout:
 
     def broadcast_from_first_stage(self, tensor: torch.Tensor) -> torch.Tensor:
         """Overwrite `tensor` on every stage with the first stage's."""
-        return self._broadcast(tensor, 0)
+        return self.broadcast_from_stage(tensor, 0)
 
-    def _broadcast(self, tensor: torch.Tensor, stage: int) -> torch.Tensor:
+    def broadcast_from_stage(self, tensor: torch.Tensor, stage: int) -> torch.Tensor:
+        """Overwrite `tensor` on every stage with that of one."""
         if self.pp_size > 1:
             dist.broadcast(tensor, self.stage_global_rank(stage), group=self.pp_group)
         return tensor
