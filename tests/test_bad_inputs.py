@@ -104,7 +104,7 @@ CASES = {  # what is wrong: flags over the good ones (None takes one away), what
     "no folder for the run": ({"save": None}, r"--save is missing; name"),
     "an unknown flag": ({"learning-speed": "3"}, r"Unrecognized options: --learning-speed.*--help lists the flags"),
     "a flag of the wrong type": ({"lr": "fast"}, r"--lr: could not convert string to float: 'fast'"),
-    "a number out of range": ({"top-p": "1.5"}, r"--top-p 1.5 must be from 0 to 1"),
+    "a number out of range": ({"top-p": "1.5"}, r"--top-p 1.5 must be above 0 and at most 1"),
     "sequence parallelism alone": ({"sequence-parallel": "True"}, r"--sequence-parallel needs --tensor-model-parallel-size"),
     "a missing YAML file": ({"config": "{root}/nowhere.yaml"}, r"--config .*nowhere.yaml: no such file"),
     "an unknown YAML key": ({"config": "{root}/unknown-key.yaml"}, r"unknown-key.yaml: unknown key 'learning_speed'; --help lists"),
