@@ -202,7 +202,9 @@ class OutputConfig:
 
     save: Annotated[str, alias("--output-dir")] = flag("", "folder of the run: config, metrics, checkpoints, Hugging Face export, figures")
     save_interval: Annotated[int | None, alias("--save-steps")] = flag(None, "iterations between checkpoints; default: only the last")
-    eval_interval: Annotated[int | None, alias("--eval-steps")] = flag(None, "iterations between evaluations; default: before and after")
+    eval_interval: Annotated[int | None, alias("--eval-steps")] = flag(
+        None, "iterations between evaluations; default: before and after, distillm: every epoch, ten a run at least"
+    )
     eval_iters: int | None = flag(None, "global batches of an evaluation; default: all of --valid-data")
     log_interval: Annotated[int, alias("--logging-steps")] = flag(1, "iterations between progress lines")
     save_rollouts: bool = flag(
@@ -396,6 +398,7 @@ class EvaluateConfig(AnsweringConfig):
     add_bos: bool = flag(False, "put the tokenizer's beginning-of-text before prompts, as MiniLLM's evaluation does")
     micro_batch_size: Annotated[int, alias("--mbs")] = flag(8, "rows of one forward pass on one rank, for losses and KL")
     save: Annotated[str, alias("--output-dir")] = flag("", "folder for results.json, answers.jsonl and figures; none: only print")
+    overwrite: bool = flag(False, "replace the results that --save holds")
 
     def complaints(self):
         yield from super().complaints()
@@ -411,8 +414,8 @@ class EvaluateConfig(AnsweringConfig):
             yield f"--exposure-bias-samples {self.exposure_bias_samples} is more than the {len(self.seeds)} --seeds; add seeds"
 
     def unless(self):
-        curves = (self.exposure_bias, "without --exposure-bias")
-        return super().unless() | dict.fromkeys(("exposure_bias_samples", "exposure_bias_skip_first"), curves)
+        curves = dict.fromkeys(("exposure_bias_samples", "exposure_bias_skip_first"), (self.exposure_bias, "without --exposure-bias"))
+        return super().unless() | curves | {"overwrite": (self.save, "without --save")}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ def main() -> None:
 
     iteration, loss = best_checkpoint(args.run)
     print(f"{args.save}: iteration {iteration} of {args.run}, held-out loss {loss:.4f}")
-    export_to_hf(args.run / "checkpoints", args.save, iteration=iteration)
+    export_to_hf(args.run / "checkpoints", args.save, iteration=iteration, force=False)
 
 
 def best_checkpoint(run: Path) -> tuple[int, float]:
