@@ -53,8 +53,10 @@ def system_errors(folder: Path) -> Iterator[None]:
         said: BaseException | None = error
         while said is not None and not isinstance(said, OSError):
             said = said.__cause__ or said.__context__
+        if said is None:
+            raise
         with file_errors(folder):
-            raise said or error
+            raise said from error
 
 
 class SynchronousSave(SaveShardedStrategy):
@@ -75,7 +77,9 @@ class SynchronousSave(SaveShardedStrategy):
             dcp.save(mcore_to_pyt_state_dict(by_key), storage_writer=Writer(checkpoint_dir), planner=planner)
         except dcp.api.CheckpointException as error:
             told = [failure for failure, _traceback in error.failures.values() if isinstance(failure, UserError)]
-            raise told[0] if told else error
+            if not told:
+                raise
+            raise told[0] from None
 
     @property
     def can_handle_sharded_objects(self) -> bool:
