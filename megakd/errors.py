@@ -77,6 +77,12 @@ def told_in_one_line(*, interrupted: str = "interrupted") -> Iterator[None]:
         fail(interrupted, code=INTERRUPTED)
 
 
+def tell(message: str) -> None:
+    """What is no mistake but worth knowing, in one line from rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {message}", file=sys.stderr, flush=True)
+
+
 def fail(message: str, *, code: int = 2) -> NoReturn:
     """One line, and exit `code` on every rank.
 

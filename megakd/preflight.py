@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from megakd.checkpointing.export_hf import REPORT
 from megakd.checkpointing.model_folder import ModelFolder
-from megakd.checkpointing.native import is_native
+from megakd.checkpointing.native import LATEST, NativeCheckpoint, read_latest
 from megakd.config import Config, flag_name, from_yaml
 from megakd.data.tokenizer import check_same_tokenizer, load_tokenizer
-from megakd.errors import UserError
+from megakd.errors import UserError, tell
 from megakd.models.model_provider import at_layer, check_layout, context_length, family_of, padded_vocab_size
+from megakd.reporting.own_folder import OwnFolder
 from megakd.runtime.initialize import check_world_size
 
 MAY_CHANGE = {  # between a run and its resumption: the layout, and what is only written down
@@ -102,24 +104,72 @@ def check_tokenizers(student: ModelFolder, teacher: ModelFolder | None) -> None:
             )
 
 
-def check_same_run(config: Config) -> None:
-    """A folder that holds a run is continued by the same command; anything else is refused.
+def own_folder(config: Config) -> OwnFolder:
+    """What --save of pretrain_kd.py names."""
+    return OwnFolder(Path(config.output.save), "pretrain_kd.py")
+
+
+def check_run_folder(config: Config) -> None:
+    """A run begins in a new folder, and is continued in its own by the same command; where nothing was saved it begins anew.
 
     Raises:
-        UserError: `--save` is a file or a model's folder, or a setting that decides results differs from the run's config.yaml.
+        UserError: `--save` is somebody else's, or a setting that decides results differs from the run's config.yaml, or the run
+            has left something that would be lost.
     """
-    folder = Path(config.output.save)
-    saved = folder / "config.yaml"
-    if not saved.is_file():
-        if folder.is_file() or (folder / "config.json").is_file() or is_native(folder):
-            what = "a file" if folder.is_file() else "a model's folder"
-            raise UserError(f"--save {folder} is {what}; give a folder of its own to the run")
+    folder, saved = Path(config.output.save), Path(config.output.save) / "config.yaml"
+    own_folder(config).check(is_older=is_run)
+    latest = read_latest(folder / "checkpoints", flag="--save")
+    check_nothing_is_lost(folder, has_checkpoint=latest is not None)
+    if latest is not None:
+        check_same_settings(config, from_yaml(saved) if saved.is_file() else config)
+        NativeCheckpoint(folder / "checkpoints", flag="--save")  # a damaged one is told before the models are loaded
+
+
+def is_run(folder: Path) -> bool:
+    """Of a version that wrote no marker: its config.yaml has every setting, as nobody writes them by hand."""
+    file = folder / "config.yaml"
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+    return {"method", "train_data", "train_iters", "epochs", "seed", "save_rollouts"} <= {line.split(":")[0] for line in lines}
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a Hugging Face folder was written by megakd."""
+    return (folder / REPORT).is_file()
+
+
+def check_nothing_is_lost(folder: Path, *, has_checkpoint: bool) -> None:
+    """A run's folder without a checkpoint is begun anew, which is told, but not where that would cost a student or checkpoints.
+
+    Raises:
+        UserError: it would.
+    """
+    if (folder / "hf").exists() and not is_export(folder / "hf"):
+        raise UserError(f"--save {folder}: what its hf/ holds is no export of a run; move it away, or give another --save")
+    if has_checkpoint:
         return
-    before, now = from_yaml(saved).flat(), config.flat()
-    fixed = WATCHED if config.method == "distillm" else set()
-    for name, value in now.items():
-        if name not in MAY_CHANGE - fixed and before[name] != value:
+    if found := sorted((folder / "checkpoints").glob("iter_*")):
+        raise UserError(
+            f"--save {folder} holds {found[-1].name}, but no checkpoints/{LATEST}; write the number of the iteration to continue from "
+            "into that file, or give another --save"
+        )
+    if is_export(folder / "hf"):
+        raise UserError(
+            f"--save {folder} holds the student of a finished run in hf/, but no checkpoint to continue from; give another --save"
+        )
+    if (folder / "metrics.jsonl").is_file():
+        tell(f"--save {folder} holds no checkpoint: its run begins anew, and the numbers it has logged are replaced")
+
+
+def check_same_settings(config: Config, before: Config) -> None:
+    """What decides results is as it was.
+
+    Raises:
+        UserError: the first setting that is not.
+    """
+    given, fixed = before.flat(), WATCHED if config.method == "distillm" else set()
+    for name, value in config.flat().items():
+        if name not in MAY_CHANGE - fixed and given[name] != value:
             raise UserError(
-                f"{flag_name(name)} {value} differs from the {before[name]} of the run in --save {config.output.save}; "
+                f"{flag_name(name)} {value} differs from the {given[name]} of the run in --save {config.output.save}; "
                 "give the same command to continue it, or another --save to start anew"
             )

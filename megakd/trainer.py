@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,14 +17,13 @@ from megakd import preflight
 from megakd.checkpointing.export_hf import export_to_hf
 from megakd.checkpointing.model_folder import ModelFolder
 from megakd.checkpointing.native import read_latest
-from megakd.checkpointing.publish import write_text
 from megakd.checkpointing.training import load_checkpoint, save_checkpoint
 from megakd.config import Config
 from megakd.data.batch import Sample
 from megakd.data.dataloader import DataLoader, deal
 from megakd.data.open_data import open_prompts, open_responses
 from megakd.data.tokenizer import eos_id, load_tokenizer
-from megakd.errors import UserError
+from megakd.errors import UserError, tell
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
 from megakd.methods import METHODS, build_method
@@ -33,6 +32,7 @@ from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.model_provider import build_model, padded_vocab_size
 from megakd.reporting.jsonl import JsonLines
 from megakd.reporting.logger import RunLogger
+from megakd.reporting.own_folder import write_text
 from megakd.reporting.plots import plot_training
 from megakd.runtime.initialize import initialize, is_rank_zero, resolve_dtype, seed_everything
 from megakd.runtime.parallel_layout import ParallelLayout
@@ -65,7 +65,7 @@ def train(config: Config) -> None:
     """
     folders = Folders.open(config)
     preflight.check(config, folders.student, folders.teacher)
-    preflight.check_same_run(config)
+    preflight.check_run_folder(config)
     layout = initialize(
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
@@ -84,21 +84,24 @@ class Trainer:
         self.tokenizer = load_tokenizer(folders.student.hf_folder)
         self._open_data()
         self.total_iters = total_iterations(config, self.loader, layout.dp_size)
+        self.eval_interval = evaluation_interval(config, self.loader, self.total_iters)
+        for remark in remarks(config, self.loader, self.total_iters):
+            tell(remark)
         self.method = self._build_method()
-        self.iteration = self._resume()
+        self.iteration = self.resumed = self._resume()
+        self._begin_folder()
         self.logger = RunLogger(
             self.folder,
             total_iterations=self.total_iters,
             enabled=is_rank_zero(),
             resumed_iteration=self.iteration or None,
             log_interval=config.output.log_interval,
-            eval_interval=config.output.eval_interval,
+            eval_interval=self.eval_interval,
         )
         self.rollouts = self._open_rollouts()
 
     def run(self) -> None:
         """Iterate, evaluate, save; leave the export and the figures."""
-        self._write_config()
         if self.iteration == 0:
             self._evaluate()
         elif is_rank_zero():
@@ -106,7 +109,7 @@ class Trainer:
         while self.iteration < self.total_iters:
             self.iteration += 1
             self._iterate()
-            if self._due(self.config.output.eval_interval):
+            if self._due(self.eval_interval):
                 self._evaluate()
             if self._due(self.config.output.save_interval):
                 self._save()
@@ -172,15 +175,18 @@ class Trainer:
             tensor.copy_(saved[name])
         return iteration
 
+    def _begin_folder(self) -> None:
+        """Marked before anything is written into it. What a run without a checkpoint has left is replaced."""
+        if is_rank_zero():
+            preflight.own_folder(self.config).claim()
+            write_text(self.folder / "config.yaml", yaml.safe_dump(self.config.flat(), sort_keys=False))
+            if self.iteration == 0:
+                (self.folder / "rollouts.jsonl").unlink(missing_ok=True)
+
     def _open_rollouts(self) -> JsonLines | None:
         if not (self.config.output.save_rollouts and is_rank_zero()):
             return None
         return JsonLines(self.folder / "rollouts.jsonl", resumed_iteration=self.iteration or None)
-
-    def _write_config(self) -> None:
-        if is_rank_zero():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self.folder / "config.yaml", yaml.safe_dump(self.config.flat(), sort_keys=False))
 
     # ---- one iteration
 
@@ -190,7 +196,7 @@ class Trainer:
         start = time.perf_counter()
         metrics = self.method.train_iteration(self.loader, self.iteration)
         seconds = time.perf_counter() - start
-        check_finite(metrics, self.iteration)
+        check_finite(metrics, self.iteration, self.checkpoints)
         metrics |= {"tokens_per_second": metrics["positions"] / seconds, "memory_gib": peak_memory() / GIB}
         self.logger.log(self.iteration, metrics | self.method.time.take())
         if self.config.output.save_rollouts and self.method.rollouts:
@@ -253,7 +259,8 @@ class Trainer:
 
     def _finish(self) -> None:
         if is_rank_zero():
-            export_to_hf(self.checkpoints, self.folder / "hf")
+            if self.resumed < self.total_iters or not preflight.is_export(self.folder / "hf"):
+                export_to_hf(self.checkpoints, self.folder / "hf")
             plot_training(self.folder)
             print(f"the student is {self.folder / 'hf'}; {self.folder} has its checkpoints, numbers and figures", flush=True)
         self.logger.close()
@@ -281,6 +288,26 @@ def total_iterations(config: Config, loader: DataLoader, dp_size: int) -> int:
     return steps - (accumulates and training.quirk("lost-last-step"))
 
 
+def evaluation_interval(config: Config, loader: DataLoader, total_iters: int) -> int | None:
+    """--eval-interval. DistiLLM, which learns from its evaluations, has one an epoch as its code does, and ten a run at least."""
+    if config.output.eval_interval or config.method != "distillm":
+        return config.output.eval_interval
+    return min(loader.iterations_per_epoch, max(1, total_iters // 10))
+
+
+def remarks(config: Config, loader: DataLoader, total_iters: int) -> Iterator[str]:
+    """What is allowed, but may not be meant: known when the data are."""
+    rows, batch, warmup = len(loader.dataset), config.training.global_batch_size, config.training.lr_warmup_iters
+    if warmup > total_iters:
+        reached = config.training.lr * total_iters / warmup
+        yield f"--lr-warmup-iters {warmup} is more than the run's {total_iters} iterations: its learning rate ends at {reached:.1e}"
+    if rows % batch and total_iters >= loader.iterations_per_epoch:
+        yield (
+            f"--global-batch-size {batch} does not divide the {rows} rows of the data: {rows % batch} of them, others each time, "
+            "are left out of an epoch"
+        )
+
+
 def held_out_losses(method: Method, samples: Sequence[Sample], layout: ParallelLayout) -> dict[str, float]:
     """Token means of the method's held-out losses, as `valid/<name>`."""
     mine = deal(samples, layout.dp_size)[layout.dp_rank]
@@ -290,12 +317,13 @@ def held_out_losses(method: Method, samples: Sequence[Sample], layout: ParallelL
     return {name.replace("loss/", "valid/"): total / max(1, tokens) for name, total in zip(method.evaluation_names, totals)}
 
 
-def check_finite(metrics: dict[str, float], iteration: int) -> None:
-    """A loss that is not a number ends the run with its name; the last checkpoint is whole."""
+def check_finite(metrics: dict[str, float], iteration: int, checkpoints: Path) -> None:
+    """A loss that is not a number ends the run with its name. A checkpoint is whole, but continued with its own settings only."""
     for name, value in metrics.items():
         if not math.isfinite(value):
+            where = "" if read_latest(checkpoints) is None else ", both with another --save"
             raise UserError(
-                f"iteration {iteration}: {name} is {value}; lower --lr, or use --dtype fp32 to see whether precision is the reason"
+                f"iteration {iteration}: {name} is {value}; lower --lr, or use --dtype fp32 to see whether precision is the reason{where}"
             )
 
 

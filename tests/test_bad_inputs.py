@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_folder
 
 from megakd import errors, trainer
+from megakd.checkpointing import native
 from megakd.config import parse
 from megakd.data.tasks import make_rows
 from megakd.data.train_tokenizer import train_tokenizer
@@ -104,7 +105,7 @@ CASES = {  # what is wrong: flags over the good ones (None takes one away), what
     "no folder for the run": ({"save": None}, r"--save is missing; name"),
     "an unknown flag": ({"learning-speed": "3"}, r"Unrecognized options: --learning-speed.*--help lists the flags"),
     "a flag of the wrong type": ({"lr": "fast"}, r"--lr: could not convert string to float: 'fast'"),
-    "a number out of range": ({"top-p": "1.5"}, r"--top-p 1.5 must be from 0 to 1"),
+    "a number out of range": ({"top-p": "1.5"}, r"--top-p 1.5 must be above 0 and at most 1"),
     "sequence parallelism alone": ({"sequence-parallel": "True"}, r"--sequence-parallel needs --tensor-model-parallel-size"),
     "a missing YAML file": ({"config": "{root}/nowhere.yaml"}, r"--config .*nowhere.yaml: no such file"),
     "an unknown YAML key": ({"config": "{root}/unknown-key.yaml"}, r"unknown-key.yaml: unknown key 'learning_speed'; --help lists"),
@@ -141,7 +142,7 @@ CASES = {  # what is wrong: flags over the good ones (None takes one away), what
     "a student without a say": ({"method": "minillm", "teacher-mixed-alpha": "1", "num-rollouts": "4"}, r"--teacher-mixed-alpha 1 leaves the student no say .*below 1"),
     "a layer that the student does not have": ({"hidden-coef": "1", "hidden-layers": "3"}, r"--hidden-layers 3: --model \S+ has the layers 1 to 2; name some of them"),
     "a config that names code": ({"model": "{root}/remote-code"}, r"--model .*remote-code: config.json cannot be read .*; give"),
-    "the student's own folder for the run": ({"save": "{root}/student"}, r"--save \S+/student is a model's folder; give a folder of its own"),
+    "the student's own folder for the run": ({"save": "{root}/student"}, r"--save \S+/student holds config.json, and no megakd.json says that pretrain_kd.py made it; give a new"),
     "a file for the run": ({"save": "{root}/good.jsonl"}, r"--save \S+/good.jsonl is a file; give a folder of its own"),
     "a run's folder as a model": ({"model": "{root}/finished-run"}, r"--model \S+: no config.json; give \S+/finished-run/hf$"),
     "the folder of another run": ({"save": "{root}/other-run"}, r"--lr 5e-05 differs from the 0.1 of the run in --save .*another --save"),
@@ -177,9 +178,10 @@ def complain(layout, root: Path, monkeypatch) -> dict[str, str]:
 def lines(inputs):
     """Every case in one forked rank."""
     good = parse(command(inputs, {"save": "{root}/other-run", "lr": "0.1"}))
-    (inputs / "other-run").mkdir()
+    (inputs / "other-run" / "checkpoints").mkdir(parents=True)
     (inputs / "finished-run" / "hf").mkdir(parents=True)
     (inputs / "other-run" / "config.yaml").write_text(yaml.safe_dump(good.flat()))
+    native.write_latest(inputs / "other-run" / "checkpoints", 7)
     before = sorted(path.relative_to(inputs) for path in inputs.rglob("*"))
     with pytest.MonkeyPatch.context() as monkeypatch:
         (result,) = run_distributed(complain, 1, inputs, monkeypatch)
@@ -194,10 +196,14 @@ def test_a_mistake_ends_in_one_clear_line(lines, name):
     assert re.search(CASES[name][1], lines[name]), lines[name]
 
 
-def test_a_loss_that_is_no_number_names_itself():
-    with pytest.raises(ValueError, match=r"iteration 3: loss/lm is nan; lower --lr"):
-        trainer.check_finite({"loss/lm": float("nan")}, 3)
-    trainer.check_finite({"loss/lm": torch.tensor(1.0).item()}, 3)
+def test_a_loss_that_is_no_number_names_itself(tmp_path):
+    check = lambda value: trainer.check_finite({"loss/lm": value}, 3, tmp_path)
+    with pytest.raises(UserError, match=r"iteration 3: loss/lm is nan; lower --lr, or use --dtype fp32 to see whether precision is the reason$"):
+        check(float("nan"))
+    native.write_latest(tmp_path, 2)
+    with pytest.raises(UserError, match=r"lower --lr, or use --dtype fp32 .*, both with another --save$"):
+        check(float("inf"))
+    check(torch.tensor(1.0).item())
 
 
 def test_a_mistake_that_rank_zero_does_not_share_is_told_by_whoever_has_it(monkeypatch, capsys):

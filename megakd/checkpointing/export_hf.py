@@ -46,7 +46,7 @@ def export_to_hf(
     native = NativeCheckpoint(load, iteration=iteration)
     view = HuggingFaceView(native)
     plans = [TensorPlan(name, view.dtype(name), view.shape(name)) for name in view.names]
-    check_target(save, force=force, ours=lambda path: (path / "config.json").is_file(), what="a Hugging Face folder")
+    check_target(save, force=force, ours=lambda path: (path / REPORT).is_file(), what="an export of megakd")
     with published(save) as folder:
         copy_hf_files(native.hf_folder, folder)
         name_dtype(folder / "config.json", [plan.dtype for plan in plans])

@@ -28,7 +28,7 @@ from megakd.evaluation.exposure_bias import accumulated, exposure_bias, token_di
 from megakd.evaluation.held_out import held_out_losses
 from megakd.evaluation.models import load_models, open_folders, start
 from megakd.evaluation.progress import Progress
-from megakd.evaluation.report import Report, print_table
+from megakd.evaluation.report import Report, check_folder, print_table
 from megakd.generation.sampling import Sampling
 from megakd.runtime.initialize import is_rank_zero
 from megakd.runtime.parallel_layout import ParallelLayout
@@ -44,6 +44,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         UserError: something does not fit; before any weight is loaded where that can be known.
     """
     config.check()
+    check_folder(config)
     began = time.perf_counter()
     folders = open_folders(config, config.teacher_model)
     tokenizer = load_tokenizer(folders[0].hf_folder)
