@@ -16,6 +16,7 @@ from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.model_provider import share_vocabulary
 from megakd.optimizer import StudentOptimizer
 from megakd.reporting.stopwatch import Stopwatch
+from megakd.runtime.parallel_layout import ParallelLayout
 from megakd.schedules import LossFunction, evaluate_loss, forward_backward, mean_of_means, supervised_hidden, supervised_labels
 
 
@@ -27,6 +28,7 @@ class Cast:
     optimizer: StudentOptimizer
     teacher: HiddenStateGPTModel | None
     tokenizer: object
+    text: DataLoader | None = None  # what a method learns beside its rows (MiniLLM)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
 
@@ -44,6 +46,15 @@ class Method:
         self.vocabulary = VocabularySplit(
             share_vocabulary(list(filter(None, (cast.student, cast.teacher)))), self.layout.tp_group
         )
+
+    @classmethod
+    def reads_responses(cls, config: Config) -> bool:
+        """Whether the data's own responses are learnt, be it now and then: every row must then have one."""
+        return not cls.on_policy
+
+    @classmethod
+    def open_text(cls, config: Config, tokenizer: object, layout: ParallelLayout) -> DataLoader | None:
+        """What the method learns beside its rows, opened before any weight is loaded."""
 
     @classmethod
     def answers_prompts(cls, config: Config) -> bool:
