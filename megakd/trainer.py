@@ -22,6 +22,7 @@ from megakd.config import Config
 from megakd.data.batch import Sample
 from megakd.data.dataloader import DataLoader, deal
 from megakd.data.open_data import open_prompts, open_responses
+from megakd.data.sft_dataset import NO_RESPONSE
 from megakd.data.tokenizer import eos_id, load_tokenizer
 from megakd.errors import UserError, tell
 from megakd.generation.generate import generate
@@ -40,6 +41,8 @@ from megakd.teachers.live import LiveTeacher
 
 SAMPLES_SHOWN = 4  # held-out prompts that the student answers greedily at every evaluation, for people to read
 GIB = 1024**3
+
+HELD_OUT = "--valid-data is for the loss on it; give one, or leave --valid-data out"  # said of a row without a response
 
 
 @dataclass(frozen=True)
@@ -123,8 +126,11 @@ class Trainer:
     def _open_data(self) -> None:
         data, training = self.config.data, self.config.training
         method = METHODS[self.config.method]
-        dataset = (open_prompts if method.on_policy else open_responses)(data.train_data, self.tokenizer, data)
-        if not method.on_policy and method.answers_prompts(self.config):
+        if method.reads_responses(self.config):
+            dataset = open_responses(data.train_data, self.tokenizer, data, no_response=no_response(self.config))
+        else:
+            dataset = open_prompts(data.train_data, self.tokenizer, data)
+        if method.reads_responses(self.config) and method.answers_prompts(self.config):
             check_prompts(dataset)
         self.loader = DataLoader(
             dataset,
@@ -133,14 +139,15 @@ class Trainer:
             dp_rank=self.layout.dp_rank,
             dp_size=self.layout.dp_size,
         )
-        self.valid = open_responses(data.valid_data, self.tokenizer, data) if data.valid_data else None
+        self.text = method.open_text(self.config, self.tokenizer, self.layout)
+        self.valid = open_responses(data.valid_data, self.tokenizer, data, no_response=HELD_OUT) if data.valid_data else None
 
     def _build_method(self) -> Method:
         sizes = [folder.config.vocab_size for folder in (self.folders.student, self.folders.teacher) if folder]
         width = padded_vocab_size(sizes, self.layout.tp_size)
         student = self._load(self.folders.student, width, **self._student_options())
         teacher = LiveTeacher(self._load(self.folders.teacher, width).eval().requires_grad_(False)) if self.folders.teacher else None
-        return build_method(self.config, student, teacher, self.tokenizer, total_iters=self.total_iters)
+        return build_method(self.config, student, teacher, self.tokenizer, self.text, total_iters=self.total_iters)
 
     def _load(self, folder: ModelFolder, width: int, **options) -> HiddenStateGPTModel:
         model = build_model(
@@ -265,6 +272,15 @@ class Trainer:
             print(f"the student is {self.folder / 'hf'}; {self.folder} has its checkpoints, numbers and figures", flush=True)
         self.logger.close()
         dist.barrier()
+
+
+def no_response(config: Config) -> str:
+    """What is said of a row without one that the method learns."""
+    if config.distillation.on_policy_ratio:
+        return f"--on-policy-ratio {config.distillation.on_policy_ratio:g} learns it in the other batches; give one, or --on-policy-ratio 1"
+    if config.method == "kd":
+        return f"{NO_RESPONSE}, or --on-policy-ratio 1, with which the student writes it"
+    return NO_RESPONSE
 
 
 def check_prompts(dataset: Sequence[Sample]) -> None:

@@ -380,8 +380,8 @@ def check_minillm(layout, pairs, micro_batch_size, parallel):
         config = run_config("minillm", micro_batch_size, parallel)
         settings = replace(config.minillm, num_rollouts=8, ppo_epochs=2, lm_coef=0.7, cliprange_reward=3.0)
         config = replace(config, minillm=settings)
-        MiniLLM._open_text = lambda self: OneBatch(text_rows(), layout)
-        method = MiniLLM(cast(layout, config, pair), config, total_iters=TOTAL_ITERS)
+        parts = replace(cast(layout, config, pair), text=OneBatch(text_rows(), layout))
+        method = MiniLLM(parts, config, total_iters=TOTAL_ITERS)
         reference, writer = oracle(pair), oracle(pair).student
         arguments = {"alpha": 0.2, "gamma": 0.95, "scale": 0.5, "limit": 3.0, "clip": 0.2, "lm_coef": 0.7, "kd_ratio": 0.5}
         got = method.train_iteration(OneBatch(samples(), layout), 1)
@@ -452,6 +452,7 @@ def flags_read(layout, method_name):
         group.__getattribute__ = get
     minillm.open_responses = lambda *args, **options: text_rows()
     parts.student.method_parts.update(METHODS[method_name].modules(parts.student, parts.teacher, config))
+    parts.text = METHODS[method_name].open_text(config, TOKENIZER, layout)
     method = METHODS[method_name](parts, config, total_iters=TOTAL_ITERS)
     for name, tensor in method.extra_tensors().items():
         if name == "threshold":

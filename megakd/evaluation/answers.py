@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeVar
 
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
 
 from megakd.config import ResponseConfig
 from megakd.data.batch import Sample
@@ -70,9 +68,3 @@ def gather_by_index(mine: dict[int, Item], group: dist.ProcessGroup) -> dict[int
     parts: list[dict[int, Item]] = [{} for _ in range(group.size())]
     dist.all_gather_object(parts, mine, group=group)
     return {index: item for part in parts for index, item in part.items()}
-
-
-def response_text(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], response: Sequence[int]) -> str:
-    """What the response adds to the prompt's text: decoded alone, Llama's tokenizers would lose its first space."""
-    decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return decode([*prompt, *response])[len(decode(list(prompt))) :]

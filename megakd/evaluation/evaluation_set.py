@@ -7,15 +7,14 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config import EvaluateConfig
 from megakd.data.batch import Sample
+from megakd.data.forms import Row
 from megakd.data.prompt_dataset import PromptDataset
 from megakd.data.sft_dataset import check_responses
 from megakd.data.text_dataset import encode_responses
-from megakd.data.tokenizer import eos_id
 from megakd.errors import UserError
 from megakd.evaluation import gsm8k, metrics
 
@@ -40,14 +39,17 @@ class EvaluationSet(PromptDataset):
         add_bos: bool = False,
         template: str = "alpaca",
     ) -> None:
+        self.name, self.path, self.max_response_length = name, str(path), max_response_length
+        self._bos = tokenizer("")["input_ids"] if add_bos else []
         super().__init__(path, tokenizer, max_prompt_length=max_prompt_length, template=template)
-        self.name, self.path = name, str(path)
-        check_responses(self._rows)
-        beginning = tokenizer("")["input_ids"] if add_bos else []
-        prompts = [ids.tolist() for ids in self._prompts]
-        for i, gold in enumerate(encode_responses(self._rows, prompts, tokenizer)):
-            self._prompts[i] = np.array([*beginning, *prompts[i]], dtype=np.int32)
-            self._responses[i] = np.array([*gold, eos_id(tokenizer)][:max_response_length], dtype=np.int32)
+
+    def _beginning(self) -> Sequence[int]:
+        return self._bos
+
+    def _responses(self, asked: Sequence[tuple[Row, list[int]]]) -> Sequence[Sequence[int]]:
+        rows, prompts = [row for row, _ in asked], [ids for _, ids in asked]
+        check_responses(rows)
+        return [gold[: self.max_response_length] for gold in encode_responses(rows, prompts, self.tokenizer)]
 
     def questions(self) -> list[Sample]:
         """The samples without their responses."""
@@ -67,7 +69,7 @@ class GSM8KSet(EvaluationSet):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.gold: list[Decimal] = [gsm8k.gold_number(row.references[0], row.where) for row in self._rows]
+        self.gold: list[Decimal] = [gsm8k.gold_number(self.references(i)[0], self.where(i)) for i in range(len(self))]
 
     def score(self, index: int, answer: str) -> dict[str, float]:
         return super().score(index, answer) | gsm8k.score(answer, self.gold[index])

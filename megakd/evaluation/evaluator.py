@@ -21,8 +21,9 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.checkpointing.description import versions
 from megakd.config import EvaluateConfig
+from megakd.data.text_dataset import response_text
 from megakd.data.tokenizer import eos_id, load_tokenizer
-from megakd.evaluation.answers import Writer, gather_by_index, response_text, sampling_of
+from megakd.evaluation.answers import Writer, gather_by_index, sampling_of
 from megakd.evaluation.evaluation_set import EvaluationSet, open_sets
 from megakd.evaluation.exposure_bias import accumulated, exposure_bias, token_divergences
 from megakd.evaluation.held_out import held_out_losses

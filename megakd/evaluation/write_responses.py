@@ -1,7 +1,7 @@
 """Responses to a file of prompts, into a file that training reads as it is: SeqKD's data, and whatever else wants answers.
 
-Rows keep their fields and their order; a `response` that was there becomes `reference`. Rows are written chunk by chunk, and the
-same command continues after the last whole chunk: the chunks, and so the bytes, are those of an unbroken run.
+Rows keep their fields and their order; an answer that was there, be it a chat's last turn, becomes `reference`. Rows are written
+chunk by chunk, and the same command continues after the last whole chunk: the chunks, and so the bytes, are those of an unbroken run.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import PreTrainedTokenizerBase
 
 from megakd.config import GenerateConfig, ResponseConfig, flag_name, from_yaml
+from megakd.data.forms import unanswered
 from megakd.data.prompt_dataset import PromptDataset
-from megakd.data.records import records
+from megakd.data.text_dataset import response_text
 from megakd.data.tokenizer import eos_id, load_tokenizer
 from megakd.errors import UserError, file_errors, read_json, tell
-from megakd.evaluation.answers import Writer, response_text, sampling_of
+from megakd.evaluation.answers import Writer, sampling_of
 from megakd.evaluation.models import load_models, open_folders, start
 from megakd.evaluation.origin import checksums
 from megakd.evaluation.progress import Progress
@@ -54,22 +56,20 @@ def write_responses(config: GenerateConfig) -> None:
 
 
 class Prompts(PromptDataset):
-    """The prompts of a jsonl file, with the fields of their rows."""
+    """The prompts of a data file, with the fields of their rows."""
 
-    def __init__(self, path: str, tokenizer, settings: ResponseConfig) -> None:
-        super().__init__(path, tokenizer, max_prompt_length=settings.max_prompt_length, template=settings.prompt_template)
-        self.tokenizer = tokenizer
-        self._fields = dict(records(Path(path)))
-        for i in range(len(self)):
-            if not {"prompt", "instruction", "question", "messages"} & self._fields[self.where(i)].keys():
-                raise UserError(f"{self.where(i)} is plain text; --data needs rows with prompt, or with instruction and input")
+    def __init__(self, path: str, tokenizer: PreTrainedTokenizerBase, settings: ResponseConfig) -> None:
+        length, template = settings.max_prompt_length, settings.prompt_template
+        super().__init__(path, tokenizer, max_prompt_length=length, template=template, prompts_only=True)
 
     def row(self, index: int, response: Sequence[int], *, token_ids: bool) -> dict[str, Any]:
-        """What is written for one prompt."""
-        fields, prompt = dict(self._fields[self.where(index)]), self[index].prompt
-        kept = {"reference": fields.pop("response")} if "response" in fields else {}
+        """What is written for one prompt: training reads it as this prompt and this response, and no other."""
+        prompt = self[index].prompt
+        fields = unanswered(self._rows.fields(self._row_of[index]))
+        ended = bool(response) and response[-1] == eos_id(self.tokenizer)
         ids = {"prompt_ids": prompt, "response_ids": response} if token_ids else {}
-        return {**fields, **kept, "response": response_text(self.tokenizer, prompt, response), **ids}
+        text = response_text(self.tokenizer, prompt, response)
+        return {**fields, "response": text, "finish_reason": "stop" if ended else "length", **ids}
 
 
 class ResponseFile:

@@ -18,6 +18,7 @@ from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.model_provider import share_vocabulary
 from megakd.optimizer import StudentOptimizer
 from megakd.reporting.stopwatch import Stopwatch
+from megakd.runtime.parallel_layout import ParallelLayout
 from megakd.schedules import LossFunction, evaluate_loss, forward_backward, mean_of_means
 from megakd.teachers.teacher import Teacher
 
@@ -30,6 +31,7 @@ class MethodInputs:
     optimizer: StudentOptimizer
     teacher: Teacher | None
     tokenizer: object
+    text: DataLoader | None = None  # what a method learns beside its rows (MiniLLM)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
 
@@ -53,6 +55,15 @@ class Method:
         """What the method trains beside the student's own weights, on the stage that uses it: made before the optimizer, which
         then has it; alike on the replicas and tensor-parallel ranks of a stage."""
         return {}
+
+    @classmethod
+    def reads_responses(cls, config: Config) -> bool:
+        """Whether the data's own responses are learnt, be it now and then: every row must then have one."""
+        return not cls.on_policy
+
+    @classmethod
+    def open_text(cls, config: Config, tokenizer: object, layout: ParallelLayout) -> DataLoader | None:
+        """What the method learns beside its rows, opened before any weight is loaded."""
 
     @classmethod
     def answers_prompts(cls, config: Config) -> bool:

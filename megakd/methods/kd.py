@@ -25,6 +25,10 @@ class KD(Method):
     def answers_prompts(cls, config):
         return cls.on_policy or config.distillation.on_policy_ratio > 0
 
+    @classmethod
+    def reads_responses(cls, config):
+        return not cls.on_policy and config.distillation.on_policy_ratio < 1
+
     def train(self, samples, iteration):
         settings = self.config.distillation
         on_policy = random.Random(f"{self.config.training.seed}/{iteration}").random() < settings.on_policy_ratio
