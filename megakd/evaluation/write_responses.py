@@ -14,9 +14,10 @@ from typing import Any
 import yaml
 
 from megakd.config import GenerateConfig, ResponseConfig, flag_name, from_yaml
+from megakd.data.end_ids import EndIds, end_ids
 from megakd.data.prompt_dataset import PromptDataset
 from megakd.data.records import records
-from megakd.data.tokenizer import eos_id, load_tokenizer
+from megakd.data.tokenizer import load_tokenizer
 from megakd.errors import UserError, file_errors, read_json, tell
 from megakd.evaluation.answers import Writer, response_text, sampling_of
 from megakd.evaluation.models import load_models, open_folders, start
@@ -38,10 +39,11 @@ def write_responses(config: GenerateConfig) -> None:
     config.check()
     folders = open_folders(config)
     tokenizer = load_tokenizer(folders[0].hf_folder)
-    prompts = Prompts(config.data, tokenizer, config.responses)
+    ends = end_ids(folders[0].hf_folder, tokenizer)
+    prompts = Prompts(config.data, tokenizer, ends, config.responses)
     file = ResponseFile(config)
     (model,) = load_models(folders, start(config), config.dtype)
-    writer = Writer(model, eos_id(tokenizer), config.responses.batch_size)
+    writer = Writer(model, ends, config.responses.batch_size)
     done = file.continue_at(writer.chunk_size, len(prompts))
     progress = Progress(len(prompts) - done)
     for chunk in writer.answer(list(prompts)[done:], sampling_of(config.responses, config.seed)):
@@ -56,9 +58,9 @@ def write_responses(config: GenerateConfig) -> None:
 class Prompts(PromptDataset):
     """The prompts of a jsonl file, with the fields of their rows."""
 
-    def __init__(self, path: str, tokenizer, settings: ResponseConfig) -> None:
+    def __init__(self, path: str, tokenizer, ends: EndIds, settings: ResponseConfig) -> None:
         super().__init__(path, tokenizer, max_prompt_length=settings.max_prompt_length, template=settings.prompt_template)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.ends = tokenizer, ends
         self._fields = dict(records(Path(path)))
         for i in range(len(self)):
             if not {"prompt", "instruction", "question", "messages"} & self._fields[self.where(i)].keys():
@@ -69,7 +71,8 @@ class Prompts(PromptDataset):
         fields, prompt = dict(self._fields[self.where(index)]), self[index].prompt
         kept = {"reference": fields.pop("response")} if "response" in fields else {}
         ids = {"prompt_ids": prompt, "response_ids": response} if token_ids else {}
-        return {**fields, **kept, "response": response_text(self.tokenizer, prompt, response), **ids}
+        text = response_text(self.tokenizer, prompt, self.ends.without_end(response))
+        return {**fields, **kept, "response": text, **ids}
 
 
 class ResponseFile:

@@ -3,6 +3,7 @@
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config import Config
+from megakd.data.end_ids import EndIds
 from megakd.methods.base import Method, MethodInputs
 from megakd.methods.distillm import DistiLLM
 from megakd.methods.kd import KD
@@ -25,11 +26,17 @@ METHODS: dict[str, type[Method]] = {
 
 
 def build_method(
-    config: Config, student: HiddenStateGPTModel, teacher: Teacher | None, tokenizer: PreTrainedTokenizerBase, *, total_iters: int
+    config: Config,
+    student: HiddenStateGPTModel,
+    teacher: Teacher | None,
+    tokenizer: PreTrainedTokenizerBase,
+    ends: EndIds,
+    *,
+    total_iters: int,
 ) -> Method:
     """The method of a run, with its own trained parts in the student's optimizer."""
     kind = METHODS[config.method]
     student.method_parts.update(kind.modules(student, teacher, config))
     distributed = config.parallel.use_distributed_optimizer
     optimizer = StudentOptimizer(student, config.training, total_iters=total_iters, distributed=distributed)
-    return kind(MethodInputs(student, optimizer, teacher, tokenizer), config, total_iters=total_iters)
+    return kind(MethodInputs(student, optimizer, teacher, tokenizer, ends), config, total_iters=total_iters)
