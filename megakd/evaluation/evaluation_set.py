@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megakd.config import EvaluateConfig
+from megakd.config import EvaluateConfig, ScoreConfig
 from megakd.data.batch import Sample
 from megakd.data.prompt_dataset import PromptDataset
 from megakd.data.sft_dataset import check_responses
@@ -18,6 +18,8 @@ from megakd.data.text_dataset import encode_responses
 from megakd.data.tokenizer import eos_id
 from megakd.errors import UserError
 from megakd.evaluation import gsm8k, metrics
+
+USUAL_RULES = ScoreConfig()
 
 
 class EvaluationSet(PromptDataset):
@@ -39,9 +41,11 @@ class EvaluationSet(PromptDataset):
         max_response_length: int,
         add_bos: bool = False,
         template: str = "alpaca",
+        scores: ScoreConfig = USUAL_RULES,
     ) -> None:
         super().__init__(path, tokenizer, max_prompt_length=max_prompt_length, template=template)
-        self.name, self.path = name, str(path)
+        self.name, self.path, self.rules = name, str(path), scores
+        self.rouge_tokenizer = metrics.rouge_tokenizer(scores.rouge_tokenizer_of(name), tokenizer)
         check_responses(self._rows)
         beginning = tokenizer("")["input_ids"] if add_bos else []
         prompts = [ids.tolist() for ids in self._prompts]
@@ -57,9 +61,16 @@ class EvaluationSet(PromptDataset):
         """Each metric of one answer, 0 to 100."""
         references = self.references(index)
         return {
-            "rouge_l": metrics.rouge_l(answer, references),
-            "exact_match": metrics.exact_match(answer, references),
+            "rouge_l": metrics.rouge_l(answer, references, self.rouge_tokenizer),
+            "exact_match": metrics.exact_match(answer, references, self.rules.exact_match_rule),
         }
+
+    def unseen(self) -> dict[str, float]:
+        """What Rouge-L does not see of the right answers: rows without any word of its, and the share of letters in per cent."""
+        every = [row.references for row in self._rows]
+        rows = sum(metrics.is_unseen(references, self.rouge_tokenizer) for references in every)
+        letters = metrics.unseen_letters([text for references in every for text in references], self.rouge_tokenizer)
+        return {"rouge_l_unseen_rows": rows, "rouge_l_unseen_letters": 100 * letters}
 
 
 class GSM8KSet(EvaluationSet):
@@ -70,7 +81,7 @@ class GSM8KSet(EvaluationSet):
         self.gold: list[Decimal] = [gsm8k.gold_number(row.references[0], row.where) for row in self._rows]
 
     def score(self, index: int, answer: str) -> dict[str, float]:
-        return super().score(index, answer) | gsm8k.score(answer, self.gold[index])
+        return super().score(index, answer) | gsm8k.score(answer, self.gold[index], self.rules.gsm8k_rule)
 
 
 @dataclass(frozen=True)
@@ -106,5 +117,8 @@ def open_sets(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> lis
     lengths = {"max_prompt_length": config.responses.max_prompt_length, "max_response_length": config.responses.max_new_tokens}
     kinds = [(EvaluationSet, named) for named in named_paths(config.data)]
     kinds += [(GSM8KSet, NamedPath("gsm8k", config.gsm8k))] if config.gsm8k else []
-    options = {"add_bos": config.add_bos, "template": config.responses.prompt_template, **lengths}
+    names = {"", *(named.name for _, named in kinds)}
+    if unknown := sorted(config.scores.rouge_tokenizers.keys() - names):
+        raise UserError(f"--rouge-tokenizer {unknown[0]}=...: no data set has this name; there are {', '.join(sorted(names - {''}))}")
+    options = {"add_bos": config.add_bos, "template": config.responses.prompt_template, "scores": config.scores, **lengths}
     return [kind(named.name, named.path, tokenizer, **options) for kind, named in kinds]
