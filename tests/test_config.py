@@ -158,7 +158,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
     assert (evaluation.model, evaluation.data) == (f"{tmp_path}/m", (f"a={tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl", "c~d"))
     text = [name for kind in COMMANDS for name, value in kind().flat().items() if isinstance(value, (str, tuple))]
     words = {"method", "dtype", "lr_decay_style", "kd_objective", "prompt_init", "prompt_init_text", "teacher_kld_type", "base_kld_type"}
-    words |= {"reference_behaviour", "seeds", "preset", "baseline", "measure"}
+    words |= {"reference_behaviour", "seeds", "preset", "baseline", "measure", "hidden_loss", "hidden_layers", "gsm8k_rule", "exact_match_rule", "rouge_tokenizer"}
     assert set(text) == words | set(configuration.PATHS), "a flag that may be a path is in PATHS"
 
 
