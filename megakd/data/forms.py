@@ -113,7 +113,7 @@ class RowReader:
         if chat.is_answered:
             return self._answered(chat, given)
         prompt = self._opening(chat)
-        if given:
+        if given and "finish_reason" not in fields:  # what a model wrote is learnt as it wrote it
             self._compare(prompt + given[0].rstrip(), chat.with_answer(given[0].strip()), where)
         return Row(where, prompt, given, next(iter(given), None))
 

@@ -5,13 +5,13 @@ and response, completion, output, answer.
 """
 
 import json
-from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from megakd.data.forms import Row, RowReader
+from megakd.data.packed import Packed
 from megakd.data.records import records
 from megakd.data.templates import open_template
 from megakd.data.values import FORMS
@@ -34,19 +34,18 @@ def read_rows(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
 class Rows(Sequence[Row]):
     """The rows of a file as far as it has been read, each made anew when it is asked for.
 
-    Kept are the records, as JSON in one piece of memory: about as much as the file, where rows of text take several times that.
+    Kept are the records, as JSON: about as much as the file, where rows of text take several times that.
     """
 
     def __init__(self, path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, *, template: str = "alpaca") -> None:
         self.path = Path(path)
         self._reader = RowReader(open_template(template), tokenizer)
-        self._records, self._ends = bytearray(), array("q", [0])
+        self._records = Packed()
 
     def read(self) -> Iterator[Row]:
         """Every row, once; then what is to be told of them all."""
         for place, fields in records(self.path):
-            self._records += json.dumps([place, fields], ensure_ascii=False).encode()
-            self._ends.append(len(self._records))
+            self._records.append(json.dumps([place, fields], ensure_ascii=False).encode())
             yield self._reader.row_of(fields, f"{self.path} {place}")
         if not self:
             raise UserError(f"{self.path} is empty; it needs one JSON object a line with {FORMS}")
@@ -65,7 +64,7 @@ class Rows(Sequence[Row]):
             yield part
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self._records)
 
     def __getitem__(self, index: int) -> Row:
         place, fields = self._record(index)
@@ -80,5 +79,4 @@ class Rows(Sequence[Row]):
         return self._record(index)[1]
 
     def _record(self, index: int) -> tuple[str, dict]:
-        index = range(len(self))[index]
-        return json.loads(self._records[self._ends[index] : self._ends[index + 1]])
+        return json.loads(self._records[index])

@@ -3,7 +3,7 @@
 Prompt and response are encoded together, as one text, and cut at the prompt's length: this is how the published data were made.
 Where the two merge into one token across the border, that row's prompt and response are encoded apart.
 
-All ids are kept in one piece of memory, 4 bytes each; texts are made of the file's records when they are asked for.
+Ids are kept packed, 4 bytes each; texts are made of the file's records when they are asked for.
 """
 
 from array import array
@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from megakd.data.batch import Sample
 from megakd.data.forms import Row
 from megakd.data.notes import tell
+from megakd.data.packed import Packed
 from megakd.data.rows import Rows
 from megakd.data.tokenizer import encode, eos_id
 from megakd.data.values import excerpt, first_difference
@@ -31,22 +32,20 @@ class TextDataset(Sequence[Sample]):
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
         self._row_of = array("q")  # the row of each sample
-        self._ids = array("i")  # of all prompts and responses, one after the other
-        self._ends = array("q", [0])  # in `_ids`, of each prompt and each response
+        self._ids = Packed()  # prompt and response of each, int32
 
     def _add(self, row: int, prompt: Sequence[int], response: Sequence[int]) -> None:
         self._row_of.append(row)
         for ids in (prompt, response):
-            self._ids.extend(ids)
-            self._ends.append(len(self._ids))
+            self._ids.append(array("i", ids).tobytes())
 
     def __len__(self) -> int:
         return len(self._row_of)
 
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self))[index]
-        first, border, last = self._ends[2 * index : 2 * index + 3]
-        return Sample(index, tuple(self._ids[first:border]), tuple(self._ids[border:last]))
+        prompt, response = (tuple(array("i", self._ids[2 * index + part])) for part in (0, 1))
+        return Sample(index, prompt, response)
 
     def text(self, index: int) -> Row:
         """The text of a sample."""
