@@ -356,6 +356,7 @@ class Config(BaseConfig):
             "min_lr": (schedule != "constant", "with --lr-decay-style constant"),
             **dict.fromkeys(("eval_interval", "eval_iters"), held_out),
             **dict.fromkeys(rollouts, writes),
+            **dict.fromkeys(("hidden_loss", "hidden_layers"), (distillation.hidden_coef, "without --hidden-coef")),
         }
 
 

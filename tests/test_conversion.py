@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -295,10 +296,18 @@ def test_what_is_there_is_replaced_by_force_only(folders, tmp_path):
     convert(force=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    with pytest.raises(ValueError, match="holds something else than a Hugging Face folder, which --force does not replace"):
+    with pytest.raises(ValueError, match="holds something else than an export of megakd, which --force does not replace"):
         export_to_hf(tmp_path / "mp", tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.tex").exists()
     assert not list((tmp_path / "mp").glob(".*"))
+
+
+def test_a_tilde_behind_an_equals_sign_is_the_home_folder(monkeypatch):
+    monkeypatch.syspath_prepend(TOOLS)
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setattr(sys, "argv", ["reshard.py", "--load-dir=~/native", "--save", "a~b"])
+    args = importlib.import_module("reshard").parser().parse()
+    assert (args.load, args.save) == (Path("/home/me/native"), Path("a~b"))
 
 
 # ---- memory
