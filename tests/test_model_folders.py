@@ -21,11 +21,15 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from megakd.checkpointing import ModelFolder, export_to_hf
 from megakd.checkpointing.import_hf import hf_to_native
 from megakd.checkpointing.reshard import reshard
+from megakd.data.chat import render_chat
 from megakd.data.tasks import make_rows
+from megakd.data.templates import open_template
 from megakd.data.tokenizer import check_same_tokenizer, load_tokenizer
 from megakd.data.train_tokenizer import train_tokenizer
 from megakd.errors import UserError
 from megakd.models.model_provider import build_model, padded_vocab_size
+from megakd.models.quantized import block_shape
+from megakd.preflight import check_tokenizers
 from megakd.schedules import forward_only
 
 FAMILIES = ("gpt2", "opt", "llama", "qwen2", "mistral")
@@ -447,6 +451,34 @@ def test_fp8_weights_are_dequantised_as_transformers_does_and_exported_plain(nam
     assert_equal_logits((folder, reference), (back, reference))
 
 
+def test_int8_weights_of_compressed_tensors_are_codes_times_scales(copy):
+    folder, name = copy("llama"), "model.layers.0.mlp.up_proj.weight"
+    codes, scale = torch.randint(-127, 128, (112, 64), dtype=torch.int8), torch.rand(112, 1)
+    change_weights(folder, lambda t: t.update({name: codes, f"{name}_scale": scale}))
+    change_config(folder, quantization_config={"quant_method": "compressed-tensors", "format": "int-quantized"})
+    source = ModelFolder.open(folder).source
+    assert torch.equal(source.read(name, (slice(30, 50), slice(7, None))), (codes.float() * scale)[30:50, 7:])
+    change_weights(folder, lambda t: t.update({f"{name}_zero_point": torch.ones(112, 1, dtype=torch.int8)}))
+    with pytest.raises(UserError, match=r"up_proj.weight is stored as I8, which is no number here"):
+        ModelFolder.open(folder)
+
+
+@pytest.mark.parametrize(
+    "shape, scales, said, block",
+    [
+        ((200, 300), (2, 3), {"weight_block_size": [128, 128]}, (128, 128)),  # the last blocks are cut
+        ((200, 300), (2, 3), {}, (128, 128)),
+        ((64, 96), (4, 2), {"weight_block_size": [128, 128]}, (16, 48)),
+        ((64, 96), (64,), {"weight_block_size": None}, (1, 96)),
+        ((64, 96), (64, 1), {}, (1, 96)),
+        ((64, 96), (), {}, (128, 128)),
+        ((64, 96), (5, 2), {}, None),
+    ],
+)
+def test_how_many_rows_and_columns_share_a_scale(shape, scales, said, block):
+    assert block_shape(shape, scales, said) == block
+
+
 def gptq(tensors):
     weight = tensors.pop("model.layers.0.self_attn.q_proj.weight")
     tensors["model.layers.0.self_attn.q_proj.qweight"] = torch.zeros(8, weight.shape[0], dtype=torch.int32)
@@ -566,3 +598,32 @@ def test_tokenizer_files_that_cannot_be_read_are_named(name, tokenizer_folder, t
     with pytest.raises(UserError, match=message) as error:
         load_tokenizer(folder)
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+def test_chat_templates_that_fail_say_where(tokenizer_folder):
+    tokenizer, turns = load_tokenizer(tokenizer_folder), [{"role": "user", "content": "hi"}]
+    tokenizer.chat_template = "{{ 1 + messages[0].content }}"
+    with pytest.raises(UserError, match=rf"a.jsonl line 3: the chat template of {tokenizer_folder} fails on these messages \(unsupported"):
+        render_chat(turns, tokenizer, "a.jsonl line 3")
+    tokenizer.chat_template = {"tool_use": "{{ messages }}", "rag": "{{ messages }}"}
+    with pytest.raises(UserError, match=rf"{tokenizer_folder}: its chat templates are tool_use, rag, and none is the default; name one"):
+        render_chat(turns, tokenizer, "a.jsonl line 3")
+
+
+def test_a_prompt_template_that_fails_is_named(tmp_path):
+    (tmp_path / "a.jinja").write_text("{{ 1 + instruction }}")
+    with pytest.raises(UserError, match=r"--prompt-template \S+a.jinja: fails \(unsupported operand .*\); correct it"):
+        open_template(str(tmp_path / "a.jinja"))
+
+
+def test_a_student_whose_pad_token_has_no_row_is_told_what_to_do(tokenizer_folder, tmp_path):
+    tokenizer = load_tokenizer(tokenizer_folder)
+    folder = tiny_folder(tmp_path / "student", "gpt2", layers=2, vocab_size=len(tokenizer))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"none for '\[PAD\]'; use the tokenizer files that it was trained with .*, or resize_token_embeddings"):
+        check_tokenizers(ModelFolder.open(folder), None)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder)
+    check_tokenizers(ModelFolder.open(folder), None)

@@ -14,6 +14,7 @@ SIZES = (  # of all families
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "intermediate_size", "ffn_dim", "n_inner", "max_position_embeddings",
 )  # fmt: skip
+LAYERS, MOST_LAYERS = ("num_hidden_layers", "n_layer"), 100_000  # transformers makes a list of them
 WAY_OUT = "give a folder that save_pretrained wrote"
 
 
@@ -22,7 +23,9 @@ def load_hf_config(folder: Path, *, flag: str) -> PretrainedConfig:
     Raises:
         UserError: not JSON, a model type that transformers does not know, or a field that makes no sense.
     """
-    read_hf_json(folder / CONFIG, flag=flag)
+    fields = read_hf_json(folder / CONFIG, flag=flag)
+    if any(isinstance(fields.get(name), int) and fields[name] > MOST_LAYERS for name in LAYERS):
+        raise UserError(f"{flag} {folder}: config.json says more than {MOST_LAYERS:,} layers; {WAY_OUT}")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)  # else it may ask, on every rank
     except Exception as error:  # transformers computes with whatever the fields hold: any exception can come of it

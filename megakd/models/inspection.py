@@ -10,6 +10,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from transformers import PretrainedConfig
@@ -40,14 +41,14 @@ def inspect(checkpoint: HFCheckpoint) -> set[str]:
     family = family_of(hf, flag=checkpoint.flag, name=str(checkpoint.folder))
     said = quantization(hf)
     settle_head(checkpoint, family)
-    expected = dict(_at_layers(hf_shapes(family, hf), hf.num_hidden_layers))
-    problem = next((found for name, shape in expected.items() if (found := _problem(checkpoint, name, shape))), None)
+    expected = partial(_at_layers, hf_shapes(family, hf), hf.num_hidden_layers)
+    problem = next((found for name, shape in expected() if (found := _problem(checkpoint, name, shape))), None)
     if problem and said and not code_dtypes(said):
         raise UserError(f"{folder}: quantised by {method_of(said)}, which is not read here; give the model that it was made from")
     if problem:
         raise UserError(f"{folder}: {problem}")
     tied = {HEAD} if hf.tie_word_embeddings else set()
-    left_out = checkpoint.tensors.keys() - {checkpoint.stored_name(name) for name in expected} - tied
+    left_out = checkpoint.tensors.keys() - {checkpoint.stored_name(name) for name, _ in expected()} - tied
     for line in _remarks(checkpoint, sorted(left_out - _harmless(checkpoint))):
         tell(f"{folder}: {line}")
     return left_out
