@@ -17,9 +17,9 @@ from megakd.checkpointing.parameters import Grid, Parameter, checkpoint_paramete
 from megakd.checkpointing.publish import check_target, published
 from megakd.checkpointing.torch_dist_writer import TorchDistWriter
 from megakd.checkpointing.verify import check_equal, progress
-from megakd.errors import UserError
+from megakd.errors import UserError, tell
 from megakd.models.hf_checkpoint import DTYPES
-from megakd.models.inspection import HEAD, inspect, tell
+from megakd.models.inspection import HEAD, inspect
 from megakd.models.model_provider import check_layout, not_finite, padded_vocab_size
 
 COMMON = "common.pt"  # what megatron-core keeps besides tensors; nothing here

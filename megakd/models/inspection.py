@@ -6,8 +6,6 @@ named. From headers alone, but for a head beside a tied embedding, which has to 
 
 from __future__ import annotations
 
-import logging
-import os
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -15,14 +13,12 @@ from functools import partial
 import torch
 from transformers import PretrainedConfig
 
-from megakd.errors import UserError
+from megakd.errors import UserError, tell
 from megakd.models.family import Family
 from megakd.models.hf_checkpoint import ADAPTER, DTYPES, HFCheckpoint
 from megakd.models.model_provider import family_of
 from megakd.models.quantized import ACTIVATION_SCALES, code_dtypes, method_of, quantization
 from megakd.models.shapes import hf_shapes
-
-log = logging.getLogger(__name__)
 
 HEAD = "lm_head.weight"
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # of older transformers, which computes them now
@@ -52,12 +48,6 @@ def inspect(checkpoint: HFCheckpoint) -> set[str]:
     for line in _remarks(checkpoint, sorted(left_out - _harmless(checkpoint))):
         tell(f"{folder}: {line}")
     return left_out
-
-
-def tell(line: str) -> None:
-    """A warning, of the first of many processes alone."""
-    if os.environ.get("RANK", "0") == "0":
-        log.warning("%s", line)
 
 
 def settle_head(checkpoint: HFCheckpoint, family: Family) -> None:
