@@ -11,7 +11,7 @@ from megakd.checkpointing.native import LATEST, NativeCheckpoint, read_latest
 from megakd.config import Config, flag_name, from_yaml
 from megakd.data.tokenizer import check_same_tokenizer, load_tokenizer
 from megakd.errors import UserError, tell
-from megakd.models.model_provider import at_layer, check_layout, context_length, family_of, padded_vocab_size
+from megakd.models.model_provider import check_layout, context_length
 from megakd.reporting.own_folder import OwnFolder
 from megakd.runtime.initialize import check_world_size
 
@@ -39,10 +39,8 @@ def check(config: Config, student: ModelFolder, teacher: ModelFolder | None) -> 
     )
     check_world_size(tp, pp, world_size)
     for folder in filter(None, (student, teacher)):
-        family_of(folder.config, flag=folder.flag, name=str(folder.path))
         check_layout(folder.config, tp, pp, flag=folder.flag, name=str(folder.path))
         check_context(config, folder)
-        check_tensors(folder, tp)
     check_hidden_layers(config, student)
     check_batch(config, world_size // (tp * pp))
     check_tokenizers(student, teacher)
@@ -63,15 +61,6 @@ def check_context(config: Config, folder: ModelFolder) -> None:
             f"--max-new-tokens {config.max_new_tokens} after --max-prompt-length {config.data.max_prompt_length} is more than "
             f"--max-length {config.data.max_length}; use --max-new-tokens {config.data.max_length - config.data.max_prompt_length} or less"
         )
-
-
-def check_tensors(folder: ModelFolder, tp: int) -> None:
-    """Every weight that the config asks for is there; shapes come from the files' headers."""
-    width = padded_vocab_size([folder.config.vocab_size], tp)
-    for mapping in family_of(folder.config).table(folder.config, width).values():
-        layers = range(folder.config.num_hidden_layers) if mapping.is_per_layer else (0,)
-        for layer in layers:
-            at_layer(mapping, layer).shape(folder.source)
 
 
 def check_hidden_layers(config: Config, student: ModelFolder) -> None:
@@ -97,10 +86,13 @@ def check_tokenizers(student: ModelFolder, teacher: ModelFolder | None) -> None:
     if teacher is not None:
         check_same_tokenizer(tokenizer, load_tokenizer(teacher.hf_folder))
     for folder in filter(None, (student, teacher)):
-        if max(tokenizer.get_vocab().values()) >= folder.config.vocab_size:
+        rows = folder.config.vocab_size
+        beyond = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= rows)
+        if beyond:
             raise UserError(
-                f"{folder.flag} {folder.path}: the tokenizer has ids up to {max(tokenizer.get_vocab().values())}, but the model only "
-                f"{folder.config.vocab_size} embedding rows; resize its embeddings or use its own tokenizer"
+                f"{folder.flag} {folder.path}: the tokenizer has ids up to {beyond[-1][0]}, but the model only {rows} embedding "
+                f"rows, none for {beyond[0][1]!r}; use the tokenizer files that it was trained with (rows are padded with EOS: a "
+                "[PAD] is not needed), or resize_token_embeddings(len(tokenizer)) and save_pretrained it"
             )
 
 

@@ -23,7 +23,7 @@ from megakd.config import parse
 from megakd.data.tasks import make_rows
 from megakd.data.train_tokenizer import train_tokenizer
 from megakd.errors import UserError
-from megakd.models.hf_checkpoint import load_hf_config
+from megakd.models.hf_config import load_hf_config
 from megakd.runtime.initialize import process_group_closed_at_exit
 
 
@@ -67,6 +67,9 @@ def break_models(root: Path) -> None:
     other = train_tokenizer(["completely different words"] * 4)
     other.save_pretrained(copy("other-tokenizer"))
     change_json(copy("few-rows") / "config.json", vocab_size=50)
+    few = load_file(root / "few-rows" / "model.safetensors")
+    few["transformer.wte.weight"] = few["transformer.wte.weight"][:50].clone()
+    save_file(few, root / "few-rows" / "model.safetensors", metadata={"format": "pt"})
 
 
 def break_data(root: Path) -> None:
@@ -112,10 +115,10 @@ CASES = {  # what is wrong: flags over the good ones (None takes one away), what
     "a broken YAML file": ({"config": "{root}/not.yaml"}, r"not.yaml: not YAML .*write one `flag-name: value` a line"),
     "no such model": ({"model": "{root}/nowhere"}, r"--model .*nowhere: no such folder; give"),
     "no config.json": ({"model": "{root}/no-config"}, r"--model .*no-config: no config.json; give"),
-    "a broken config.json": ({"teacher-model": "{root}/not-json"}, r"--teacher-model .*not-json: config.json cannot be read .*; give"),
+    "a broken config.json": ({"teacher-model": "{root}/not-json"}, r"--teacher-model .*not-json/config.json: not JSON \(.* at line 1 column 2\); copy or download it again"),
     "an unknown family": ({"model": "{root}/other-family"}, r"--model .*: model_type 'bert' is not supported; use one of gpt2, llama"),
-    "truncated weights": ({"teacher-model": "{root}/truncated"}, r"model.safetensors: [\d,]+ bytes, but its header describes .*truncated"),
-    "pickled weights": ({"model": "{root}/pickled"}, r"pytorch_model.bin is a pickle, which can run code .*safe_serialization"),
+    "truncated weights": ({"teacher-model": "{root}/truncated"}, r"model.safetensors: [\d,]+ bytes, truncated or damaged \(.*\); copy or download"),
+    "pickled weights": ({"model": "{root}/pickled"}, r"pytorch_model.bin is a pickle, which can run code .*give the folder that save_pretrained writes"),
     "no weights": ({"model": "{root}/no-weights"}, r"no model.safetensors and no model.safetensors.index.json; the weights are missing"),
     "a missing shard": ({"model": "{root}/missing-shard"}, r"model-00001-of-00002.safetensors: the index names this file, but it is not there"),
     "a missing tensor": ({"model": "{root}/missing-tensor"}, r"tensor 'transformer.h.1.mlp.c_fc.weight' is missing"),

@@ -16,9 +16,11 @@ from transformers import PretrainedConfig
 from megakd.checkpointing import hf_files
 from megakd.checkpointing.blocks import Index
 from megakd.checkpointing.description import FILE, Description
+from megakd.checkpointing.parameters import stored_shapes
 from megakd.checkpointing.torch_dist_reader import StoredTensor, TorchDistReader
 from megakd.errors import UserError, file_errors
-from megakd.models.hf_checkpoint import load_hf_config
+from megakd.models.hf_config import load_hf_config
+from megakd.models.model_provider import family_of
 from megakd.reporting.own_folder import write_text
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -36,6 +38,7 @@ class NativeCheckpoint:
     """
 
     def __init__(self, path: str | Path, *, iteration: int | None = None, flag: str = "--load"):
+        self.flag = flag
         self.folder = find_iteration(Path(path), iteration, flag=flag)
         self.hf_folder = self.folder / hf_files.FOLDER
         try:
@@ -45,8 +48,25 @@ class NativeCheckpoint:
 
     @cached_property
     def hf_config(self) -> PretrainedConfig:
-        """The config.json that the model came with."""
-        return load_hf_config(self.hf_folder, flag=f"{self.folder.name}:")
+        """The config.json that the model came with.
+
+        Raises:
+            UserError: a model that is not supported, or the tensors are not what config.json says.
+        """
+        hf = load_hf_config(self.hf_folder, flag=self.flag)
+        family_of(hf, flag=self.flag, name=str(self.folder))
+        if hf.vocab_size != self.description.vocab_size:
+            raise UserError(
+                f"{self.flag} {self.folder}: config.json says vocab_size {hf.vocab_size}, {FILE} says {self.description.vocab_size}; "
+                "copy the checkpoint again"
+            )
+        for key, shape in stored_shapes(hf, self.description.padded_vocab_size).items():
+            if self.shape(key) != shape:
+                raise UserError(
+                    f"{self.flag} {self.folder}: {key} has shape {self.shape(key)}, but its config.json asks for {shape}; "
+                    "make the checkpoint anew with hf_to_mp.py"
+                )
+        return hf
 
     @property
     def keys(self) -> list[str]:

@@ -68,7 +68,7 @@ def save_checkpoint(
         dist_checkpointing.save(state, str(folder), SynchronousSave(), content_metadata=kinds)
         if dist.get_rank() == 0:
             _describe(model, iteration, teacher_layout).write(folder)
-            write_hf_folder(source.hf_folder, folder)
+            write_hf_folder(source.hf_folder, folder, source.config)
             if ends is not None:
                 write_end_ids(folder / FOLDER, ends)
             if run_config is not None:

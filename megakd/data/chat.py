@@ -70,6 +70,12 @@ class Chat:
                 f"{self.where} has messages, but the model's tokenizer has no chat template; put a chat_template.jinja beside its "
                 "tokenizer files, or give rows with prompt and response"
             )
+        named = self.tokenizer.chat_template
+        if isinstance(named, dict) and "default" not in named:
+            raise UserError(
+                f"{self.tokenizer.name_or_path}: its chat templates are {', '.join(named)}, and none is the default; name one of "
+                "them `default` in tokenizer_config.json"
+            )
         if self.is_answered and len(self.turns) == 1:
             raise UserError(f"{self.where}: messages holds an answer alone; put what it answers in front of it")
 
