@@ -21,9 +21,10 @@ from megakd.checkpointing.training import load_checkpoint, save_checkpoint
 from megakd.config import Config
 from megakd.data.batch import Sample
 from megakd.data.dataloader import DataLoader, deal
+from megakd.data.end_ids import EndIds, end_ids
 from megakd.data.open_data import open_prompts, open_responses
 from megakd.data.sft_dataset import NO_RESPONSE
-from megakd.data.tokenizer import eos_id, load_tokenizer
+from megakd.data.tokenizer import load_tokenizer
 from megakd.errors import UserError, tell
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
@@ -59,6 +60,11 @@ class Folders:
         teacher = ModelFolder.open(config.models.teacher_model, flag="--teacher-model") if config.needs_teacher else None
         return cls(student, teacher)
 
+    def ends(self) -> EndIds:
+        """Those of the student, and of the teacher whose habit it learns; the student's are taught."""
+        ends, *teachers = (end_ids(f.hf_folder, load_tokenizer(f.hf_folder)) for f in (self.student, self.teacher) if f)
+        return ends.joined(teachers[0]) if teachers else ends
+
 
 def train(config: Config) -> None:
     """A whole run: from folders to a Hugging Face folder.
@@ -84,7 +90,7 @@ class Trainer:
         self.config, self.folders, self.layout = config, folders, layout
         self.folder = Path(config.output.save)
         self.checkpoints = self.folder / "checkpoints"
-        self.tokenizer = load_tokenizer(folders.student.hf_folder)
+        self.tokenizer, self.ends = load_tokenizer(folders.student.hf_folder), folders.ends()
         self._open_data()
         self.total_iters = total_iterations(config, self.loader, layout.dp_size)
         self.eval_interval = evaluation_interval(config, self.loader, self.total_iters)
@@ -105,6 +111,7 @@ class Trainer:
 
     def run(self) -> None:
         """Iterate, evaluate, save; leave the export and the figures."""
+        tell(self.ends.line(self.tokenizer))
         if self.iteration == 0:
             self._evaluate()
         elif is_rank_zero():
@@ -147,7 +154,7 @@ class Trainer:
         width = padded_vocab_size(sizes, self.layout.tp_size)
         student = self._load(self.folders.student, width, **self._student_options())
         teacher = LiveTeacher(self._load(self.folders.teacher, width).eval().requires_grad_(False)) if self.folders.teacher else None
-        return build_method(self.config, student, teacher, self.tokenizer, self.text, total_iters=self.total_iters)
+        return build_method(self.config, student, teacher, self.tokenizer, self.ends, self.text, total_iters=self.total_iters)
 
     def _load(self, folder: ModelFolder, width: int, **options) -> HiddenStateGPTModel:
         model = build_model(
@@ -242,7 +249,7 @@ class Trainer:
             return
         prompts, ids = [sample.prompt for sample in shown], [sample.sample_id for sample in shown]
         sampling = Sampling(max_new_tokens=self.config.max_new_tokens, greedy=True)
-        responses = generate(self.method.student, prompts, ids, sampling, eos_id=eos_id(self.tokenizer))
+        responses = generate(self.method.student, prompts, ids, sampling, eos_id=self.ends.stop)
         decode = lambda tokens: self.tokenizer.decode(tokens, skip_special_tokens=True)
         rows = [
             {"prompt": decode(s.prompt), "student": decode(response), "reference": decode(s.response)}
@@ -259,6 +266,7 @@ class Trainer:
             model=self.method.student,
             optimizer=self.method.optimizer.optimizer,
             source=self.folders.student,
+            ends=self.ends,
             extra_tensors=self.method.extra_tensors(),
             run_config=self.folder / "config.yaml",
             teacher_layout=self.method.teacher.model.layout if self.method.teacher else None,

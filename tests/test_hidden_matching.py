@@ -42,7 +42,7 @@ def method_of(layout, config, pair):
     student, teacher = (build_model(spec, layout, **options) for spec in specs)
     for number, (model, spec) in enumerate(zip((student, teacher), specs), start=1):
         load_weights(model, StateDictSource(tiny_model(spec, seed=number)))
-    return build_method(config, student, LiveTeacher(teacher.eval().requires_grad_(False)), TOKENIZER, total_iters=TOTAL_ITERS)
+    return build_method(config, student, LiveTeacher(teacher.eval().requires_grad_(False)), TOKENIZER, ENDS, total_iters=TOTAL_ITERS)
 
 
 def layers_of(model):

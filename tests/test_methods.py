@@ -16,6 +16,7 @@ from tiny import tiny_config, tiny_model
 from megakd.config import Config, DistillationConfig, GenerationConfig, MiniLLMConfig, PromptKDConfig, TrainingConfig
 from megakd.data.batch import Sample
 from megakd.data.dataloader import deal
+from megakd.data.end_ids import EndIds
 from megakd.losses.distillation import Divergence, sft_loss
 from megakd.losses.policy_gradient import advantages, importance_weights
 from megakd.losses.token_loss import HeadRows, VocabularySplit
@@ -67,7 +68,8 @@ def run_config(method: str, micro_batch_size: int, parallel: dict) -> Config:
     )
 
 
-TOKENIZER = SimpleNamespace(encode=lambda text, add_special_tokens: [11, 12, 13], eos_token_id=0)
+TOKENIZER = SimpleNamespace(encode=lambda text, add_special_tokens: [11, 12, 13])
+ENDS = EndIds(stop=(0,), taught=0)
 
 
 def cast(layout, config, pair, dtype=torch.float32) -> MethodInputs:
@@ -81,7 +83,7 @@ def cast(layout, config, pair, dtype=torch.float32) -> MethodInputs:
     teacher.eval().requires_grad_(False)
     distributed = config.parallel.use_distributed_optimizer
     optimizer = StudentOptimizer(student, config.training, total_iters=TOTAL_ITERS, distributed=distributed)
-    return MethodInputs(student, optimizer, LiveTeacher(teacher) if config.needs_teacher else None, TOKENIZER)
+    return MethodInputs(student, optimizer, LiveTeacher(teacher) if config.needs_teacher else None, TOKENIZER, ENDS)
 
 
 def oracle(pair, dtype=torch.float32) -> Oracle:

@@ -1,12 +1,14 @@
 """The tokenizer of a Hugging Face folder, and what distillation needs of it: its EOS, and that teacher and student share it.
 
-Text is encoded without special tokens, in training and in evaluation alike; EOS is appended to responses and pads.
+Text is encoded without special tokens, in training and in evaluation alike; EOS, the end that is taught (end_ids.py), is appended
+to responses and pads.
 """
 
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from megakd.data.end_ids import end_ids
 from megakd.errors import UserError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -14,9 +16,9 @@ PROBE = "Below is an instruction.\n\n### Response:\n  It's 12,345 tokens â€” naÃ
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer, pad = EOS. Reads local files only.
+    """The folder's tokenizer, its EOS the end that is taught, pad = EOS. Reads local files only.
 
-    Raises UserError where the folder has no usable tokenizer, or one without EOS.
+    Raises UserError where the folder has no usable tokenizer, or names no end.
     """
     folder = Path(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -29,21 +31,21 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
             f"{folder}: its tokenizer does not load ({reason}); the folder needs tokenizer.json, or the model's "
             "config.json beside vocab.json and merges.txt, or tokenizer.model"
         ) from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{folder}: the tokenizer names no eos_token; name one in tokenizer_config.json")
+    tokenizer.eos_token_id = end_ids(folder, tokenizer).taught
     tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that ends every response."""
+    """The id that is put behind a response of the data."""
     return tokenizer.eos_token_id
 
 
 def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Raises UserError unless both spell every id alike, split text alike, and end alike.
+    """Raises UserError unless both spell every id alike and split text alike.
 
-    Embedding rows beyond the tokenizer's ids may differ in number; that is the models' business.
+    Embedding rows beyond the tokenizer's ids may differ in number; that is the models' business. Ends may differ, too: what a run
+    writes ends at those of either.
     """
     names = f"--teacher-model {teacher.name_or_path} and --model {student.name_or_path}"
     way_out = "distil between models that share a tokenizer"
@@ -56,11 +58,6 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
             )
     if encode(student, [PROBE]) != encode(teacher, [PROBE]):
         raise UserError(f"{names} have the same ids but split {PROBE!r} differently; {way_out}")
-    if student.eos_token_id != teacher.eos_token_id:
-        raise UserError(
-            f"{names} end a response differently: EOS is id {teacher.eos_token_id} for the teacher and "
-            f"{student.eos_token_id} for the student; set eos_token in one tokenizer_config.json"
-        )
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
 
 from megakd.config import ResponseConfig
 from megakd.data.batch import Sample
 from megakd.data.dataloader import deal
+from megakd.data.end_ids import EndIds
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
 from megakd.models.gpt_model import HiddenStateGPTModel
@@ -39,7 +41,7 @@ class Writer:
     """A model that answers, `batch_size` rows at once on each replica."""
 
     model: HiddenStateGPTModel
-    eos_id: int
+    ends: EndIds
     batch_size: int
 
     @property
@@ -58,7 +60,7 @@ class Writer:
         numbered = [Sample(i, sample.prompt, ()) for i, sample in enumerate(samples)]  # sample ids may begin anywhere
         mine = [sample.sample_id for sample in deal(numbered, layout.dp_size)[layout.dp_rank]]
         prompts, ids = [samples[i].prompt for i in mine], [samples[i].sample_id for i in mine]
-        responses = generate(self.model, prompts, ids, sampling, eos_id=self.eos_id, batch_size=self.batch_size)
+        responses = generate(self.model, prompts, ids, sampling, eos_id=self.ends.stop, batch_size=self.batch_size)
         gathered = gather_by_index(dict(zip(mine, responses)), layout.dp_group)
         return [gathered[i] for i in range(len(samples))]
 
@@ -68,3 +70,8 @@ def gather_by_index(mine: dict[int, Item], group: dist.ProcessGroup) -> dict[int
     parts: list[dict[int, Item]] = [{} for _ in range(group.size())]
     dist.all_gather_object(parts, mine, group=group)
     return {index: item for part in parts for index, item in part.items()}
+
+
+def hidden_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Special tokens, which `response_text` does not show."""
+    return frozenset(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)

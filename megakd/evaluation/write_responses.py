@@ -15,10 +15,11 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config import GenerateConfig, ResponseConfig, flag_name, from_yaml
+from megakd.data.end_ids import EndIds, end_ids
 from megakd.data.forms import unanswered
 from megakd.data.prompt_dataset import PromptDataset
 from megakd.data.text_dataset import response_text
-from megakd.data.tokenizer import eos_id, load_tokenizer
+from megakd.data.tokenizer import load_tokenizer
 from megakd.errors import UserError, file_errors, read_json, tell
 from megakd.evaluation.answers import Writer, sampling_of
 from megakd.evaluation.models import load_models, open_folders, start
@@ -40,10 +41,11 @@ def write_responses(config: GenerateConfig) -> None:
     config.check()
     folders = open_folders(config)
     tokenizer = load_tokenizer(folders[0].hf_folder)
-    prompts = Prompts(config.data, tokenizer, config.responses)
+    ends = end_ids(folders[0].hf_folder, tokenizer)
+    prompts = Prompts(config.data, tokenizer, ends, config.responses)
     file = ResponseFile(config)
     (model,) = load_models(folders, start(config), config.dtype)
-    writer = Writer(model, eos_id(tokenizer), config.responses.batch_size)
+    writer = Writer(model, ends, config.responses.batch_size)
     done = file.continue_at(writer.chunk_size, len(prompts))
     progress = Progress(len(prompts) - done)
     for chunk in writer.answer(list(prompts)[done:], sampling_of(config.responses, config.seed)):
@@ -58,7 +60,8 @@ def write_responses(config: GenerateConfig) -> None:
 class Prompts(PromptDataset):
     """The prompts of a data file, with the fields of their rows."""
 
-    def __init__(self, path: str, tokenizer: PreTrainedTokenizerBase, settings: ResponseConfig) -> None:
+    def __init__(self, path: str, tokenizer: PreTrainedTokenizerBase, ends: EndIds, settings: ResponseConfig) -> None:
+        self.ends = ends
         length, template = settings.max_prompt_length, settings.prompt_template
         super().__init__(path, tokenizer, max_prompt_length=length, template=template, prompts_only=True)
 
@@ -66,10 +69,10 @@ class Prompts(PromptDataset):
         """What is written for one prompt: training reads it as this prompt and this response, and no other."""
         prompt = self[index].prompt
         fields = unanswered(self._rows.fields(self._row_of[index]))
-        ended = bool(response) and response[-1] == eos_id(self.tokenizer)
+        said = self.ends.without_end(response)
         ids = {"prompt_ids": prompt, "response_ids": response} if token_ids else {}
-        text = response_text(self.tokenizer, prompt, response)
-        return {**fields, "response": text, "finish_reason": "stop" if ended else "length", **ids}
+        text = response_text(self.tokenizer, prompt, said)
+        return {**fields, "response": text, "finish_reason": "stop" if len(said) < len(response) else "length", **ids}
 
 
 class ResponseFile:

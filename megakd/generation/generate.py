@@ -5,13 +5,13 @@ at once (prefill), then it grows by one token a step; rows that have ended leave
 under way as there are stages (ring.py). Weights are those of training, not a copy, and nothing of the model is changed:
 neither its mode nor its sequence parallelism.
 
-A response ends with EOS, after `max_new_tokens`, or where its row reaches the model's context (`max_position_embeddings`).
+A response ends with an EOS, after `max_new_tokens`, or where its row reaches the model's context (`max_position_embeddings`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -31,19 +31,20 @@ def generate(
     sample_ids: Sequence[int],
     sampling: Sampling,
     *,
-    eos_id: int,
+    eos_id: int | Collection[int],
     batch_size: int | None = None,
     soft_prompt: Tensor | None = None,
     mix_with: Sequence[Voice] = (),
     limits: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Token ids of the responses in the prompts' order, EOS included where it was sampled; the same on every rank of the model.
+    """Token ids of the responses in the prompts' order, the EOS included where one was sampled; the same on every rank of the model.
 
     The ranks of one model replica pass the same arguments; data-parallel replicas pass their own prompts, any number of them.
 
     Args:
         prompts: token ids, at least one each.
         sample_ids: one integer a prompt, which picks its noise; two prompts with one id draw from the same noise.
+        eos_id: ends a response; of several each does, as eos_token_id of transformers.
         batch_size: most rows under way at once, None for all: the cache holds as many.
         soft_prompt: [P, H], stands before every prompt and takes positions 0..P-1.
         mix_with: further models, of the same layout and vocabulary, whose next-token distributions are mixed in by their shares;
@@ -56,8 +57,9 @@ def generate(
     voices = [Voice(model, 1 - sum(voice.share for voice in mix_with), soft_prompt), *mix_with]
     check_voices(voices)
     limits = limits or [sampling.max_new_tokens] * len(prompts)
+    ends = frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
     rows = [
-        Row(prompt, sample_id, min(limit, sampling.max_new_tokens, room(i, prompt, voices)), eos_id)
+        Row(prompt, sample_id, min(limit, sampling.max_new_tokens, room(i, prompt, voices)), ends)
         for i, (prompt, sample_id, limit) in enumerate(zip(prompts, sample_ids, limits))
     ]
     sampler = make_sampler(sampling, voices)

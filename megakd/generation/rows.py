@@ -6,7 +6,7 @@ first the tokens alone. So every stage reads every token, knows the finished row
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -29,7 +29,7 @@ class Row:
     prompt: Sequence[int]
     sample_id: int
     limit: int  # most tokens of the response
-    eos_id: int
+    ends: Collection[int]  # ids, each of which ends the response
     response: list[int] = field(default_factory=list)
     finished: bool = False
 
@@ -37,7 +37,7 @@ class Row:
         """One more token, unless the response has ended."""
         if not self.finished:
             self.response.append(token)
-            self.finished = token == self.eos_id or len(self.response) == self.limit
+            self.finished = token in self.ends or len(self.response) == self.limit
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.config import Config
 from megakd.data.dataloader import DataLoader
+from megakd.data.end_ids import EndIds
 from megakd.methods.base import Method, MethodInputs
 from megakd.methods.distillm import DistiLLM
 from megakd.methods.kd import KD
@@ -30,6 +31,7 @@ def build_method(
     student: HiddenStateGPTModel,
     teacher: Teacher | None,
     tokenizer: PreTrainedTokenizerBase,
+    ends: EndIds,
     text: DataLoader | None = None,
     *,
     total_iters: int,
@@ -39,4 +41,4 @@ def build_method(
     student.method_parts.update(kind.modules(student, teacher, config))
     distributed = config.parallel.use_distributed_optimizer
     optimizer = StudentOptimizer(student, config.training, total_iters=total_iters, distributed=distributed)
-    return kind(MethodInputs(student, optimizer, teacher, tokenizer, text), config, total_iters=total_iters)
+    return kind(MethodInputs(student, optimizer, teacher, tokenizer, ends, text), config, total_iters=total_iters)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megakd.config import Config
 from megakd.data.batch import Batch, Sample, micro_batches
 from megakd.data.dataloader import DataLoader
+from megakd.data.end_ids import EndIds
 from megakd.losses.distillation import reverse_kl_loss, sft_loss
 from megakd.losses.token_loss import HeadRows, TokenLoss, VocabularySplit
 from megakd.models.gpt_model import HiddenStateGPTModel
@@ -31,6 +32,7 @@ class MethodInputs:
     optimizer: StudentOptimizer
     teacher: Teacher | None
     tokenizer: object
+    ends: EndIds
     text: DataLoader | None = None  # what a method learns beside its rows (MiniLLM)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
@@ -43,7 +45,7 @@ class Method:
 
     def __init__(self, inputs: MethodInputs, config: Config, *, total_iters: int):
         self.student, self.optimizer, self.teacher = inputs.student, inputs.optimizer, inputs.teacher
-        self.tokenizer, self.time = inputs.tokenizer, inputs.stopwatch
+        self.tokenizer, self.ends, self.time = inputs.tokenizer, inputs.ends, inputs.stopwatch
         self.config, self.total_iters = config, total_iters
         self.layout = inputs.student.layout
         self.vocabulary = VocabularySplit(

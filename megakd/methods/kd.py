@@ -34,7 +34,7 @@ class KD(Method):
         on_policy = random.Random(f"{self.config.training.seed}/{iteration}").random() < settings.on_policy_ratio
         if on_policy:
             with self.time("rollout"):
-                samples = rollout(self.student, samples, self.config, self.tokenizer, iteration)
+                samples = rollout(self.student, samples, self.config, self.ends, iteration)
             self.rollouts = samples
         ratio = settings.ratio(USUAL_RATIO)
         return self.learn(samples, iteration, kd_ratio=1.0 if on_policy else ratio)

@@ -77,7 +77,7 @@ class MiniLLM(Method):
         settings = self.settings
         with self.time("rollout"):
             voices = [Voice(self.teacher.model, settings.teacher_mixed_alpha)] if settings.teacher_mixed_alpha else []
-            self.rollouts = rollout(self.student, samples, self.config, self.tokenizer, iteration, mix_with=voices)
+            self.rollouts = rollout(self.student, samples, self.config, self.ends, iteration, mix_with=voices)
         self.numbered = [replace(sample, sample_id=number) for number, sample in enumerate(self.rollouts)]
         batches, self.experience = self.batches(self.numbered), {}
         teacher = self.read_teacher(batches)
