@@ -97,7 +97,7 @@ class Decoder:
         positions_BS = (self.soft_length + self.lengths_B + step)[:, None]
         positions_BS = positions_BS.clamp(max=self.model.max_sequence_length - 1)  # a row that has ended may not have left yet
         if hidden is None:
-            hidden = self.embed(tokens_B[:, None], positions_BS)
+            hidden = self.embed(tokens_B[:, None].clamp(min=0), positions_BS)  # NO_TOKEN until it is looked at
         return self.run(hidden, positions_BS, columns_S, slice(0, len(tokens_B)), self.soft_length + filled)
 
     def embed(self, tokens_BS: Tensor, positions_BS: Tensor, soft_prompt_PH: Tensor | None = None) -> Tensor:

@@ -18,9 +18,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from megakd.errors import UserError
 from megakd.generation.ring import turn
 from megakd.generation.rows import Row, RowGroup, Voice
-from megakd.generation.sampling import Sampler, Sampling, Vocabulary
+from megakd.generation.sampling import NO_TOKEN, Sampler, Sampling, Vocabulary
 from megakd.models.gpt_model import HiddenStateGPTModel
 
 
@@ -53,6 +54,7 @@ def generate(
 
     Raises:
         ValueError: an empty prompt, one that leaves no room for a response, or models that do not go together.
+        UserError: a model's logits are NaN or infinite.
     """
     voices = [Voice(model, 1 - sum(voice.share for voice in mix_with), soft_prompt), *mix_with]
     check_voices(voices)
@@ -65,6 +67,7 @@ def generate(
     sampler = make_sampler(sampling, voices)
     groups = split_by_length(rows, model.layout.pp_size, batch_size)
     turn(iter([partial(RowGroup, group, voices, sampler) for group in groups]), model.layout)
+    check_chosen(rows)
     return [row.response for row in rows]
 
 
@@ -84,6 +87,20 @@ def room(i: int, prompt: Sequence[int], voices: Sequence[Voice]) -> int:
             f"context of {voice.context} (max_position_embeddings); cut prompts to {len(prompt) + left - 1} tokens or fewer"
         )
     return left
+
+
+def check_chosen(rows: Sequence[Row]) -> None:
+    """Every token of every response was one. Looked at when all rows have ended, on every stage alike.
+
+    Raises:
+        UserError: logits were no numbers.
+    """
+    for row in rows:
+        if NO_TOKEN in row.response[-1:]:
+            raise UserError(
+                f"the next token of sample {row.sample_id}, after {len(row.prompt)} of its prompt and {len(row.response) - 1} of its "
+                "response, cannot be chosen: its logits are NaN or infinite; look for NaN in the model's weights, or use --dtype fp32"
+            )
 
 
 def check_voices(voices: Sequence[Voice]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megakd.generation.captured_step import CapturedStep
 from megakd.generation.decoder import Decoder
-from megakd.generation.sampling import Sampler, Sampling, noise_streams
+from megakd.generation.sampling import NO_TOKEN, Sampler, Sampling, noise_streams
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.model_provider import context_length
 
@@ -34,10 +34,10 @@ class Row:
     finished: bool = False
 
     def append(self, token: int) -> None:
-        """One more token, unless the response has ended."""
+        """One more token, unless the response has ended. NO_TOKEN ends it, too: nothing can follow."""
         if not self.finished:
             self.response.append(token)
-            self.finished = token in self.ends or len(self.response) == self.limit
+            self.finished = token in self.ends or token == NO_TOKEN or len(self.response) == self.limit
 
 
 @dataclass(frozen=True)
