@@ -391,6 +391,39 @@ class AnsweringConfig(BaseConfig):
         return dict.fromkeys(("temperature", "top_k", "top_p"), (not self.responses.greedy, "beside --greedy"))
 
 
+ROUGE_TOKENIZERS = ("default", "unicode", "model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """By which rules answers are scored."""
+
+    exact_match_rule: Literal["strict", "papers"] = flag(
+        "strict", "strict: equal but for case, spacing and a last full stop; papers: without any punctuation, 3.5 is 35"
+    )
+    gsm8k_rule: Literal["robust", "papers"] = flag(
+        "robust", "robust: the number stated last, else the last number; papers: strict and flexible of Goyal et al. 2024"
+    )
+    rouge_tokenizer: tuple[str, ...] = flag(
+        ("default",), "of Rouge-L: default (the papers', a-z and digits alone), unicode (words of every script) or model; also set=unicode"
+    )
+
+    def rouge_tokenizer_of(self, name: str) -> str:
+        """The one named for a data set, or for all."""
+        return self.rouge_tokenizers.get(name, self.rouge_tokenizers.get("", "default"))
+
+    @property
+    def rouge_tokenizers(self) -> dict[str, str]:
+        """By data set; under "" the one of all others."""
+        return {name: kind for name, _, kind in (word.rpartition("=") for word in self.rouge_tokenizer)}
+
+    def complaints(self) -> Iterator[str]:
+        """What is no tokenizer."""
+        for word, kind in zip(self.rouge_tokenizer, self.rouge_tokenizers.values()):
+            if kind not in ROUGE_TOKENIZERS:
+                yield f"--rouge-tokenizer {word}: use one of {', '.join(ROUGE_TOKENIZERS)}, for one data set as in name=unicode"
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(AnsweringConfig):
     """Scores of a model on data sets: Rouge-L, exact match, LM loss, and beside a teacher held-out KL and exposure bias.
@@ -408,6 +441,7 @@ class EvaluateConfig(AnsweringConfig):
     exposure_bias_skip_first: bool = flag(False, "leave out the first token of a response, as MiniLLM's code does")
     add_bos: bool = flag(False, "put the tokenizer's beginning-of-text before prompts, as MiniLLM's evaluation does")
     micro_batch_size: Annotated[int, alias("--mbs")] = flag(8, "rows of one forward pass on one rank, for losses and KL")
+    scores: tyro.conf.OmitArgPrefixes[ScoreConfig] = field(default_factory=ScoreConfig)
     save: Annotated[str, alias("--output-dir")] = flag("", "folder for results.json, answers.jsonl and figures; none: only print")
     overwrite: bool = flag(False, "replace the results that --save holds")
 
@@ -415,6 +449,7 @@ class EvaluateConfig(AnsweringConfig):
         yield from super().complaints()
         if not (self.data or self.gsm8k):
             yield "--data is missing; give jsonl files with prompt and response, or --gsm8k"
+        yield from self.scores.complaints()
         if not self.seeds:
             yield "--seeds is empty; give one number or more"
         if twice := [seed for i, seed in enumerate(self.seeds) if seed in self.seeds[:i]]:

@@ -148,7 +148,7 @@ def test_the_end_that_generate_takes_is_the_one_that_is_learnt(lab, spoken, capf
     flags = {"model": folder, "max-length": 40, "max-prompt-length": 24, "train-iters": 2, "lr": "1e-6"}
     run_distributed(run, 1, command(lab, "taught", "sft", **flags))
     token = load_tokenizer(folder).convert_ids_to_tokens(spoken[0])
-    assert f"responses end with {token!r} ({spoken[0]})\n" in capfd.readouterr().out
+    assert f"note: responses end with {token!r} ({spoken[0]})\n" in capfd.readouterr().err
     assert json.loads((lab / "taught" / "hf" / "generation_config.json").read_text())["eos_token_id"] == spoken[0]
 
 
@@ -164,7 +164,7 @@ def test_what_a_run_writes_ends_at_the_ends_of_student_and_teacher(lab, spoken, 
     run_distributed(run, 1, command(lab, "both", "seqkd", **flags, **lengths))
     ended = [row["response"][-1] for row in read_jsonl(lab / "both" / "rollouts.jsonl") if len(row["response"]) < NEW]
     assert theirs in ended and set(ended) <= {theirs, spoken[0]}
-    assert "written ones also with" in capfd.readouterr().out
+    assert "written ones also with" in capfd.readouterr().err
     export = json.loads((lab / "both" / "hf" / "generation_config.json").read_text())
     assert export["eos_token_id"] == [spoken[0], theirs]
 

@@ -12,6 +12,7 @@ from distributed import run_distributed
 from oracle import ADAM, response_logits
 from test_methods import (
     CLIP,
+    ENDS,
     LR,
     PAIRS,
     TOKENIZER,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from megakd.config import EvaluateConfig
+from megakd.config import EvaluateConfig, ScoreConfig
 from megakd.data.batch import Sample
 from megakd.data.forms import Row
 from megakd.data.prompt_dataset import PromptDataset
@@ -17,6 +17,8 @@ from megakd.data.sft_dataset import check_responses
 from megakd.data.text_dataset import encode_responses
 from megakd.errors import UserError
 from megakd.evaluation import gsm8k, metrics
+
+USUAL_RULES = ScoreConfig()
 
 
 class EvaluationSet(PromptDataset):
@@ -38,8 +40,10 @@ class EvaluationSet(PromptDataset):
         max_response_length: int,
         add_bos: bool = False,
         template: str = "alpaca",
+        scores: ScoreConfig = USUAL_RULES,
     ) -> None:
         self.name, self.path, self.max_response_length = name, str(path), max_response_length
+        self.rules, self.rouge_tokenizer = scores, metrics.rouge_tokenizer(scores.rouge_tokenizer_of(name), tokenizer)
         self._bos = tokenizer("")["input_ids"] if add_bos else []
         super().__init__(path, tokenizer, max_prompt_length=max_prompt_length, template=template)
 
@@ -59,9 +63,16 @@ class EvaluationSet(PromptDataset):
         """Each metric of one answer, 0 to 100."""
         references = self.references(index)
         return {
-            "rouge_l": metrics.rouge_l(answer, references),
-            "exact_match": metrics.exact_match(answer, references),
+            "rouge_l": metrics.rouge_l(answer, references, self.rouge_tokenizer),
+            "exact_match": metrics.exact_match(answer, references, self.rules.exact_match_rule),
         }
+
+    def unseen(self) -> dict[str, float]:
+        """What Rouge-L does not see of the right answers: rows without any word of its, and the share of letters in per cent."""
+        every = [self.references(i) for i in range(len(self))]
+        rows = sum(metrics.is_unseen(references, self.rouge_tokenizer) for references in every)
+        letters = metrics.unseen_letters([text for references in every for text in references], self.rouge_tokenizer)
+        return {"rouge_l_unseen_rows": rows, "rouge_l_unseen_letters": 100 * letters}
 
 
 class GSM8KSet(EvaluationSet):
@@ -72,7 +83,7 @@ class GSM8KSet(EvaluationSet):
         self.gold: list[Decimal] = [gsm8k.gold_number(self.references(i)[0], self.where(i)) for i in range(len(self))]
 
     def score(self, index: int, answer: str) -> dict[str, float]:
-        return super().score(index, answer) | gsm8k.score(answer, self.gold[index])
+        return super().score(index, answer) | gsm8k.score(answer, self.gold[index], self.rules.gsm8k_rule)
 
 
 @dataclass(frozen=True)
@@ -108,5 +119,8 @@ def open_sets(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> lis
     lengths = {"max_prompt_length": config.responses.max_prompt_length, "max_response_length": config.responses.max_new_tokens}
     kinds = [(EvaluationSet, named) for named in named_paths(config.data)]
     kinds += [(GSM8KSet, NamedPath("gsm8k", config.gsm8k))] if config.gsm8k else []
-    options = {"add_bos": config.add_bos, "template": config.responses.prompt_template, **lengths}
+    names = {"", *(named.name for _, named in kinds)}
+    if unknown := sorted(config.scores.rouge_tokenizers.keys() - names):
+        raise UserError(f"--rouge-tokenizer {unknown[0]}=...: no data set has this name; there are {', '.join(sorted(names - {''}))}")
+    options = {"add_bos": config.add_bos, "template": config.responses.prompt_template, "scores": config.scores, **lengths}
     return [kind(named.name, named.path, tokenizer, **options) for kind, named in kinds]

@@ -30,7 +30,7 @@ from megakd.evaluation.exposure_bias import accumulated, exposure_bias, token_di
 from megakd.evaluation.held_out import held_out_losses
 from megakd.evaluation.models import load_models, open_folders, start
 from megakd.evaluation.progress import Progress
-from megakd.evaluation.report import Report, check_folder, print_table
+from megakd.evaluation.report import Report, check_folder, notes, print_table
 from megakd.generation.sampling import Sampling
 from megakd.runtime.initialize import is_rank_zero
 from megakd.runtime.parallel_layout import ParallelLayout
@@ -60,6 +60,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     scores = Evaluator(config, sets, tokenizer, writers, report).run()
     ends_of = {name: asdict(writer.ends) for name, writer in writers.items()}
     results = {**describe(config, layout), "ends": ends_of, "seconds": time.perf_counter() - began, **scores}
+    results["notes"] = notes(results)
     if is_rank_zero():
         report.finish(results)
         print_table(results)
@@ -104,7 +105,7 @@ class Evaluator:
         for data in self.sets:
             self._written.clear()
             seeds = {str(seed): self.scores(data, seed) for seed in self.scored}
-            numbers = {"samples": len(data), **over_seeds(list(seeds.values())), **self.losses(data)}
+            numbers = {"samples": len(data), **over_seeds(list(seeds.values())), **data.unseen(), **self.losses(data)}
             if self.drawn:
                 curves = self.exposure_bias(data)
                 numbers["ex_acc_err"] = curves["ex_acc_err"][: AT_LENGTH][-1]

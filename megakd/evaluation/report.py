@@ -9,8 +9,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ COLUMNS = {  # in results["sets"]: heading, format
     "samples": ("samples", "{:d}"),
     "rouge_l": ("Rouge-L", "{:.2f}"),
     "exact_match": ("exact match", "{:.2f}"),
+    "gsm8k_robust": ("robust", "{:.2f}"),
     "gsm8k_strict": ("strict", "{:.2f}"),
     "gsm8k_flexible": ("flexible", "{:.2f}"),
     "response_length": ("tokens", "{:.1f}"),
@@ -36,7 +38,7 @@ COLUMNS = {  # in results["sets"]: heading, format
     "forward_kl": ("KL(p‖q)", "{:.4f}"),
     "ex_acc_err": ("ExAccErr", "{:.2f}"),
 }
-
+MOST_UNSEEN_LETTERS = 10  # per cent; a few accents change little
 
 RESULTS = "results.json"
 FILES = ("answers.jsonl", "exposure_bias.jsonl")
@@ -122,8 +124,31 @@ class Report:
             plot_exposure_bias(results["exposure_bias"], self.folder / "figures" / "exposure_bias.png")
 
 
+def notes(results: Mapping[str, Any]) -> list[str]:
+    """What a reader of the numbers has to know: the rules that made them, and what they do not see."""
+    config = results["config"]
+    rules = {"exact match": "exact_match_rule", **({"GSM8K": "gsm8k_rule"} if "gsm8k" in results["sets"] else {})}
+    said = [f"{title} by the rule {config[name]}" for title, name in rules.items()]
+    lines = [", ".join([*said, f"Rouge-L with the tokenizer {' '.join(config['rouge_tokenizer'])}"])]
+    return lines + [f"{name}: {line}" for name, numbers in results["sets"].items() for line in blind_spots(numbers)]
+
+
+def blind_spots(numbers: Mapping[str, float]) -> Iterator[str]:
+    """Of one set."""
+    rows, letters = numbers["rouge_l_unseen_rows"], numbers["rouge_l_unseen_letters"]
+    if rows or letters > MOST_UNSEEN_LETTERS:
+        yield (
+            f"Rouge-L is 0 for the right answer itself in {rows} of {numbers['samples']} rows and does not see {letters:.0f} % of the "
+            "letters; --rouge-tokenizer unicode does"
+        )
+    if hidden := numbers["hidden_tokens"]:
+        yield f"{hidden:.2g} tokens an answer are special ones that its text does not show; answers.jsonl has them in response_ids"
+    if lost := [name for name, value in numbers.items() if isinstance(value, float) and not math.isfinite(value)]:
+        yield f"{', '.join(lost)}: not a number, null in results.json; look for NaN in the weights, or use --dtype fp32"
+
+
 def print_table(results: Mapping[str, Any]) -> None:
-    """One line a set, mean ± standard deviation over seeds."""
+    """One line a set, mean ± standard deviation over seeds; below it the notes."""
     sets = results["sets"]
     names = [name for name in COLUMNS if any(name in numbers for numbers in sets.values())]
     lines = [["", *(COLUMNS[name][0] for name in names)]]
@@ -131,6 +156,8 @@ def print_table(results: Mapping[str, Any]) -> None:
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print("  ".join([line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:]))]))
+    for note in results["notes"]:
+        print(note)
 
 
 def cell(numbers: Mapping[str, float], name: str) -> str:
