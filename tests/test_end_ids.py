@@ -30,7 +30,6 @@ from megakd.generation import rows
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
 from megakd.models.model_provider import build_model, padded_vocab_size
-from megakd.reporting.jsonl import read_jsonl
 
 NEW = 24
 GREEDY = Sampling(max_new_tokens=NEW, greedy=True)
@@ -44,17 +43,23 @@ def lab(tmp_path_factory) -> Path:
     rows = make_rows(40, seed=3)
     tokenizer = train_tokenizer([row["prompt"] + row["response"] for row in rows])
     for seed, name in enumerate(("student", "teacher")):
-        tiny_model(tiny_config("gpt2", layers=3, vocab_size=len(tokenizer)), seed=seed).save_pretrained(lab / name)
+        model = tiny_model(tiny_config("gpt2", layers=2, vocab_size=len(tokenizer)), seed=seed)
+        model.transformer.wpe.weight.data *= 20  # the next token hangs on its place: answers of many tokens
+        model.save_pretrained(lab / name)
         tokenizer.save_pretrained(lab / name)
-    for name, part in {"train": rows[:32], "valid": rows[24:]}.items():
+    for name, part in {"train": rows[:32], "valid": rows[32:]}.items():
         lines = [json.dumps({"prompt": row["prompt"], "response": row["response"]}) for row in part]
         (lab / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     return lab
 
 
+def read(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def prompts(lab: Path) -> list[list[int]]:
     tokenizer = load_tokenizer(lab / "teacher")
-    return [tokenizer(row["prompt"])["input_ids"] for row in read_jsonl(lab / "valid.jsonl")]
+    return [tokenizer(row["prompt"])["input_ids"] for row in read(lab / "valid.jsonl")]
 
 
 def by_transformers(folder: Path, prompts) -> list[list[int]]:
@@ -162,7 +167,7 @@ def test_what_a_run_writes_ends_at_the_ends_of_student_and_teacher(lab, spoken, 
     lengths = {"max-length": 24 + NEW, "max-prompt-length": 24, "max-new-tokens": NEW, "train-iters": 2}
     flags = {"model": student, "teacher-model": teacher, "train-data": lab / "valid.jsonl", "save-rollouts": True, "top-k": 1}
     run_distributed(run, 1, command(lab, "both", "seqkd", **flags, **lengths))
-    ended = [row["response"][-1] for row in read_jsonl(lab / "both" / "rollouts.jsonl") if len(row["response"]) < NEW]
+    ended = [row["response"][-1] for row in read(lab / "both" / "rollouts.jsonl") if len(row["response"]) < NEW]
     assert theirs in ended and set(ended) <= {theirs, spoken[0]}
     assert "written ones also with" in capfd.readouterr().err
     export = json.loads((lab / "both" / "hf" / "generation_config.json").read_text())
@@ -181,14 +186,14 @@ def test_answers_and_their_lengths_stop_at_each_end(lab, spoken, tmp_path):
     scores = EvaluateConfig(**config, data=(f"valid={lab / 'valid.jsonl'}",), save=str(tmp_path / "scores"))
     run_distributed(on_rank, 1, evaluate, scores)
     results = json.loads((tmp_path / "scores" / "results.json").read_text())
-    rows = read_jsonl(tmp_path / "scores" / "answers.jsonl")
+    rows = read(tmp_path / "scores" / "answers.jsonl")
     assert [row["response_ids"] for row in rows] == written
     assert [row["answer"] for row in rows] == [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in said]
     assert results["sets"]["valid"]["response_length"] == sum(map(len, said)) / len(said)
     assert results["ends"]["student"] == {"stop": spoken, "taught": spoken[0]}
 
     run_distributed(on_rank, 1, write_responses, GenerateConfig(**config, data=str(lab / "valid.jsonl"), save=str(tmp_path / "a.jsonl")))
-    assert [row["response"] for row in read_jsonl(tmp_path / "a.jsonl")] == [tokenizer.decode(ids) for ids in said]
+    assert [row["response"] for row in read(tmp_path / "a.jsonl")] == [tokenizer.decode(ids) for ids in said]
 
 
 def on_rank(layout, run, config):
