@@ -172,3 +172,16 @@ def test_a_rollout_is_written_down_in_its_own_iteration_alone(inputs, method, fl
 def test_minillm_saves_between_phases_only(inputs):
     with pytest.raises(AssertionError, match=r"--save-interval 2 is no multiple of MiniLLM.s phase of 4"):
         run_distributed(run, 1, command(inputs, "phase", "minillm", **{"num-rollouts": 16, "ppo-epochs": 2}))
+
+
+PROMPTS_ALONE = {"kd": {"on-policy-ratio": 1.0}, "minillm": {"lm-coef": 0.0, "num-rollouts": 8, "ppo-epochs": 1}}
+
+
+@pytest.mark.parametrize("method", PROMPTS_ALONE)
+def test_prompts_alone_suffice_where_no_response_is_learnt(inputs, method):
+    rows = [json.loads(line) for line in (inputs / "train.jsonl").read_text().splitlines()]
+    (inputs / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    for data in ("train", "prompts"):
+        flags = PROMPTS_ALONE[method] | {"train-data": inputs / f"{data}.jsonl", "train-iters": 2}
+        run_distributed(run, 1, command(inputs, f"{method}-{data}", method, **flags))
+    assert numbers(inputs / f"{method}-prompts") == numbers(inputs / f"{method}-train")
