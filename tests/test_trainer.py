@@ -152,11 +152,20 @@ def test_a_run_cut_off_while_it_writes_its_settings_keeps_the_old_ones(tmp_path,
 
 
 def test_rollouts_recompute_a_step(inputs):
-    """Prompt and response ids with their mask are all that a loss needs: the first iteration's tokens are counted alike."""
-    rows = [row for row in read_jsonl(inputs / "kept" / "rollouts.jsonl") if row["iteration"] == 1]
-    logged = read_jsonl(inputs / "kept" / "metrics.jsonl")[1]
-    assert len(rows) == 8 and sum(sum(row["loss_mask"]) for row in rows) == logged["tokens"]
-    assert all(len(row["loss_mask"]) == len(row["prompt"]) + len(row["response"]) - 1 for row in rows)
+    """Prompt and response ids with their mask are all that a loss needs: transformers finds the first iteration's loss from them."""
+    flags = {"on-policy-ratio": 1, "kd-objective": "reverse_kl", "hidden-dropout": 0, "save-rollouts": True, "train-iters": 1}
+    run_distributed(run, 2, command(inputs, "recomputed", "kd", **flags))
+    student, teacher = (AutoModelForCausalLM.from_pretrained(inputs / name).eval() for name in ("student", "teacher"))
+    rows = [row for row in read_jsonl(inputs / "recomputed" / "rollouts.jsonl") if row["iteration"] == 1]
+    distance, tokens = 0.0, 0
+    for row in rows:
+        ids = torch.tensor([row["prompt"] + row["response"]])
+        with torch.no_grad():
+            log_q, log_p = (model(ids).logits[0, :-1].double().log_softmax(-1) for model in (student, teacher))
+        distance += ((log_q.exp() * (log_q - log_p)).sum(-1) * torch.tensor(row["loss_mask"])).sum().item()
+        tokens += sum(row["loss_mask"])
+    logged = read_jsonl(inputs / "recomputed" / "metrics.jsonl")[1]
+    assert (len(rows), logged["tokens"]) == (8, tokens) and logged["loss/reverse_kl"] == pytest.approx(distance / tokens, rel=1e-5)
 
 
 @pytest.mark.parametrize(
