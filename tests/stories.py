@@ -33,18 +33,18 @@ PAIRS = {  # student, teacher; transformers reads OPT's and Llama's id 1 as padd
     "gpt2": ({"family": "gpt2", "layers": 2, "pad_token_id": 1}, {"family": "gpt2", "layers": 4, "hidden": 96}),
     "opt": ({"family": "opt", "layers": 2}, {"family": "opt", "layers": 2, "hidden": 96}),
     "llama": ({"family": "llama", "layers": 2, "pad_token_id": 1}, {"family": "llama", "layers": 4, "num_key_value_heads": 1}),
-    "llama student of a gpt2": ({"family": "llama", "layers": 2, "tie_word_embeddings": True}, {"family": "gpt2", "layers": 2}),
+    "llama student of a gpt2": ({"family": "llama", "layers": 2, "tie_word_embeddings": True, "pad_token_id": -1}, {"family": "gpt2", "layers": 2}),
 }
 
 
 def global_batch(number: int = 0) -> list[Sample]:
-    """Three of them, in turn: a later epoch brings the same rows back. Id 1 is among their tokens."""
+    """Three of them, in turn: a later epoch brings the same rows back. Ids 1 and 96, which a config may name as padding, are read."""
     number %= 3
     generator = torch.Generator().manual_seed(5 + number)
     lengths = [(4, 9), (7, 3), (2, 12), (5, 5), (9, 1), (3, 7), (6, 2), (4, 6)]
     draw = lambda n: tuple(torch.randint(2, 90, (n,), generator=generator).tolist())
     return [
-        Sample(8 * number + i, (*draw(prompt - 1), 1), (*draw(response - 1), 0)) for i, (prompt, response) in enumerate(lengths)
+        Sample(8 * number + i, (*draw(prompt - 2), 96, 1), (*draw(response - 1), 0)) for i, (prompt, response) in enumerate(lengths)
     ]
 
 

@@ -30,12 +30,13 @@ from tiny import tiny_config, tiny_model
 
 from megakd.config import Config, DistillationConfig, GenerationConfig, MiniLLMConfig, PromptKDConfig, TrainingConfig
 from megakd.data.batch import Sample
-from megakd.data.dataloader import deal
+from megakd.data.dataloader import DataLoader, deal
 from megakd.data.end_ids import EndIds
 from megakd.losses.distillation import Divergence, sft_loss
 from megakd.losses.policy_gradient import advantages, importance_weights
 from megakd.losses.token_loss import HeadRows, VocabularySplit
 from megakd.methods import METHODS, minillm
+from megakd.methods import rollout as rollout_module
 from megakd.methods.base import MethodInputs
 from megakd.methods.minillm import MiniLLM
 from megakd.models.model_provider import build_model, load_weights, padded_vocab_size, parameter_mappings
@@ -103,7 +104,7 @@ def oracle(pair, dtype=torch.float32) -> Oracle:
 def check_story(layout, case, told: Story, pair, micro_batch_size, parallel):
     """Every iteration: what is logged, what is written on all replicas, the weights of this rank; then the held-out losses."""
     config = story_config(case, micro_batch_size, parallel)
-    parts = replace(cast(layout, config, pair, total_iters=stories.TOTAL_ITERS), text=Batches(text_batch, layout))
+    parts = replace(cast(layout, config, pair, total_iters=stories.TOTAL_ITERS), text=Batches(text_batch, layout) if config.minillm.lm_coef else None)
     method = METHODS[config.method](parts, config, total_iters=stories.TOTAL_ITERS)
     extra = method.extra_tensors()
     if "vectors" in extra:
@@ -113,7 +114,7 @@ def check_story(layout, case, told: Story, pair, micro_batch_size, parallel):
     for iteration, step in enumerate(told.steps, start=1):
         method.rollouts = ()
         got, where = method.train_iteration(Batches(global_batch, layout), iteration), (case, pair, iteration)
-        assert {s.sample_id: s.response for s in method.of_all_replicas(method.rollouts)} == step.written, where
+        assert {s.sample_id: s.response for s in method.all_gather_samples(method.rollouts)} == step.written, where
         numbers = {name: value for name, value in step.metrics.items() if not torch.is_tensor(value)}
         assert {name: got[name] for name in numbers} == pytest.approx(numbers, rel=3e-6, abs=1e-6), where
         check_weights(method.student, step.weights, where)
@@ -181,7 +182,7 @@ def test_a_story_shows_what_one_iteration_hides():
 
 def one_iteration(reference, method, method_name):
     """The same iteration by the oracle, on what the method has written or the data say."""
-    rows = [(s.prompt, s.response) for s in (method.of_all_replicas(method.rollouts) if method.on_policy else samples())]
+    rows = [(s.prompt, s.response) for s in (method.all_gather_samples(method.rollouts) if method.on_policy else samples())]
     if method_name == "promptkd":
         return reference.promptkd(rows, base_coef=1 - 1 / TOTAL_ITERS)
     return reference.sft(rows) if method_name == "sft" else reference.kd(rows, kd_ratio=0.5)
@@ -386,6 +387,75 @@ def test_advantages_of_the_hand_example():
 def test_without_the_teacher_in_the_mixture_the_importance_weight_is_one():
     log_p, log_q = torch.tensor([-3.0, -80.0, -1.0]), torch.tensor([-1.0, -2.0, -60.0])
     assert importance_weights(log_p, log_q, alpha=0.0).tolist() == [1.0, 1.0, 1.0]
+
+
+def positions_of(layout):
+    config = run_config("sft", 8, {})
+    method = METHODS["sft"](cast(layout, config, PAIRS["gpt2"]), config, total_iters=TOTAL_ITERS)
+    return method.train(deal(samples(), layout.dp_size)[layout.dp_rank], 1)
+
+
+def test_positions_and_tokens_of_the_global_batch_are_counted():
+    """A replica has one micro-batch: rows short enough for one are not parted."""
+    read = [len(s.prompt) + len(s.response) - 1 for s in samples()]
+    for replicas in (1, 2):
+        (logged, *_) = run_distributed(positions_of, replicas)
+        hands = [[s.num_positions for s in hand] for hand in deal(samples(), replicas)]
+        computed = sum(len(hand) * max(hand) for hand in hands)
+        assert (logged["positions"], logged["tokens"]) == (sum(read), sum(len(s.response) for s in samples()))
+        assert logged["real_share"] == pytest.approx(sum(read) / computed) and sum(read) < computed
+
+
+def random_prompts(layout):
+    prompts = []
+    for seed in (1, 1, 2):
+        config = run_config("promptkd", 4, {})
+        config = replace(config, training=replace(config.training, seed=seed), promptkd=replace(config.promptkd, prompt_init="random"))
+        method = METHODS["promptkd"](cast(layout, config, PAIRS["llama"]), config, total_iters=TOTAL_ITERS)
+        prompts.append(method.prompt.vectors.tolist())
+    return prompts
+
+
+def test_a_random_prompt_is_the_seeds():
+    """At every layout, and as large as the teacher's words."""
+    ((one, again, other),) = run_distributed(random_prompts, 1)
+    assert one == again and one != other
+    words = pair_of_models(PAIRS["llama"])[1].get_input_embeddings().weight
+    assert torch.tensor(one).std().item() == pytest.approx(words.std().item(), rel=0.15)
+    for ranks, sizes in ((2, {"tp": 2}), (2, {"pp": 2})):
+        for prompts in run_distributed(random_prompts, ranks, **sizes):
+            torch.testing.assert_close(torch.tensor(prompts[0]), torch.tensor(one))
+
+
+def test_a_rollout_is_drawn_as_the_flags_say(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(rollout_module, "generate", lambda *_, **options: asked.update(options, sampling=_[3]) or [[5, 0]] * 8)
+    config = run_config("promptkd", 4, {})
+    flags = {"temperature": 0.7, "top_k": 9, "top_p": 0.8, "max_new_tokens": 5, "rollout_batch_size": 3}
+    config = replace(config, generation=replace(config.generation, **flags))
+    rollout_module.rollout(None, samples(), config, TOKENIZER, 4)
+    given = {name: getattr(asked["sampling"], name) for name in list(flags)[:-1]} | {"rollout_batch_size": asked["batch_size"]}
+    assert given == flags and not asked["sampling"].greedy and asked["sampling"].seed == 1234 * 1_000_003 + 4
+
+
+def texts_of_minillm(layout):
+    opened = []
+    minillm.open_responses = lambda path, tokenizer, data, **options: opened.append((path, options["full_rows"])) or list(global_batch(0)) * 2
+    config = run_config("minillm", 4, {})
+    config = replace(config, data=replace(config.data, train_data="prompts"), minillm=replace(config.minillm, num_rollouts=8))
+    loaders = []
+    for lm_data in ("", "text"):
+        changed = replace(config, minillm=replace(config.minillm, lm_data=lm_data))
+        loaders.append([s.sample_id for s in MiniLLM.open_text(changed, TOKENIZER, layout).samples(0)])
+    prompts = DataLoader(list(global_batch(0)) * 2, global_batch_size=8, seed=1234)
+    return opened, loaders, [s.sample_id for s in prompts.samples(0)]
+
+
+def test_minillms_text_comes_in_an_order_of_its_own():
+    """And from where --lm-data says, in rows of full length."""
+    ((opened, (first, second), prompts),) = run_distributed(texts_of_minillm, 1)
+    assert opened == [("prompts", True), ("text", True)]
+    assert first == second != prompts
 
 
 def check_frozen_prompt(layout):
