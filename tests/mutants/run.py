@@ -2,15 +2,13 @@
 
     python tests/mutants/run.py [WORD ...] [--processes 2] [--seconds 240]
 
-A WORD keeps the mutants whose file, old or new text holds it. Tests must pass on the unchanged copy first. torch, megatron-core and
-transformers are imported once; every mutant is a fork that imports megakd from its copy, which is checked.
+A WORD keeps the mutants whose file, old or new text or tests hold it. Tests must pass on the unchanged copy first. Each run imports
+megakd from its copy, which is checked; text that is no longer there, and tests that are not found, end the run.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
-import multiprocessing
 import os
 import shutil
 import signal
@@ -18,14 +16,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-IMPORTED_ONCE = ("torch", "numpy", "transformers", "megatron.core.models.gpt", "megatron.core.optimizer", "megatron.core.dist_checkpointing",
-                 "tyro", "yaml", "pytest", "rouge_score.rouge_scorer")  # fmt: skip
+PYTEST = """
+import sys
+import megakd, megakd_kernels, pytest
+folder, *options = sys.argv[1:]
+all(module.__file__.startswith(folder) for module in (megakd, megakd_kernels)) or sys.exit(3)
+sys.exit(pytest.main(options))
+"""
 SURVIVED, KILLED, HUNG = "survived", "killed", "killed (hangs)"
 
 
@@ -35,9 +37,6 @@ def main() -> None:
 
     args = parse_args()
     chosen = [mutant for mutant in MUTANTS if not args.words or any(word in " ".join(mutant) for word in args.words)]
-    for name in IMPORTED_ONCE:
-        __import__(name)
-    sys.modules["torch"].set_num_threads(1)
     started = time.perf_counter()
     work = [Work(tests) for tests in sorted({mutant.tests for mutant in chosen})] + [Work(mutant.tests, mutant) for mutant in chosen]
     with tempfile.TemporaryDirectory() as folder:
@@ -78,28 +77,28 @@ class Work:
     outcome: str = ""
 
     def start(self, folder: Path) -> None:
-        """Change the copy, and fork."""
+        """Change the copy, and begin."""
         self.folder, self.began = folder, time.perf_counter()
         if self.mutant:
             file = folder / self.mutant.file
             text = file.read_text()
             assert text.count(self.mutant.old) == 1, f"{self.mutant.file} holds {self.mutant.old!r} {text.count(self.mutant.old)} times"
             file.write_text(text.replace(self.mutant.old, self.mutant.new))
-        self.process = multiprocessing.get_context("fork").Process(target=_child, args=(folder, self.tests))
-        self.process.start()
+        self.process = run_tests(folder, self.tests)
 
     def has_ended(self, seconds: float) -> bool:
         """Whether it is over, be it by force; the copy is then as it was."""
-        hangs = self.process.is_alive() and time.perf_counter() - self.began > seconds
-        if self.process.is_alive() and not hangs:
+        code = self.process.poll()
+        hangs = code is None and time.perf_counter() - self.began > seconds
+        if code is None and not hangs:
             return False
         if hangs:
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.join()
+            self.process.wait()
         if self.mutant:
             shutil.copyfile(ROOT / self.mutant.file, self.folder / self.mutant.file)
-        assert hangs or self.process.exitcode in (0, 1), f"pytest ended with {self.process.exitcode} on {self.tests}: {self.mutant}"
-        self.outcome = HUNG if hangs else KILLED if self.process.exitcode else SURVIVED
+        assert hangs or (code in (0, 1, 2) if self.mutant else code in (0, 1)), f"pytest ended with {code}: {self.tests}, {self.mutant}"
+        self.outcome = HUNG if hangs else KILLED if code else SURVIVED
         what = f"{self.mutant.file}: {self.mutant.new.strip()[:100]}" if self.mutant else f"unchanged: {self.tests[:100]}"
         word = self.outcome if self.mutant or self.outcome != SURVIVED else "passes"
         print(f"{word:15} {time.perf_counter() - self.began:4.0f} s  {what}", flush=True)
@@ -107,7 +106,7 @@ class Work:
 
 
 def do(work: list[Work], copies: list[Path], seconds: float) -> None:
-    """All of it, one piece a copy at a time. Forks come from this thread alone."""
+    """All of it, one piece a copy at a time."""
     waiting, running = list(work), []
     while waiting or running:
         running = [item for item in running if not item.has_ended(seconds)]
@@ -118,27 +117,20 @@ def do(work: list[Work], copies: list[Path], seconds: float) -> None:
         time.sleep(0.1)
 
 
-def _child(folder: Path, tests: str) -> None:
-    os.setpgrp()
-    os.chdir(folder)
-    paths = [str(folder), str(folder / "kernels")]
-    sys.path[:0] = paths
-    sys.dont_write_bytecode = True
-    sys.argv[:] = ["pytest"]
+def run_tests(folder: Path, tests: str) -> subprocess.Popen:
+    """pytest on the copy, in a process group of its own; its exit code is 3 where megakd would come from elsewhere."""
+    paths = os.pathsep.join([str(folder), str(folder / "kernels")])
     data = os.environ.get("MEGAKD_TEST_DATA", str(ROOT.parent / "shared" / "data"))
-    os.environ |= {"PYTHONPATH": ":".join(paths), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "MEGAKD_TEST_DATA": data}
-    import pytest
-
-    said = io.StringIO()
-    with redirect_stdout(said), redirect_stderr(said):
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(folder), *tests.split("|")])
-        if code == 0:
-            import megakd
-
-            assert Path(megakd.__file__).is_relative_to(folder), f"{megakd.__file__} is not the mutated copy"
-    if code not in (0, 1):
-        sys.__stderr__.write(said.getvalue()[-2000:])
-    os._exit(int(code))
+    environment = os.environ | {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "MEGAKD_TEST_DATA": data}
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(folder), *tests.split("|")]
+    return subprocess.Popen(
+        [sys.executable, "-c", PYTEST, str(folder), *options],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 if __name__ == "__main__":
