@@ -433,7 +433,7 @@ def test_a_rollout_is_drawn_as_the_flags_say(monkeypatch):
     config = run_config("promptkd", 4, {})
     flags = {"temperature": 0.7, "top_k": 9, "top_p": 0.8, "max_new_tokens": 5, "rollout_batch_size": 3}
     config = replace(config, generation=replace(config.generation, **flags))
-    rollout_module.rollout(None, samples(), config, TOKENIZER, 4)
+    rollout_module.rollout(None, samples(), config, ENDS, 4)
     given = {name: getattr(asked["sampling"], name) for name in list(flags)[:-1]} | {"rollout_batch_size": asked["batch_size"]}
     assert given == flags and not asked["sampling"].greedy and asked["sampling"].seed == 1234 * 1_000_003 + 4
 

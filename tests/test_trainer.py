@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megakd import trainer
 from megakd.config import Config, OutputConfig, from_yaml, parse
 from megakd.data.batch import Sample
+from megakd.data.end_ids import EndIds
 from megakd.data.tasks import make_rows
 from megakd.data.train_tokenizer import train_tokenizer
 from megakd.reporting.jsonl import read_jsonl
@@ -180,7 +181,7 @@ def test_an_evaluation_is_as_long_as_the_flag_says(monkeypatch):
         assert [s.sample_id for s in bare._valid_samples()] == list(range(rows))
     asked, bare.iteration = [], 0
     bare.method, bare.logger = SimpleNamespace(student=None), SimpleNamespace(log_samples=lambda *rows: asked.append(rows))
-    bare.tokenizer = SimpleNamespace(decode=lambda ids, **_: str(list(ids)), eos_token_id=0)
+    bare.ends, bare.tokenizer = EndIds(stop=(0,), taught=0), SimpleNamespace(decode=lambda ids, **_: str(list(ids)))
     monkeypatch.setattr(trainer, "generate", lambda *given, **_: asked.append(given) or [[7, 0]] * 4)
     bare._show_samples()
     (_, prompts, ids, sampling), (_, rows) = asked

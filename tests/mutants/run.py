@@ -84,6 +84,7 @@ class Work:
             text = file.read_text()
             assert text.count(self.mutant.old) == 1, f"{self.mutant.file} holds {self.mutant.old!r} {text.count(self.mutant.old)} times"
             file.write_text(text.replace(self.mutant.old, self.mutant.new))
+            self.restore = lambda: file.write_text(text)
         self.process = run_tests(folder, self.tests)
 
     def has_ended(self, seconds: float) -> bool:
@@ -96,7 +97,7 @@ class Work:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         if self.mutant:
-            shutil.copyfile(ROOT / self.mutant.file, self.folder / self.mutant.file)
+            self.restore()
         assert hangs or (code in (0, 1, 2) if self.mutant else code in (0, 1)), f"pytest ended with {code}: {self.tests}, {self.mutant}"
         self.outcome = HUNG if hangs else KILLED if code else SURVIVED
         what = f"{self.mutant.file}: {self.mutant.new.strip()[:100]}" if self.mutant else f"unchanged: {self.tests[:100]}"
