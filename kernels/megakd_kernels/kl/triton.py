@@ -1,74 +1,38 @@
-"""Divergences on a GPU: each logit is read once for the statistics and once for the gradient, and nothing else is of its size.
+"""Kullback-Leibler divergences on a GPU: each logit is read once for the statistics and once for the gradient, and nothing else
+is of its size.
 
-The mathematics are those of `kl_rows`, in base 2: u = k a - A with k = log2(e) / T, so that an exponential is one instruction.
-A program walks one row, or one of its splits, in tiles [R, L]. A tile is reduced over R inside each thread, and the L lanes keep
-private statistics, so that nothing crosses a warp before the row ends. Rows of an odd width (V = 50257) start at any address: the
-first numbers are peeled off up to a 16-byte boundary, and all other loads are 128 bits wide. Only the first and the last tile are
-masked. Registers, spills and widths for sm_90 are held by tests/kernel_tests/test_sm90.py.
+The mathematics are those of `rows`, in base 2: u = k a - A with k = log2(e) / T, so that an exponential is one instruction. A tile
+[R, L] of the walk over a row (`triton_rows`) is reduced over R inside each thread, and the L lanes keep private statistics, so that
+nothing crosses a warp before the row ends. Registers, spills and widths for sm_90 are held by tests/kernel_tests/test_sm90.py.
 
 N rows, V columns here, K statistics (5 or 8), P partial statistics (splits, then ranks).
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kl_rows import Merged
-from .shards import FLOOR
+from ..triton_rows import (
+    LN2,
+    LOG2E,
+    NEG,
+    aligned,
+    clear,
+    load_columns,
+    on_device_of,
+    row_start,
+    slice_bounds,
+    split_over,
+    store_columns,
+)
+from .rows import Merged
 
-READS_ONCE = False  # `kl_single_launch` does
-LOG2E = math.log2(math.e)
-LN2 = tl.constexpr(math.log(2.0))
-NEG = tl.constexpr(FLOOR)
-SPLITS_WANTED = 8 * 132  # programs that fill an H200; fewer rows than that are split over the vocabulary
+READS_ONCE = False  # `single_launch` does
 STATISTICS_TILE = {5: (4, 1024, 4), 8: (2, 1024, 4)}  # K: R, L, warps. Three tensors at R = 4 take all 255 registers
 GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 8
-MIXTURE_BLOCK, MIXTURE_WARPS = 2048, 8
-SKEW, JSD, TVD = 0, 1, 2
-OPS = {"jsd": JSD, "tvd": TVD}  # of an objective; the others are skewed KLs
-_JSD, _TVD = tl.constexpr(JSD), tl.constexpr(TVD)
-
-
-@triton.jit
-def load_columns(ptr, offs, lo, hi, MASKED: tl.constexpr):
-    """float32; where MASKED, columns outside lo..hi are -inf and not read."""
-    if MASKED:
-        return tl.load(ptr + offs, mask=(offs >= lo) & (offs < hi), other=float("-inf")).to(tl.float32)
-    else:
-        return tl.load(ptr + offs).to(tl.float32)
-
-
-@triton.jit
-def store_columns(ptr, offs, value, lo, hi, MASKED: tl.constexpr):
-    """Rounded to the tensor's type; where MASKED, columns outside lo..hi stay as they are."""
-    if MASKED:
-        tl.store(ptr + offs, value.to(ptr.dtype.element_ty), mask=(offs >= lo) & (offs < hi))
-    else:
-        tl.store(ptr + offs, value.to(ptr.dtype.element_ty))
-
-
-@triton.jit
-def row_start(ptr, row, stride, ALIGNED: tl.constexpr):
-    """The row's address, moved back to a 16-byte boundary where ALIGNED."""
-    offset = row.to(tl.int64) * stride
-    if ALIGNED:
-        offset = tl.multiple_of((offset // 8) * 8, 8)
-    return ptr + offset
-
-
-@triton.jit
-def slice_bounds(row, stride, split, columns, split_columns, ALIGNED: tl.constexpr):
-    """(start, first, end) of a split: it reads tiles from start, of which numbers before first belong to another row."""
-    head = 0
-    if ALIGNED:
-        head = ((row.to(tl.int64) * stride) % 8).to(tl.int32)
-    start = split * split_columns
-    return start, tl.maximum(start, head), tl.minimum(start + split_columns, columns + head)
 
 
 @triton.jit
@@ -220,17 +184,6 @@ def merge_kernel(
 
 
 @triton.jit
-def clear(grad_a, grad_b, start, lo, hi, WANT_A: tl.constexpr, WANT_B: tl.constexpr, BLOCK: tl.constexpr):
-    """Zeros in columns lo..hi of the gradients that are wanted."""
-    for tile in range(start, hi, BLOCK):
-        offs = tl.multiple_of(tile, 8) + tl.arange(0, BLOCK)
-        if WANT_A:
-            store_columns(grad_a, offs, tl.zeros((BLOCK,), tl.float32), lo, hi, True)
-        if WANT_B:
-            store_columns(grad_b, offs, tl.zeros((BLOCK,), tl.float32), lo, hi, True)
-
-
-@triton.jit
 def _gradient_tile(a, b, c, grad_a, grad_b, offs, lo, hi, k, top_a, top_b, top_c, constant, coef, scale_a, scale_b,
                    HAS_C: tl.constexpr, DIFFERENCE: tl.constexpr, WANT_A: tl.constexpr, WANT_B: tl.constexpr,
                    MASKED: tl.constexpr):
@@ -311,138 +264,7 @@ def gradient_kernel(
                    HAS_C, DIFFERENCE, WANT_A, WANT_B, BLOCK)
 
 
-@triton.jit
-def _mixture(q, p, offs, lo, hi, k, top_q, log_q, top_p, log_p, log_share, log_rest, OP: tl.constexpr, MASKED: tl.constexpr):
-    """q, p, log2 q/m, log2 p/m and p q / m, of which TVD needs the first two only."""
-    u = tl.maximum(tl.fma(load_columns(q, offs, lo, hi, MASKED), k, -top_q) - log_q, NEG)
-    v = tl.maximum(tl.fma(load_columns(p, offs, lo, hi, MASKED), k, -top_p) - log_p, NEG)
-    m = v
-    if OP != _TVD:
-        top = tl.maximum(v + log_share, u + log_rest)
-        m = top + tl.log2(tl.exp2(v + log_share - top) + tl.exp2(u + log_rest - top))
-    return tl.exp2(u), tl.exp2(v), u - m, v - m, tl.exp2(u + v - m)
-
-
-@triton.jit
-def _mixture_terms(q, p, offs, lo, hi, k, top_q, log_q, top_p, log_p, log_share, log_rest,
-                   OP: tl.constexpr, MASKED: tl.constexpr):
-    eq, ep, log_q_m, log_p_m, r = _mixture(q, p, offs, lo, hi, k, top_q, log_q, top_p, log_p, log_share, log_rest, OP, MASKED)
-    if OP == _TVD:
-        return tl.where(eq > ep, eq, 0.0), tl.where(eq > ep, ep, 0.0)
-    elif OP == _JSD:
-        return ep * (log_p_m * LN2), eq * (log_q_m * LN2)
-    else:
-        return ep * (log_p_m * LN2), r
-
-
-@triton.jit
-def _mixture_gradient_tile(q, p, grad_q, grad_p, offs, lo, hi, k, top_q, log_q, top_p, log_p, share, log_share, log_rest,
-                           x, y, scale, OP: tl.constexpr, WANT_Q: tl.constexpr, WANT_P: tl.constexpr, MASKED: tl.constexpr):
-    eq, ep, log_q_m, log_p_m, r = _mixture(q, p, offs, lo, hi, k, top_q, log_q, top_p, log_p, log_share, log_rest, OP, MASKED)
-    if OP == _TVD:
-        more = tl.where(eq > ep, 1.0, 0.0)
-        dq = eq * (more - x)
-        dp = ep * (y - more)
-    elif OP == _JSD:
-        dq = (1.0 - share) * eq * (log_q_m * LN2 - y)
-        dp = share * ep * (log_p_m * LN2 - x)
-    else:
-        dq = (1.0 - share) * (eq * y - r)
-        dp = ep * (log_p_m * LN2 - x) + (1.0 - share) * (r - ep * y)
-    if WANT_Q:
-        store_columns(grad_q, offs, dq * scale, lo, hi, MASKED)
-    if WANT_P:
-        store_columns(grad_p, offs, dp * scale, lo, hi, MASKED)
-
-
-@triton.jit
-def mixture_sums_kernel(
-    q_ptr, p_ptr,              # [N, V]: the roles of `kl_rows` (exchanged by the caller for skew_reverse_kl)
-    top_q_ptr, sum_q_ptr, top_p_ptr, sum_p_ptr,    # [N] float32, from merge_kernel
-    weights_ptr,               # [N] float32
-    out_ptr,                   # [P, 2, N] float32, nats: x and y
-    stride_q, stride_p, rows, columns, split_columns, k, log_share, log_rest,
-    OP: tl.constexpr, HAS_WEIGHTS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0)
-    split = tl.program_id(1)
-    out = out_ptr + split.to(tl.int64) * 2 * rows + row
-    if HAS_WEIGHTS:  # noqa: SIM102, an `and` would load the weight in either case
-        if tl.load(weights_ptr + row) == 0.0:
-            tl.store(out, 0.0)
-            tl.store(out + rows, 0.0)
-            return
-    q = row_start(q_ptr, row, stride_q, ALIGNED)
-    p = row_start(p_ptr, row, stride_p, ALIGNED)
-    start, lo, hi = slice_bounds(row, stride_q, split, columns, split_columns, ALIGNED)
-    top_q = tl.load(top_q_ptr + row)
-    top_p = tl.load(top_p_ptr + row)
-    log_q = tl.log2(tl.load(sum_q_ptr + row))
-    log_p = tl.log2(tl.load(sum_p_ptr + row))
-    x = tl.zeros((BLOCK,), tl.float32)
-    y = tl.zeros((BLOCK,), tl.float32)
-    for tile in range(start, hi, BLOCK):
-        offs = tl.multiple_of(tile, 8) + tl.arange(0, BLOCK)
-        if (tile >= lo) & (tile + BLOCK <= hi):
-            dx, dy = _mixture_terms(q, p, offs, lo, hi, k, top_q, log_q, top_p, log_p, log_share, log_rest, OP, False)
-        else:
-            dx, dy = _mixture_terms(q, p, offs, lo, hi, k, top_q, log_q, top_p, log_p, log_share, log_rest, OP, True)
-        x += dx
-        y += dy
-    tl.store(out, tl.sum(x, 0))
-    tl.store(out + rows, tl.sum(y, 0))
-
-
-@triton.jit
-def mixture_gradient_kernel(
-    q_ptr, p_ptr, top_q_ptr, sum_q_ptr, top_p_ptr, sum_p_ptr,    # as in mixture_sums_kernel
-    x_ptr, y_ptr,              # [N] float32, of the whole vocabulary
-    scale_ptr,                 # [N] float32; a row of scale 0 is not read and gets zeros
-    grad_q_ptr, grad_p_ptr,    # [N, V]; may be q and p themselves
-    stride_q, stride_p, stride_grad_q, stride_grad_p, columns, split_columns, k, share, log_share, log_rest,
-    OP: tl.constexpr, WANT_Q: tl.constexpr, WANT_P: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0)
-    q = row_start(q_ptr, row, stride_q, ALIGNED)
-    p = row_start(p_ptr, row, stride_p, ALIGNED)
-    grad_q = row_start(grad_q_ptr, row, stride_grad_q, ALIGNED)
-    grad_p = row_start(grad_p_ptr, row, stride_grad_p, ALIGNED)
-    start, lo, hi = slice_bounds(row, stride_q, tl.program_id(1), columns, split_columns, ALIGNED)
-    scale = tl.load(scale_ptr + row)
-    if scale == 0.0:
-        clear(grad_q, grad_p, start, lo, hi, WANT_Q, WANT_P, BLOCK)
-        return
-    top_q = tl.load(top_q_ptr + row)
-    top_p = tl.load(top_p_ptr + row)
-    log_q = tl.log2(tl.load(sum_q_ptr + row))
-    log_p = tl.log2(tl.load(sum_p_ptr + row))
-    x = tl.load(x_ptr + row)
-    y = tl.load(y_ptr + row)
-    for tile in range(start, hi, BLOCK):
-        offs = tl.multiple_of(tile, 8) + tl.arange(0, BLOCK)
-        if (tile >= lo) & (tile + BLOCK <= hi):
-            _mixture_gradient_tile(q, p, grad_q, grad_p, offs, lo, hi, k, top_q, log_q, top_p, log_p, share, log_share,
-                                   log_rest, x, y, scale, OP, WANT_Q, WANT_P, False)
-        else:
-            _mixture_gradient_tile(q, p, grad_q, grad_p, offs, lo, hi, k, top_q, log_q, top_p, log_p, share, log_share,
-                                   log_rest, x, y, scale, OP, WANT_Q, WANT_P, True)
-
-
 # ------------------------------------------------------------------------------------------------------------ launches
-
-
-def aligned(*tensors_NV: Tensor | None) -> bool:
-    """Whether all rows of the same index start at the same place between two 16-byte boundaries."""
-    given = [x for x in tensors_NV if x is not None]
-    if any(x.stride(1) != 1 for x in given if x.shape[1] > 1):
-        raise ValueError("the logits of one row must lie side by side in memory: pass logits.contiguous()")
-    return len({x.stride(0) % 8 for x in given}) == 1 and all(x.data_ptr() % 16 == 0 for x in given)
-
-
-def split_over(rows: int, columns: int, tile: int) -> tuple[int, int]:
-    """(splits, columns a split). The number of splits depends on the rows only: ranks with other widths make as many."""
-    splits = min(16, max(1, triton.cdiv(SPLITS_WANTED, max(1, rows))))
-    return splits, max(1, triton.cdiv(triton.cdiv(columns + 7, splits), tile)) * tile
 
 
 def statistics(a_NV: Tensor, b_NV: Tensor, c_NV: Tensor | None = None, *, weights: Tensor | None = None,
@@ -458,11 +280,12 @@ def _statistics_op(a: Tensor, b: Tensor, c: Tensor | None, weights: Tensor | Non
     rows, columns = a.shape
     splits, split_columns = split_over(rows, columns, R * L)
     out = a.new_empty(splits, 5 if c is None else 8, rows, dtype=torch.float32)
-    statistics_kernel[(rows, splits)](
-        a, b, a if c is None else c, out if weights is None else weights, out, a.stride(0), b.stride(0),
-        a.stride(0) if c is None else c.stride(0), rows, columns, split_columns, LOG2E / temperature,
-        HAS_C=c is not None, DIFFERENCE=difference, HAS_WEIGHTS=weights is not None, ALIGNED=aligned(a, b, c), R=R, L=L,
-        num_warps=warps)
+    with on_device_of(a):
+        statistics_kernel[(rows, splits)](
+            a, b, a if c is None else c, out if weights is None else weights, out, a.stride(0), b.stride(0),
+            a.stride(0) if c is None else c.stride(0), rows, columns, split_columns, LOG2E / temperature,
+            HAS_C=c is not None, DIFFERENCE=difference, HAS_WEIGHTS=weights is not None, ALIGNED=aligned(a, b, c), R=R, L=L,
+            num_warps=warps)
     return out
 
 
@@ -481,7 +304,8 @@ def merge(stats_PKN: Tensor) -> Merged:
 def _merge_op(stats: Tensor) -> Tensor:
     parts, K, rows = stats.shape
     out = stats.new_empty(K, rows)
-    merge_kernel[(triton.cdiv(rows, 128),)](stats, out, rows, parts, HAS_C=K == 8, BLOCK=128, num_warps=4)
+    with on_device_of(stats):
+        merge_kernel[(triton.cdiv(rows, 128),)](stats, out, rows, parts, HAS_C=K == 8, BLOCK=128, num_warps=4)
     return out
 
 
@@ -507,75 +331,14 @@ def _gradient_op(a: Tensor, b: Tensor, c: Tensor | None, top_a: Tensor, sum_a: T
     splits, split_columns = split_over(rows, columns, GRADIENT_BLOCK)
     third = (a, top_a, sum_a, kl_ab) if c is None else (c, top_c, sum_c, kl_ac)
     ga, gb = (a if g is None else g for g in (grad_a, grad_b))
-    gradient_kernel[(rows, splits)](
-        a, b, third[0], top_a, sum_a, top_b, sum_b, kl_ab, *third[1:], scale, coef, ga, gb, a.stride(0), b.stride(0),
-        third[0].stride(0), ga.stride(0), gb.stride(0), columns, split_columns, LOG2E / temperature, HAS_C=c is not None,
-        DIFFERENCE=difference, WANT_A=grad_a is not None, WANT_B=grad_b is not None,
-        ALIGNED=aligned(a, b, c, grad_a, grad_b), BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS)
+    with on_device_of(a):
+        gradient_kernel[(rows, splits)](
+            a, b, third[0], top_a, sum_a, top_b, sum_b, kl_ab, *third[1:], scale, coef, ga, gb, a.stride(0), b.stride(0),
+            third[0].stride(0), ga.stride(0), gb.stride(0), columns, split_columns, LOG2E / temperature, HAS_C=c is not None,
+            DIFFERENCE=difference, WANT_A=grad_a is not None, WANT_B=grad_b is not None,
+            ALIGNED=aligned(a, b, c, grad_a, grad_b), BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS)
 
 
 @_gradient_op.register_fake
-def _(*args):
-    return None
-
-
-def _mixture_roles(student, teacher, objective: str) -> tuple:
-    """skew_reverse_kl is skew_forward_kl with the models exchanged."""
-    return (teacher, student) if objective == "skew_reverse_kl" else (student, teacher)
-
-
-def _mixture_rows(merged: Merged, objective: str) -> tuple[Tensor, ...]:
-    q, p = _mixture_roles((merged.top_a, merged.sum_a), (merged.top_b, merged.sum_b), objective)
-    return (*q, *p)
-
-
-def mixture_sums(q_NV: Tensor, p_NV: Tensor, merged: Merged, *, objective: str, share: float, weights: Tensor | None = None,
-                 temperature: float = 1.0) -> Tensor:
-    """[2, N]: x and y of this shard; see `kl_rows.mixture_sums`."""
-    q_NV, p_NV = _mixture_roles(q_NV, p_NV, objective)
-    return _mixture_sums_op(q_NV, p_NV, *_mixture_rows(merged, objective), weights, OPS.get(objective, SKEW), share, temperature)
-
-
-@torch.library.custom_op("megakd_kernels::mixture_sums", mutates_args=())
-def _mixture_sums_op(q: Tensor, p: Tensor, top_q: Tensor, sum_q: Tensor, top_p: Tensor, sum_p: Tensor, weights: Tensor | None,
-                     op: int, share: float, temperature: float) -> Tensor:
-    rows, columns = q.shape
-    splits, split_columns = split_over(rows, columns, MIXTURE_BLOCK)
-    out = q.new_empty(splits, 2, rows, dtype=torch.float32)
-    mixture_sums_kernel[(rows, splits)](
-        q, p, top_q, sum_q, top_p, sum_p, out if weights is None else weights, out, q.stride(0), p.stride(0), rows, columns,
-        split_columns, LOG2E / temperature, math.log2(share), math.log2(1 - share), OP=op, HAS_WEIGHTS=weights is not None,
-        ALIGNED=aligned(q, p), BLOCK=MIXTURE_BLOCK, num_warps=MIXTURE_WARPS)
-    return out.sum(0)
-
-
-@_mixture_sums_op.register_fake
-def _(q, p, top_q, sum_q, top_p, sum_p, weights, op, share, temperature):
-    return q.new_empty(2, q.shape[0], dtype=torch.float32)
-
-
-def mixture_gradient(q_NV: Tensor, p_NV: Tensor, merged: Merged, sums_2N: Tensor, scale_N: Tensor, *, objective: str,
-                     share: float, temperature: float = 1.0, grad_q: Tensor | None = None, grad_p: Tensor | None = None) -> None:
-    """Write the gradients into grad_q (student) and grad_p (teacher); see `kl_rows.mixture_gradient`."""
-    q_NV, p_NV = _mixture_roles(q_NV, p_NV, objective)
-    grad_q, grad_p = _mixture_roles(grad_q, grad_p, objective)
-    _mixture_gradient_op(q_NV, p_NV, *_mixture_rows(merged, objective), *sums_2N.unbind(0), scale_N.float().contiguous(),
-                         OPS.get(objective, SKEW), share, temperature, grad_q, grad_p)
-
-
-@torch.library.custom_op("megakd_kernels::mixture_gradient", mutates_args=("grad_q", "grad_p"))
-def _mixture_gradient_op(q: Tensor, p: Tensor, top_q: Tensor, sum_q: Tensor, top_p: Tensor, sum_p: Tensor, x: Tensor,
-                         y: Tensor, scale: Tensor, op: int, share: float, temperature: float, grad_q: Tensor | None,
-                         grad_p: Tensor | None) -> None:
-    rows, columns = q.shape
-    splits, split_columns = split_over(rows, columns, MIXTURE_BLOCK)
-    gq, gp = (q if g is None else g for g in (grad_q, grad_p))
-    mixture_gradient_kernel[(rows, splits)](
-        q, p, top_q, sum_q, top_p, sum_p, x, y, scale, gq, gp, q.stride(0), p.stride(0), gq.stride(0), gp.stride(0), columns,
-        split_columns, LOG2E / temperature, share, math.log2(share), math.log2(1 - share), OP=op, WANT_Q=grad_q is not None,
-        WANT_P=grad_p is not None, ALIGNED=aligned(q, p, grad_q, grad_p), BLOCK=MIXTURE_BLOCK, num_warps=MIXTURE_WARPS)
-
-
-@_mixture_gradient_op.register_fake
 def _(*args):
     return None
