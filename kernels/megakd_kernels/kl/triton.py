@@ -269,7 +269,7 @@ def gradient_kernel(
 
 def statistics(a_NV: Tensor, b_NV: Tensor, c_NV: Tensor | None = None, *, weights: Tensor | None = None,
                temperature: float = 1.0, difference: bool = False) -> Tensor:
-    """[P, K, N] statistics of this shard's splits; see `kl_rows.statistics`."""
+    """[P, K, N] statistics of this shard's splits; see `rows.statistics`."""
     return _statistics_op(a_NV, b_NV, c_NV, weights, temperature, difference)
 
 
@@ -317,7 +317,7 @@ def _(stats):
 def gradient(a_NV: Tensor, b_NV: Tensor, c_NV: Tensor | None, merged: Merged, scale_N: Tensor, *, temperature: float = 1.0,
              coef: float | Tensor = 0.0, difference: bool = False, grad_a: Tensor | None = None,
              grad_b: Tensor | None = None) -> None:
-    """Write the gradients into grad_a and grad_b; see `kl_rows.gradient`."""
+    """Write the gradients into grad_a and grad_b; see `rows.gradient`."""
     if not isinstance(coef, Tensor):
         coef = torch.full((), coef, dtype=torch.float32, device=a_NV.device)  # filled on the device: nobody waits
     _gradient_op(a_NV, b_NV, c_NV, *merged, scale_N.float().contiguous(), coef.float(), temperature, difference, grad_a, grad_b)
