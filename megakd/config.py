@@ -26,7 +26,7 @@ import yaml
 from megakd.errors import UserError, fail, file_errors, tell
 
 MethodName = Literal["sft", "kd", "seqkd", "distillm", "minillm", "promptkd"]
-Objective = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
+Objective = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "alpha_beta"]
 METHOD_HELP = (
     "sft: cross-entropy on the responses; kd: a divergence on the responses; seqkd: the teacher's own responses; "
     "distillm: kd with the student's own text as it begins to help; minillm: policy gradient on the student's responses; "
@@ -133,9 +133,9 @@ class DistillationConfig:
     kd_temperature: float = flag(
         1.0, "temperature of both distributions in the divergence, never of sampling", methods=DIVERGENCE_METHODS
     )
-    beta: float = flag(0.5, "jsd: the teacher's share of the mixture", methods=DIVERGENCE_METHODS)
+    beta: float = flag(0.5, "jsd: the teacher's share of the mixture; alpha_beta: its β", methods=DIVERGENCE_METHODS)
     skew_alpha: float = flag(
-        0.1, "skew_*: share of the first distribution in the mixture (DistiLLM)", methods=DIVERGENCE_METHODS
+        0.1, "skew_*: share of the first distribution in the mixture (DistiLLM); alpha_beta: its α", methods=DIVERGENCE_METHODS
     )
     on_policy_ratio: Annotated[float, alias("--lmbda")] = flag(
         0.0, "kd: share of the batches that the student writes (GKD's lambda)", methods=("kd",)
@@ -329,6 +329,8 @@ class Config(BaseConfig):
             yield f"--save-interval {every} is no multiple of MiniLLM's phase of {phase} iterations, which is not saved; make it one"
         distillation = self.distillation
         share = {"jsd": "beta", "skew_forward_kl": "skew_alpha", "skew_reverse_kl": "skew_alpha"}.get(distillation.kd_objective)
+        if distillation.kd_objective == "alpha_beta" and not distillation.skew_alpha * distillation.beta:
+            yield "--kd-objective alpha_beta needs --skew-alpha and --beta above 0; use forward_kl for 1 and 0, reverse_kl for 0 and 1"
         if share and getattr(distillation, share) in (0, 1):
             value, objective = getattr(distillation, share), distillation.kd_objective
             yield f"{flag_name(share)} {value} leaves {objective} no mixture; use a number between 0 and 1"
@@ -352,8 +354,8 @@ class Config(BaseConfig):
         writes = (self.method != "kd" or distillation.on_policy_ratio, "with --method kd unless --on-policy-ratio is above 0")
         rollouts = ("temperature", "top_k", "top_p", "rollout_batch_size", "save_rollouts")
         return {
-            "beta": (objective == "jsd", "without --kd-objective jsd"),
-            "skew_alpha": (objective.startswith("skew"), "without --kd-objective skew_forward_kl or skew_reverse_kl"),
+            "beta": (objective in ("jsd", "alpha_beta"), "without --kd-objective jsd or alpha_beta"),
+            "skew_alpha": (objective.startswith(("skew", "alpha")), "without --kd-objective skew_* or alpha_beta"),
             "prompt_init_text": (self.promptkd.prompt_init == "text", "with --prompt-init random"),
             "lm_data": (self.minillm.lm_coef, "with --lm-coef 0"),
             "min_lr": (schedule != "constant", "with --lr-decay-style constant"),

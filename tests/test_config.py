@@ -160,8 +160,8 @@ def test_a_number_without_a_meaning_says_what_to_give(kind, flags, message, caps
 @pytest.mark.parametrize(
     "kind, flags, remark",
     [
-        (Config, "--beta 0.3", "--beta 0.3 has no effect without --kd-objective jsd"),
-        (Config, "--kd-objective jsd --skew-alpha 0.3", "--skew-alpha 0.3 has no effect without --kd-objective skew_forward_kl or skew_reverse_kl"),
+        (Config, "--beta 0.3", "--beta 0.3 has no effect without --kd-objective jsd or alpha_beta"),
+        (Config, "--kd-objective jsd --skew-alpha 0.3", "--skew-alpha 0.3 has no effect without --kd-objective skew_* or alpha_beta"),
         (Config, "--eval-interval 5", "--eval-interval 5 has no effect without --valid-data"),
         (Config, "--top-p 0.9", "--top-p 0.9 has no effect with --method kd unless --on-policy-ratio is above 0"),
         (Config, "--lr-decay-style constant --min-lr 1e-6", "--min-lr 1e-06 has no effect with --lr-decay-style constant"),

@@ -9,15 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from distributed import run_distributed
-from oracle import ADAM, response_logits
+from oracle import response_logits, step
 from test_methods import (
-    CLIP,
+    CONSTANT,
     ENDS,
-    LR,
     PAIRS,
     TOKENIZER,
     TOTAL_ITERS,
-    WEIGHT_DECAY,
     StateDictSource,
     check_weights,
     oracle,
@@ -75,10 +73,9 @@ def expected(reference, rows, weights, distance):
     loss = (kd + COEF * hidden) / tokens
     loss.backward()
     every = [*student.parameters(), *weights.values()]
-    torch.nn.utils.clip_grad_norm_(every, CLIP)
-    matrices = [p for p in every if p.ndim > 1]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": [p for p in every if p.ndim < 2], "weight_decay": 0.0}]
-    torch.optim.AdamW(groups, lr=LR, **ADAM).step()
+    torch.nn.utils.clip_grad_norm_(every, CONSTANT.clip)
+    groups = [{"params": [p for p in every if p.ndim > 1]}, {"params": [p for p in every if p.ndim == 1], "weight_decay": 0.0}]
+    step(CONSTANT.optimizer(groups), CONSTANT.rates[0])
     return float(hidden / tokens), float(loss)
 
 

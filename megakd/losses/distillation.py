@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import megakd_kernels
 import torch
+from megakd_kernels import TopKRows
 from torch import Tensor
 
-from megakd.losses.token_loss import HeadRows, TokenLoss, VocabularySplit
+from megakd.losses.token_loss import HeadRows, Rows, TokenLoss, VocabularySplit
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,14 @@ class Divergence:
     beta: float = 0.5
     alpha: float = 0.1
 
-    def __call__(self, q: HeadRows, p: HeadRows, vocabulary: VocabularySplit) -> Tensor:
-        """Per token [N], with gradient to whichever side requires it."""
-        return megakd_kernels.fused_linear_kl(
+    def __call__(self, q: HeadRows, p: Rows, vocabulary: VocabularySplit) -> Tensor:
+        """Per token [N], with gradient to whichever side requires it; of a truncated p over its K tokens and one bucket for the rest."""
+        truncated = isinstance(p, TopKRows)
+        distance = megakd_kernels.fused_linear_topk_kl if truncated else megakd_kernels.fused_linear_kl
+        return distance(
             q.hidden_NH,
             q.head_VpH,
-            p.hidden_NH,
-            p.head_VpH,
+            *((p,) if truncated else (p.hidden_NH, p.head_VpH)),
             objective=self.objective,
             temperature=self.temperature,
             beta=self.beta,
@@ -64,14 +66,14 @@ def sft_loss(q: HeadRows, labels_N: Tensor, vocabulary: VocabularySplit) -> Toke
     return TokenLoss(loss, {"loss/lm": loss})
 
 
-def reverse_kl_loss(q: HeadRows, p: HeadRows, vocabulary: VocabularySplit) -> TokenLoss:
+def reverse_kl_loss(q: HeadRows, p: Rows, vocabulary: VocabularySplit) -> TokenLoss:
     """KL(q‖p), with gradient to the student."""
     loss = Divergence("reverse_kl")(q, p, vocabulary)
     return TokenLoss(loss, {"loss/reverse_kl": loss})
 
 
 def kd_loss(
-    q: HeadRows, p: HeadRows, labels_N: Tensor, vocabulary: VocabularySplit, *, kd_ratio: float, divergence: Divergence
+    q: HeadRows, p: Rows, labels_N: Tensor, vocabulary: VocabularySplit, *, kd_ratio: float, divergence: Divergence
 ) -> TokenLoss:
     """(1 − r)·(−log q(label)) + r·D(p, q): with KL(p‖q) that of Hinton et al. 2015 as MiniLLM's `finetune.py` weighs it."""
     with torch.set_grad_enabled(kd_ratio < 1 and torch.is_grad_enabled()):  # at 1 it is for the log alone

@@ -1,5 +1,7 @@
 """What goes into a loss and what comes out of it, for the N supervised positions of a micro-batch.
 
+A model's distributions come as HeadRows, exact, or as megakd_kernels' TopKRows: K tokens, and the mass of the rest in one bucket.
+
 N supervised positions, H hidden size, Vp vocabulary columns of this rank, padding among them.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megakd_kernels import TopKRows
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -21,6 +24,9 @@ class HeadRows:
     def detached(self) -> HeadRows:
         """The same as constants."""
         return HeadRows(self.hidden_NH.detach(), self.head_VpH.detach())
+
+
+Rows = HeadRows | TopKRows
 
 
 @dataclass(frozen=True)

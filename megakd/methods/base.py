@@ -14,7 +14,7 @@ from megakd.data.batch import Batch, Sample, micro_batches
 from megakd.data.dataloader import DataLoader
 from megakd.data.end_ids import EndIds
 from megakd.losses.distillation import reverse_kl_loss, sft_loss
-from megakd.losses.token_loss import HeadRows, TokenLoss, VocabularySplit
+from megakd.losses.token_loss import Rows, TokenLoss, VocabularySplit
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.model_provider import share_vocabulary
 from megakd.optimizer import StudentOptimizer
@@ -94,7 +94,7 @@ class Method:
         cut = micro_batches(samples, training.micro_batch_size, most_tokens=training.micro_batch_tokens)
         return [batch.to(self.layout.device) for batch in cut]
 
-    def read_teacher(self, batches: Sequence[Batch]) -> list[HeadRows]:
+    def read_teacher(self, batches: Sequence[Batch]) -> list[Rows]:
         """What the teacher says at the supervised positions of every micro-batch, on the last stage."""
         with self.time("teacher"):
             return self.teacher.read(batches, to=self.layout)

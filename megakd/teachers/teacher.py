@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megakd.data.batch import Batch
-from megakd.losses.token_loss import HeadRows
+from megakd.losses.token_loss import Rows
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.runtime.parallel_layout import ParallelLayout
 
@@ -23,6 +23,6 @@ class Teacher:
 
     model: HiddenStateGPTModel | None = None
 
-    def read(self, batches: Sequence[Batch], *, to: ParallelLayout) -> list[HeadRows]:
+    def read(self, batches: Sequence[Batch], *, to: ParallelLayout) -> list[Rows]:
         """The rows of every micro-batch: no gradient, no dropout."""
         raise NotImplementedError
