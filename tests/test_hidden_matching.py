@@ -9,15 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from distributed import run_distributed
-from oracle import ADAM, response_logits
+from oracle import response_logits
 from test_methods import (
-    CLIP,
+    CONSTANT,
     ENDS,
-    LR,
     PAIRS,
     TOKENIZER,
     TOTAL_ITERS,
-    WEIGHT_DECAY,
     StateDictSource,
     check_weights,
     oracle,
@@ -75,10 +73,10 @@ def expected(reference, rows, weights, distance):
     loss = (kd + COEF * hidden) / tokens
     loss.backward()
     every = [*student.parameters(), *weights.values()]
-    torch.nn.utils.clip_grad_norm_(every, CLIP)
+    torch.nn.utils.clip_grad_norm_(every, CONSTANT.clip)
     matrices = [p for p in every if p.ndim > 1]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": [p for p in every if p.ndim < 2], "weight_decay": 0.0}]
-    torch.optim.AdamW(groups, lr=LR, **ADAM).step()
+    groups = [{"params": matrices, "weight_decay": CONSTANT.weight_decay}, {"params": [p for p in every if p.ndim < 2], "weight_decay": 0.0}]
+    torch.optim.AdamW(groups, lr=CONSTANT.rates[0], betas=CONSTANT.betas, eps=CONSTANT.eps).step()
     return float(hidden / tokens), float(loss)
 
 
