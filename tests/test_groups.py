@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 from distributed import run_distributed
 from megatron.core import parallel_state
-from test_methods import PAIRS, TOTAL_ITERS, OneBatch, cast, run_config, samples, text_rows
+from stories import Batches, global_batch, text_batch
+from test_methods import PAIRS, TOTAL_ITERS, cast, run_config, samples
 
 from megakd.methods import METHODS, minillm
 from megakd.runtime.initialize import seed_everything
@@ -37,10 +38,10 @@ def train_without_global_groups(layout, method_name, parallel):
         minillm=replace(config.minillm, num_rollouts=8),
         distillation=replace(config.distillation, on_policy_ratio=1.0 if method_name == "kd" else 0.0),
     )
-    minillm.open_responses = lambda *args, **options: text_rows()
+    minillm.open_responses = lambda *args, **options: text_batch()
     seed_everything(1234, layout)
     method = METHODS[method_name](cast(layout, config, PAIRS["gpt2"]), config, total_iters=TOTAL_ITERS)
-    logged = method.train_iteration(OneBatch(samples(), layout), 1)
+    logged = method.train_iteration(Batches(global_batch, layout), 1)
     method.evaluate(samples())
     return logged["grad_norm"]
 

@@ -136,7 +136,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     ],
     story(TP2, "the others"): [
         (GENERATION + "sampling.py", "self.tp_group).logsumexp(0)", "self.tp_group).amax(0)"),
-        (KERNELS + "fused_linear_kl.py", "                loss.shard.all_reduce(gradient)", "                pass"),
+        (KERNELS + "heads/fused_linear.py", "                loss.shard.all_reduce(gradient)", "                pass"),
     ],
     story(PP2, "promptkd"): [
         (MODELS + "soft_prompt.py", "self.layout.broadcast_from_first_stage(self.vectors.grad)", "self.vectors.grad"),
@@ -154,7 +154,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     ],
     of("test_methods", "the_heads_gradient_is_never_rounded_to_bfloat16"): [
         (LOSSES + "distillation.py", 'return hasattr(rows.head_VpH, "main_grad")', "return False"),
-        (KERNELS + "fused_linear_kl.py", "dW = [torch.zeros_like(W, dtype=accumulation_dtype(W)) if w", "dW = [torch.zeros_like(W) if w"),
+        (KERNELS + "heads/fused_linear.py", "dW = [torch.zeros_like(W, dtype=accumulation_dtype(W)) if w", "dW = [torch.zeros_like(W) if w"),
     ],
     of("test_methods", "vocabularies_of_unequal_width_are_aligned_by_token_id[97 and 160-1]"): [
         (MODELS + "model_provider.py", "        model.real_vocab_size = min(widths)", "        pass"),
@@ -330,18 +330,18 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         ("megakd/preflight.py", "name not in MAY_CHANGE - fixed and given[name] != value", "False"),
     ],
     "tests/kernel_tests/test_kl_div.py": [
-        (KERNELS + "kl_rows.py", "coef * (self.kl_ac + (log_a - self.sum_c.log()))", "coef * self.kl_ac"),
-        (KERNELS + "kl_rows.py", "ratio += u.sub_(w).mul_(coef)", "ratio += u.sub_(w)"),
-        (KERNELS + "kl_rows.py", "scale_a = (A - top_a).exp()", "scale_a = torch.ones_like(A)"),
+        (KERNELS + "kl/rows.py", "coef * (self.kl_ac + (log_a - self.sum_c.log()))", "coef * self.kl_ac"),
+        (KERNELS + "kl/rows.py", "ratio += u.sub_(w).mul_(coef)", "ratio += u.sub_(w)"),
+        (KERNELS + "kl/rows.py", "scale_a = (A - top_a).exp()", "scale_a = torch.ones_like(A)"),
         (KERNELS + "shards.py", "min(width, max(0, self.valid_vocab - self.start(width)))", "min(width, max(0, self.valid_vocab))"),
     ],
     "tests/kernel_tests/test_fused_linear_kl.py": [
-        (KERNELS + "fused_linear_kl.py", "torch.mul(dW, upstream, out=torch.empty_like(W))", "dW.to(W.dtype)"),
-        (KERNELS + "fused_linear_kl.py", "(dh[i] * grad_N[:, None])", "(dh[i])"),
+        (KERNELS + "heads/fused_linear.py", "torch.mul(dW, upstream, out=torch.empty_like(W))", "dW.to(W.dtype)"),
+        (KERNELS + "heads/fused_linear.py", "(dh[i] * grad_N[:, None])", "(dh[i])"),
     ],
     "tests/kernel_tests/test_prompt_embedding.py": [
-        (KERNELS + "prompt_embedding_rows.py", "prompt_PH if shard.rank == 0 else 0", "prompt_PH"),
-        (KERNELS + "prompt_embedding_rows.py", "out_BTH[:, P:] += positions_TH[..., P:, :]", "out_BTH[:, P:] += positions_TH[..., :-P, :]"),
+        (KERNELS + "prompt_embedding/rows.py", "prompt_PH if shard.rank == 0 else 0", "prompt_PH"),
+        (KERNELS + "prompt_embedding/rows.py", "out_BTH[:, P:] += positions_TH[..., P:, :]", "out_BTH[:, P:] += positions_TH[..., :-P, :]"),
     ],
 }  # fmt: skip
 
