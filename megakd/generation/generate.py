@@ -21,10 +21,11 @@ from torch import Tensor
 from megakd.generation.ring import turn
 from megakd.generation.rows import Row, RowGroup, Voice
 from megakd.generation.sampling import Sampler, Sampling, Vocabulary
+from megakd.models.decoding import decoding
 from megakd.models.gpt_model import HiddenStateGPTModel
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     model: HiddenStateGPTModel,
     prompts: Sequence[Sequence[int]],
@@ -62,7 +63,8 @@ def generate(
     ]
     sampler = make_sampler(sampling, voices)
     groups = split_by_length(rows, model.layout.pp_size, batch_size)
-    turn(iter([partial(RowGroup, group, voices, sampler) for group in groups]), model.layout)
+    with decoding([voice.model for voice in voices]):
+        turn(iter([partial(RowGroup, group, voices, sampler) for group in groups]), model.layout)
     return [row.response for row in rows]
 
 

@@ -1,8 +1,10 @@
-"""Core attention in megatron-core's shapes: flash-attn's kernels where it is installed, else torch's scaled_dot_product_attention.
+"""Self-attention in megatron-core's shapes, for training and for decoding on a cache.
 
-s sequence, b batch, n heads, g key/value heads (GQA: g divides n), d head size.
+s sequence, b batch, n query heads, g key/value heads (GQA: g divides n), r = n / g, d head size, l columns of the cache.
 
-Training batches are right-padded and pass no mask: under causal attention a real position never sees the padding behind it.
+Training batches are right-padded and pass no mask: under causal attention a real position never sees the padding behind it. They are
+attended to by flash-attn's kernels where it is installed, else by torch's scaled_dot_product_attention. Decoding passes a mask, and
+an inference context that keeps keys and values.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
+from megatron.core.transformer import attention
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
@@ -21,8 +24,19 @@ except ImportError:
     flash_attn_func = None
 
 
+class SelfAttention(attention.SelfAttention):
+    """megatron's, which turns queries and keys by a table made once a forward pass, and keeps keys and values in our cache."""
+
+    def _adjust_key_value_for_inference(self, inference_context, query, key, value, rotary_pos_emb, *_, **__):
+        if rotary_pos_emb is not None:
+            query, key = rotate(query, key, rotary_pos_emb[0])
+        if inference_context is not None:
+            key, value = inference_context.store(self.layer_number, key, value)
+        return query, key, value, None, self.attn_mask_type, None  # no rotary embedding: it has been applied
+
+
 class SDPACoreAttention(MegatronModule):
-    """softmax(q kᵀ / √d) v, causal. Exact for GQA and under tensor parallelism (heads are already this rank's)."""
+    """softmax(q kᵀ / √d) v, causal or under a mask. Exact for GQA and under tensor parallelism (heads are already this rank's)."""
 
     def __init__(
         self, config, layer_number, attn_mask_type, attention_type="self", attention_dropout=None, softmax_scale=None, **_
@@ -33,8 +47,9 @@ class SDPACoreAttention(MegatronModule):
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
     def forward(self, query_sbnd: Tensor, key_sbgd: Tensor, value_sbgd: Tensor, attention_mask=None, **_) -> Tensor:
-        """[s, b, n, d] and twice [s, b, g, d] to [s, b, n·d]."""
-        assert attention_mask is None, "right-padded batches need no mask; left-padded prompts are decoded by megakd.generation"
+        """[s, b, n, d] and twice [s, b, g, d] to [s, b, n·d]; with a mask, that of `masked_attention`, keys are a cache's."""
+        if attention_mask is not None:
+            return masked_attention(query_sbnd, key_sbgd, value_sbgd, attention_mask, self.softmax_scale)
         attend = flash_attention if can_flash(query_sbnd) else sdpa_attention
         dropout = self.dropout if self.training else 0.0
         with tensor_parallel.get_cuda_rng_tracker().fork() if dropout else nullcontext():
@@ -58,3 +73,29 @@ def sdpa_attention(query_sbnd: Tensor, key_sbgd: Tensor, value_sbgd: Tensor, dro
     gqa = query.shape[1] != key.shape[1]
     out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=gqa)
     return out.permute(2, 0, 1, 3)
+
+
+def masked_attention(query_sbnd: Tensor, key_lbgd: Tensor, value_lbgd: Tensor, mask_b1sl: Tensor, scale: float | None) -> Tensor:
+    """[s, b, n·d]; the mask is added to the scores. The r query heads of a group are r more queries: one kernel for MHA and GQA."""
+    s, b, n, d = query_sbnd.shape
+    key, value = (x.permute(1, 2, 0, 3) for x in (key_lbgd, value_lbgd))
+    g = key.shape[1]
+    query = query_sbnd.view(s, b, g, n // g, d).permute(1, 2, 3, 0, 4).reshape(b, g, n // g * s, d)
+    mask = mask_b1sl if s == 1 else mask_b1sl.repeat(1, 1, n // g, 1)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return out.view(b, g, n // g, s, d).permute(3, 0, 1, 2, 4).reshape(s, b, n * d)
+
+
+def rotary_table(inverse_frequencies: Tensor, positions: int, dtype: torch.dtype) -> Tensor:
+    """What `rotate` multiplies channels by at every position, [2, positions, 1, d]: cos, and sin with the sign of its channel."""
+    steps = torch.arange(positions, device=inverse_frequencies.device, dtype=torch.float32)
+    angle = torch.outer(steps, inverse_frequencies)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)]).to(dtype)[:, :, None]
+
+
+def rotate(query_sbnd: Tensor, key_sbgd: Tensor, rotary_2sb1d: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding; channel i turns with channel i + d/2. Of the table, b may be 1: the same positions in every row."""
+    heads = query_sbnd.shape[2], key_sbgd.shape[2]
+    x, (cos, sin) = torch.cat([query_sbnd, key_sbgd], 2), rotary_2sb1d
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).split(heads, 2)

@@ -120,7 +120,7 @@ def build_model(
     config = transformer_config(hf, family, layout, dtype, sequence_parallel, overrides)
     model = HiddenStateGPTModel(
         config,
-        block_spec(config, layout.pp_rank),
+        block_spec(family.layer_spec(hf), config, layout.pp_rank),
         layout=layout,
         real_vocab_size=hf.vocab_size,
         padded_vocab_size=padded_vocab_size,
