@@ -110,9 +110,8 @@ class Decoder:
             tokens_BS,
             positions_BS,
             soft_prompt_PH,
-            attention_mask=self.mask(columns_S, rows, filled),
             rotary=None if self.rotary is None else self.rotary[:, positions_BS.t()],
-            inference_context=CacheStep(self.cache, rows, columns_S, filled),
+            step=CacheStep(self.cache, rows, columns_S, filled, self.mask(columns_S, rows, filled)),
         )
         return self.head(hidden_SBH[-1]) if self.model.post_process else hidden_SBH
 

@@ -1,10 +1,9 @@
-"""Self-attention in megatron-core's shapes, for training and for decoding on a cache.
+"""Core attention in megatron-core's shapes, for training and for decoding on a cache, and rotary positions.
 
-s sequence, b batch, n query heads, g key/value heads (GQA: g divides n), r = n / g, d head size, l columns of the cache.
+s sequence, b batch, n query heads, g key/value heads (GQA: g divides n), r = n / g, d head size, l filled columns of the cache.
 
-Training batches are right-padded and pass no mask: under causal attention a real position never sees the padding behind it. They are
-attended to by flash-attn's kernels where it is installed, else by torch's scaled_dot_product_attention. Decoding passes a mask, and
-an inference context that keeps keys and values.
+Training batches are right-padded and have no mask: under causal attention a real position never sees the padding behind it. flash-attn's
+kernels attend where it is installed, else torch's scaled_dot_product_attention.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
-from megatron.core.transformer import attention
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+
+from megakd.models.kv_cache import CacheStep
 
 try:
     from flash_attn import flash_attn_func
@@ -24,32 +24,24 @@ except ImportError:
     flash_attn_func = None
 
 
-class SelfAttention(attention.SelfAttention):
-    """megatron's, which turns queries and keys by a table made once a forward pass, and keeps keys and values in our cache."""
-
-    def _adjust_key_value_for_inference(self, inference_context, query, key, value, rotary_pos_emb, *_, **__):
-        if rotary_pos_emb is not None:
-            query, key = rotate(query, key, rotary_pos_emb[0])
-        if inference_context is not None:
-            key, value = inference_context.store(self.layer_number, key, value)
-        return query, key, value, None, self.attn_mask_type, None  # no rotary embedding: it has been applied
-
-
 class SDPACoreAttention(MegatronModule):
-    """softmax(q kᵀ / √d) v, causal or under a mask. Exact for GQA and under tensor parallelism (heads are already this rank's)."""
+    """softmax(q kᵀ / √d) v, causal. Exact for GQA and under tensor parallelism (heads are already this rank's)."""
 
     def __init__(
         self, config, layer_number, attn_mask_type, attention_type="self", attention_dropout=None, softmax_scale=None, **_
     ):
         super().__init__(config=config)
         assert config.context_parallel_size == 1, "context parallelism is not built"
-        self.softmax_scale = softmax_scale
+        self.layer_number, self.softmax_scale = layer_number, softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
-    def forward(self, query_sbnd: Tensor, key_sbgd: Tensor, value_sbgd: Tensor, attention_mask=None, **_) -> Tensor:
-        """[s, b, n, d] and twice [s, b, g, d] to [s, b, n·d]; with a mask, that of `masked_attention`, keys are a cache's."""
-        if attention_mask is not None:
-            return masked_attention(query_sbnd, key_sbgd, value_sbgd, attention_mask, self.softmax_scale)
+    def forward(
+        self, query_sbnd: Tensor, key_sbgd: Tensor, value_sbgd: Tensor, *, inference_context: CacheStep | None = None
+    ) -> Tensor:
+        """[s, b, n, d] and twice [s, b, g, d] to [s, b, n·d]; decoding attends to what the cache holds of earlier columns too."""
+        if inference_context is not None:
+            keys_bgld, values_bgld = inference_context.store(self.layer_number, key_sbgd, value_sbgd)
+            return masked_attention(query_sbnd, keys_bgld, values_bgld, inference_context.mask_b1sl, self.softmax_scale)
         attend = flash_attention if can_flash(query_sbnd) else sdpa_attention
         dropout = self.dropout if self.training else 0.0
         with tensor_parallel.get_cuda_rng_tracker().fork() if dropout else nullcontext():
@@ -75,15 +67,17 @@ def sdpa_attention(query_sbnd: Tensor, key_sbgd: Tensor, value_sbgd: Tensor, dro
     return out.permute(2, 0, 1, 3)
 
 
-def masked_attention(query_sbnd: Tensor, key_lbgd: Tensor, value_lbgd: Tensor, mask_b1sl: Tensor, scale: float | None) -> Tensor:
+def masked_attention(query_sbnd: Tensor, key_bgld: Tensor, value_bgld: Tensor, mask_b1sl: Tensor, scale: float | None) -> Tensor:
     """[s, b, n·d]; the mask is added to the scores. The r query heads of a group are r more queries: one kernel for MHA and GQA."""
     s, b, n, d = query_sbnd.shape
-    key, value = (x.permute(1, 2, 0, 3) for x in (key_lbgd, value_lbgd))
-    g = key.shape[1]
-    query = query_sbnd.view(s, b, g, n // g, d).permute(1, 2, 3, 0, 4).reshape(b, g, n // g * s, d)
-    mask = mask_b1sl if s == 1 else mask_b1sl.repeat(1, 1, n // g, 1)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    return out.view(b, g, n // g, s, d).permute(3, 0, 1, 2, 4).reshape(s, b, n * d)
+    g = key_bgld.shape[1]
+    r = n // g
+    if s == 1:
+        query = query_sbnd.reshape(b, g, r, d)
+        return F.scaled_dot_product_attention(query, key_bgld, value_bgld, mask_b1sl, scale=scale).reshape(1, b, n * d)
+    query = query_sbnd.reshape(s, b, g, r, d).permute(1, 2, 3, 0, 4).reshape(b, g, r * s, d)
+    out = F.scaled_dot_product_attention(query, key_bgld, value_bgld, mask_b1sl.repeat(1, 1, r, 1), scale=scale)
+    return out.view(b, g, r, s, d).permute(3, 0, 1, 2, 4).reshape(s, b, n * d)
 
 
 def rotary_table(inverse_frequencies: Tensor, positions: int, dtype: torch.dtype) -> Tensor:
@@ -96,6 +90,8 @@ def rotary_table(inverse_frequencies: Tensor, positions: int, dtype: torch.dtype
 
 def rotate(query_sbnd: Tensor, key_sbgd: Tensor, rotary_2sb1d: Tensor) -> tuple[Tensor, Tensor]:
     """Rotary position embedding; channel i turns with channel i + d/2. Of the table, b may be 1: the same positions in every row."""
-    heads = query_sbnd.shape[2], key_sbgd.shape[2]
-    x, (cos, sin) = torch.cat([query_sbnd, key_sbgd], 2), rotary_2sb1d
-    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).split(heads, 2)
+    x = torch.cat([query_sbnd, key_sbgd], 2)
+    cos, sin = rotary_2sb1d.unbind()
+    x = x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+    n = query_sbnd.shape[2]
+    return x[:, :, :n], x[:, :, n:]

@@ -13,7 +13,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.identity_op import IdentityOp
 from torch import nn
 
-from megakd.models.attention import SDPACoreAttention, SelfAttention
+from megakd.models.attention import SDPACoreAttention
+from megakd.models.transformer_layer import SelfAttention
 
 LAYER_MODULES = {"input_layernorm": nn.Module, "self_attention": SelfAttention, "pre_mlp_layernorm": nn.Module, "mlp": nn.Module}
 ATTENTION_MODULES = {

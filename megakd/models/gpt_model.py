@@ -12,12 +12,12 @@ import math
 import megakd_kernels
 import torch
 import torch.nn.functional as F
-from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
 from torch import Tensor
 
 from megakd.models.attention import rotary_table
+from megakd.models.kv_cache import CacheStep
 from megakd.runtime.parallel_layout import ParallelLayout
 
 
@@ -44,22 +44,21 @@ class HiddenStateGPTModel(GPTModel):
         position_ids_BS: Tensor,
         soft_prompt_PH: Tensor | None = None,
         *,
-        attention_mask: Tensor | None = None,
         rotary: Tensor | None = None,
-        inference_context: BaseInferenceContext | None = None,
+        step: CacheStep | None = None,
     ) -> Tensor:
         """Hidden states of the S real positions, [S, B, H], whole on every TP rank of the last stage; else the next stage's input.
 
-        Decoding (`inference_context`) says where columns stand: it passes positions, mask and rotary table of all P + S columns,
-        and gets hidden states of as many.
+        Decoding (`step`) says where columns stand: it passes position ids and rotary table of all P + S columns, and gets hidden
+        states of as many.
         """
-        decodes = inference_context is not None
+        decodes = step is not None
         embedded = self._embed(tokens_BS, position_ids_BS, soft_prompt_PH, decodes) if self.pre_process else None
         hidden = self.decoder(
             hidden_states=embedded,
-            attention_mask=attention_mask,
+            attention_mask=None,
             rotary_pos_emb=rotary if decodes else self._rotary(embedded),
-            inference_context=inference_context,
+            inference_context=step,
         )
         if not self.post_process or decodes:
             return hidden

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.transformer.attention import Attention
 from torch import Tensor
 
@@ -33,26 +32,18 @@ class KVCache:
                 cache[target, :, :filled] = cache[source, :, :filled]
 
 
-class CacheStep(BaseInferenceContext):
-    """What megatron's layers hand through to attention: S columns of some rows are computed and stored, `filled` are attended to."""
+class CacheStep:
+    """What attention is given beside the hidden states of S columns of some rows; `filled` columns are attended to.
 
-    def __init__(self, cache: KVCache, rows: slice, columns_S: Tensor, filled: int):
-        super().__init__(materialize_only_last_token_logits=True)
-        self.cache, self.rows, self.columns_S, self.filled = cache, rows, columns_S, filled
+    `mask_b1sl` [B, 1, S, filled] is added to their scores.
+    """
 
-    def is_static_batching(self) -> bool:
-        """All rows go on together, in memory that is theirs from the beginning."""
-        return True
-
-    def is_decode_only(self) -> bool:
-        """No: megatron would leave its attention for flash decoding."""
-        return False
+    def __init__(self, cache: KVCache, rows: slice, columns_S: Tensor, filled: int, mask_b1sl: Tensor):
+        self.cache, self.rows, self.columns_S, self.filled, self.mask_b1sl = cache, rows, columns_S, filled, mask_b1sl
 
     def store(self, layer_number: int, keys_SBgd: Tensor, values_SBgd: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the step's columns; returns the filled ones of its rows, [filled, B, g, d] twice."""
-        stored = []
-        for cache_BgLd, new_SBgd in zip(self.cache.layers[layer_number], (keys_SBgd, values_SBgd)):
-            rows_BgLd = cache_BgLd[self.rows]
-            rows_BgLd.index_copy_(2, self.columns_S, new_SBgd.permute(1, 2, 0, 3))
-            stored.append(rows_BgLd[:, :, : self.filled].permute(2, 0, 1, 3))
-        return stored[0], stored[1]
+        """Write the step's columns; returns the filled ones of its rows, [B, g, filled, d] twice."""
+        keys, values = (layer[self.rows] for layer in self.cache.layers[layer_number])
+        keys.index_copy_(2, self.columns_S, keys_SBgd.permute(1, 2, 0, 3))
+        values.index_copy_(2, self.columns_S, values_SBgd.permute(1, 2, 0, 3))
+        return keys.narrow(2, 0, self.filled), values.narrow(2, 0, self.filled)

@@ -7,17 +7,17 @@ its Transformer Engine spec's map, so checkpoints move between the two. A family
 from __future__ import annotations
 
 import torch
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from megakd.models.attention import SDPACoreAttention, SelfAttention
+from megakd.models.attention import SDPACoreAttention
 from megakd.models.linear import ColumnLinear, RowLinear
+from megakd.models.transformer_layer import SelfAttention, TransformerLayer
 
 
 class Norm:
@@ -42,10 +42,8 @@ LAYER = ModuleSpec(
                 linear_qkv=ColumnLinear, core_attention=SDPACoreAttention, linear_proj=RowLinear
             ),
         ),
-        self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=Norm,
         mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)),
-        mlp_bda=get_bias_dropout_add,
     ),
 )
 
