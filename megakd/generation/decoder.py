@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megakd.models.decoding import check_decodes
+from megakd.models.decoding import check_layers
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.kv_cache import CacheStep, KVCache
 
@@ -41,7 +41,7 @@ class Decoder:
         max_new_tokens: int,
         soft_prompt_PH: Tensor | None = None,
     ):
-        check_decodes(model)
+        check_layers(model)
         self.model = model
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype

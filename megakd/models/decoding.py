@@ -1,4 +1,4 @@
-"""What training adds to a model's modules, switched off while they decode; and which modules can decode at all.
+"""Which modules a layer may hold, and what training adds to them, switched off while they decode.
 
 Decoding computes a few columns at a time: a module must treat each position on its own, but for self-attention, whose earlier
 columns are in the cache. What lies within the linear layers, the norms and the MLP is theirs (adapters, biases), and is called by them.
@@ -52,21 +52,24 @@ def _put_back(modes: list[tuple[nn.Module, bool]], *sequence_parallel) -> None:
         owner.sequence_parallel = True
 
 
-def check_decodes(model: GPTModel) -> None:
-    """Refuse a layer with a module that decoding might run wrongly.
+def check_layers(model: GPTModel) -> None:
+    """Refuse a module that a layer would not call, or that decoding might run wrongly.
 
     Raises:
         NotImplementedError: there is one; the message names it.
     """
     for number, layer in enumerate(model.decoder.layers):
-        _check_children(f"decoder.layers.{number}", layer, LAYER_MODULES)
-        _check_children(f"decoder.layers.{number}.self_attention", layer.self_attention, ATTENTION_MODULES)
+        bias_dropout_adds = {name: getattr(layer, name) for name in ("self_attn_bda", "cross_attn_bda", "mlp_bda")}
+        _check(f"decoder.layers.{number}", dict(layer.named_children()) | bias_dropout_adds, LAYER_MODULES)
+        attention = layer.self_attention
+        _check(f"decoder.layers.{number}.self_attention", dict(attention.named_children()), ATTENTION_MODULES)
 
 
-def _check_children(path: str, module: nn.Module, known: dict[str, type]) -> None:
-    for name, child in module.named_children():
+def _check(path: str, children: dict[str, object], known: dict[str, type]) -> None:
+    for name, child in children.items():
         if not isinstance(child, (IdentityOp, known.get(name, IdentityOp))):
+            kind = getattr(child, "__name__", type(child).__name__)
             raise NotImplementedError(
-                f"{path}.{name}: decoding does not know this {type(child).__name__}, and might run it without the columns before; "
-                f"a layer's spec may hold {', '.join(known)} (megakd/models/decoding.py)"
+                f"{path}.{name}: this {kind} would be left out, or run without the columns before it when decoding; "
+                f"here may be {', '.join(f'{name} ({kind.__name__})' for name, kind in known.items())}: see megakd/models/decoding.py"
             )

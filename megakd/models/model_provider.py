@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megakd.errors import UserError
 from megakd.models import gpt2, llama, mistral, opt, qwen2
+from megakd.models.decoding import check_layers
 from megakd.models.family import Family
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.layer_specs import block_spec
@@ -127,6 +128,7 @@ def build_model(
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
         **family.model_arguments(hf),
     ).to(device=torch.cuda.current_device(), dtype=dtype)
+    check_layers(model)
     if hasattr(model, "rotary_pos_emb"):
         model.rotary_pos_emb.inv_freq = rotary_frequencies(hf)
     model.hf_config = hf

@@ -41,6 +41,11 @@ class TransformerLayer(transformer_layer.TransformerLayer):
 class SelfAttention(attention.SelfAttention):
     """Queries, keys and values are megatron's (with its q/k norms); a rotary table turns them, core attention has the cache."""
 
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        unknown = [name for name in ("attention_output_gate", "no_rope_freq", "rotary_interleaved") if getattr(config, name)]
+        assert not unknown and not self.checkpoint_core_attention, f"{unknown or 'selective recomputation'} is not built"
+
     def forward(self, hidden_states: Tensor, rotary_pos_emb: Tensor | None, inference_context: CacheStep | None) -> WithBias:
         query, key, value = self.get_query_key_value_tensors(hidden_states)
         if rotary_pos_emb is not None:
