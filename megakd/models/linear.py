@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
@@ -18,10 +19,10 @@ class ColumnLinear(ColumnParallelLinear):
     def forward(self, input_: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
         if torch.is_grad_enabled() or self.sequence_parallel or args or kwargs:
             return super().forward(input_, *args, **kwargs)
-        output = torch.matmul(input_, self.weight.t())
-        if self.skip_bias_add:
-            return output, self.bias
-        return output if self.bias is None else output + self.bias, None
+        output, bias = F.linear(input_, self.weight), self.bias
+        if self.skip_bias_add or bias is None:
+            return output, bias
+        return output + bias, None
 
 
 class RowLinear(RowParallelLinear):
@@ -30,7 +31,7 @@ class RowLinear(RowParallelLinear):
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         if torch.is_grad_enabled() or self.sequence_parallel or not self.skip_bias_add:
             return super().forward(input_)
-        output = torch.matmul(input_, self.weight.t())
+        output = F.linear(input_, self.weight)
         if self.tp_group.size() > 1:
             dist.all_reduce(output, group=self.tp_group)
         return output, self.bias
