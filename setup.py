@@ -22,6 +22,7 @@ setup(
         "torch>=2.8",  # addmm with out_dtype, which the fused heads take on a GPU
         "megatron-core>=0.16.1,<0.17",  # 0.17 needs Python 3.12
         "transformers>=5",
+        "regex",
         "safetensors",
         "sentencepiece",
         "rouge-score",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +61,7 @@ class Parser(argparse.ArgumentParser):
             return word
         flag, equals, value = word.partition("=")
         flag = flag.replace("_", "-")
-        return self.spellings.get(flag, flag) + equals + value
+        return self.spellings.get(flag, flag) + equals + os.path.expanduser(value)  # no shell has seen the ~ of --save=~/out
 
 
 def add_layout(parser: Parser) -> None:

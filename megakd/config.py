@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import inspect
 import io
+import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import tyro
 import yaml
 
-from megakd.errors import UserError, fail
+from megakd.errors import UserError, fail, file_errors, tell
 
 MethodName = Literal["sft", "kd", "seqkd", "distillm", "minillm", "promptkd"]
 Objective = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
@@ -136,6 +140,13 @@ class DistillationConfig:
     on_policy_ratio: Annotated[float, alias("--lmbda")] = flag(
         0.0, "kd: share of the batches that the student writes (GKD's lambda)", methods=("kd",)
     )
+    hidden_coef: float = flag(0.0, "weight of matching hidden states beside distributions; 0: none", methods=DIVERGENCE_METHODS)
+    hidden_loss: Literal["mse", "cosine"] = flag("mse", "the distance of two hidden states", methods=DIVERGENCE_METHODS)
+    hidden_layers: tuple[int, ...] = flag(
+        (),
+        "layers of the student to match, counted from 1, each with the teacher's at the same height; default: the last",
+        methods=DIVERGENCE_METHODS,
+    )
     replay_capacity: int = flag(
         1000, "distillm: responses of the student that are kept to be learnt from again", methods=("distillm",)
     )
@@ -198,7 +209,9 @@ class OutputConfig:
 
     save: Annotated[str, alias("--output-dir")] = flag("", "folder of the run: config, metrics, checkpoints, Hugging Face export, figures")
     save_interval: Annotated[int | None, alias("--save-steps")] = flag(None, "iterations between checkpoints; default: only the last")
-    eval_interval: Annotated[int | None, alias("--eval-steps")] = flag(None, "iterations between evaluations; default: before and after")
+    eval_interval: Annotated[int | None, alias("--eval-steps")] = flag(
+        None, "iterations between evaluations; default: before and after, distillm: every epoch, ten a run at least"
+    )
     eval_iters: int | None = flag(None, "global batches of an evaluation; default: all of --valid-data")
     log_interval: Annotated[int, alias("--logging-steps")] = flag(1, "iterations between progress lines")
     save_rollouts: bool = flag(
@@ -216,12 +229,23 @@ class BaseConfig:
         Raises:
             UserError: the first impossible value or combination, with its flag.
         """
-        for complaint in (*self.complaints(), *out_of_range(self)):
+        for complaint in chain(out_of_range(self), self.complaints()):  # the first alone: a 0 would be divided by in the second
             raise UserError(complaint)
 
     def complaints(self) -> Iterator[str]:
         """What is wrong, one line each; ranges of numbers are looked at elsewhere."""
         yield from ()
+
+    def unless(self) -> dict[str, tuple[Any, str]]:
+        """Flags that are read under a condition: whether it holds, and how a message says that it does not."""
+        return {}
+
+    def remarks(self) -> Iterator[str]:
+        """Flags given another value than their default, to no effect: allowed, for files of settings are shared, but told."""
+        given, usual = self.flat(), type(self)().flat()
+        for name, (is_read, how) in self.unless().items():
+            if given[name] != usual[name] and not is_read:
+                yield f"{' '.join(as_words(name, given[name]))} has no effect {how}"
 
     def flat(self) -> dict[str, Any]:
         """All settings by flag name, as in config.yaml."""
@@ -308,10 +332,32 @@ class Config(BaseConfig):
         if share and getattr(distillation, share) in (0, 1):
             value, objective = getattr(distillation, share), distillation.kd_objective
             yield f"{flag_name(share)} {value} leaves {objective} no mixture; use a number between 0 and 1"
+        if distillation.hidden_coef and training.recompute:
+            yield "--hidden-coef with --recompute: a layer that runs twice would be matched twice; leave one of them out"
+        if distillation.hidden_coef and training.quirk("mean-of-means"):
+            yield "--hidden-coef is a token mean, which --reference-behaviour mean-of-means is not; leave one of them out"
         if self.method == "minillm" and self.minillm.teacher_mixed_alpha == 1:
             yield "--teacher-mixed-alpha 1 leaves the student no say in its responses; use a number below 1"
         if training.min_lr > training.lr:
             yield f"--min-lr {training.min_lr} is above --lr {training.lr}; lower it"
+        if self.generation.temperature == 0:
+            yield f"--temperature 0: --method {self.method} samples its responses and has no greedy ones; give a number above 0"
+
+    def unless(self):
+        distillation, schedule = self.distillation, self.training.lr_decay_style
+        objective, held_out = distillation.kd_objective, (self.data.valid_data, "without --valid-data")
+        writes = (self.method != "kd" or distillation.on_policy_ratio, "with --method kd unless --on-policy-ratio is above 0")
+        rollouts = ("temperature", "top_k", "top_p", "rollout_batch_size", "save_rollouts")
+        return {
+            "beta": (objective == "jsd", "without --kd-objective jsd"),
+            "skew_alpha": (objective.startswith("skew"), "without --kd-objective skew_forward_kl or skew_reverse_kl"),
+            "prompt_init_text": (self.promptkd.prompt_init == "text", "with --prompt-init random"),
+            "lm_data": (self.minillm.lm_coef, "with --lm-coef 0"),
+            "min_lr": (schedule != "constant", "with --lr-decay-style constant"),
+            **dict.fromkeys(("eval_interval", "eval_iters"), held_out),
+            **dict.fromkeys(rollouts, writes),
+            **dict.fromkeys(("hidden_loss", "hidden_layers"), (distillation.hidden_coef, "without --hidden-coef")),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,6 +385,44 @@ class AnsweringConfig(BaseConfig):
     def complaints(self):
         if not self.model:
             yield "--model is missing; give a Hugging Face folder or a native checkpoint"
+        if self.responses.temperature == 0:
+            yield "--temperature 0 leaves nothing to sample from; give --greedy in its place, the likeliest token each time"
+
+    def unless(self):
+        return dict.fromkeys(("temperature", "top_k", "top_p"), (not self.responses.greedy, "beside --greedy"))
+
+
+ROUGE_TOKENIZERS = ("default", "unicode", "model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """By which rules answers are scored."""
+
+    exact_match_rule: Literal["strict", "papers"] = flag(
+        "strict", "strict: equal but for case, spacing and a last full stop; papers: without any punctuation, 3.5 is 35"
+    )
+    gsm8k_rule: Literal["robust", "papers"] = flag(
+        "robust", "robust: the number stated last, else the last number; papers: strict and flexible of Goyal et al. 2024"
+    )
+    rouge_tokenizer: tuple[str, ...] = flag(
+        ("default",), "of Rouge-L: default (the papers', a-z and digits alone), unicode (words of every script) or model; also set=unicode"
+    )
+
+    def rouge_tokenizer_of(self, name: str) -> str:
+        """The one named for a data set, or for all."""
+        return self.rouge_tokenizers.get(name, self.rouge_tokenizers.get("", "default"))
+
+    @property
+    def rouge_tokenizers(self) -> dict[str, str]:
+        """By data set; under "" the one of all others."""
+        return {name: kind for name, _, kind in (word.rpartition("=") for word in self.rouge_tokenizer)}
+
+    def complaints(self) -> Iterator[str]:
+        """What is no tokenizer."""
+        for word, kind in zip(self.rouge_tokenizer, self.rouge_tokenizers.values()):
+            if kind not in ROUGE_TOKENIZERS:
+                yield f"--rouge-tokenizer {word}: use one of {', '.join(ROUGE_TOKENIZERS)}, for one data set as in name=unicode"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,12 +442,15 @@ class EvaluateConfig(AnsweringConfig):
     exposure_bias_skip_first: bool = flag(False, "leave out the first token of a response, as MiniLLM's code does")
     add_bos: bool = flag(False, "put the tokenizer's beginning-of-text before prompts, as MiniLLM's evaluation does")
     micro_batch_size: Annotated[int, alias("--mbs")] = flag(8, "rows of one forward pass on one rank, for losses and KL")
+    scores: tyro.conf.OmitArgPrefixes[ScoreConfig] = field(default_factory=ScoreConfig)
     save: Annotated[str, alias("--output-dir")] = flag("", "folder for results.json, answers.jsonl and figures; none: only print")
+    overwrite: bool = flag(False, "replace the results that --save holds")
 
     def complaints(self):
         yield from super().complaints()
         if not (self.data or self.gsm8k):
             yield "--data is missing; give jsonl files with prompt and response, or --gsm8k"
+        yield from self.scores.complaints()
         if not self.seeds:
             yield "--seeds is empty; give one number or more"
         if twice := [seed for i, seed in enumerate(self.seeds) if seed in self.seeds[:i]]:
@@ -372,6 +459,10 @@ class EvaluateConfig(AnsweringConfig):
             yield "--exposure-bias needs --teacher-model; give the folder to compare with"
         if self.exposure_bias_samples > len(self.seeds):
             yield f"--exposure-bias-samples {self.exposure_bias_samples} is more than the {len(self.seeds)} --seeds; add seeds"
+
+    def unless(self):
+        curves = dict.fromkeys(("exposure_bias_samples", "exposure_bias_skip_first"), (self.exposure_bias, "without --exposure-bias"))
+        return super().unless() | curves | {"overwrite": (self.save, "without --save")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -460,26 +551,27 @@ class BenchmarkConfig(BaseConfig):
 
 POSITIVE = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size", "global_batch_size", "train_iters", "epochs",
-    "micro_batch_tokens",
-    "max_length", "max_prompt_length", "max_new_tokens", "rollout_batch_size", "prompt_len", "temperature", "save_interval",
-    "eval_interval", "eval_iters", "log_interval", "lr", "kd_temperature", "batch_size", "exposure_bias_samples",
-    "num_rollouts", "ppo_epochs", "replay_capacity", "reward_scaling", "cliprange", "cliprange_reward",
-    "repetition_penalty", "student_layers", "student_hidden", "teacher_layers", "teacher_hidden", "vocab_size", "repetitions", "threads",
+    "micro_batch_tokens", "max_length", "max_prompt_length", "max_new_tokens", "rollout_batch_size", "prompt_len", "save_interval",
+    "eval_interval", "eval_iters", "log_interval", "lr", "batch_size", "exposure_bias_samples", "num_rollouts", "ppo_epochs",
+    "replay_capacity", "reward_scaling", "cliprange", "cliprange_reward", "repetition_penalty", "adam_eps", "hidden_layers",
+    "student_layers", "student_hidden", "teacher_layers", "teacher_hidden", "vocab_size", "repetitions", "threads",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "lm_coef", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "base_coef", "top_k", "teacher_lr", "adam_eps",
+    "lm_coef", "hidden_coef", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "base_coef", "top_k", "teacher_lr",
     "no_repeat_ngram_size",
 )  # fmt: skip
-FRACTIONS = (
-    "teacher_mixed_alpha", "gamma", "kd_ratio", "on_policy_ratio", "beta", "skew_alpha", "top_p", "adam_beta1", "adam_beta2",
-    "hidden_dropout", "attention_dropout",
-)  # fmt: skip
-
-
-RANGES = (
+SHARES = ("teacher_mixed_alpha", "gamma", "kd_ratio", "on_policy_ratio", "beta", "skew_alpha")
+LARGEST_COUNT, LARGEST_NUMBER = 2**31 - 1, 1e30  # what fits into 32 bits, and with room to spare into a float32
+COLDEST = 1e-5  # below it a logit divided by the temperature leaves float32
+RANGES = (  # every number stands in one of them; a comparison with NaN is false
     (POSITIVE, lambda x: x > 0, "above 0"),
     (NOT_NEGATIVE, lambda x: x >= 0, "at least 0"),
-    (FRACTIONS, lambda x: 0 <= x <= 1, "from 0 to 1"),
+    (SHARES, lambda x: 0 <= x <= 1, "from 0 to 1"),
+    (("top_p",), lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    (("kd_temperature",), lambda x: x >= COLDEST, f"at least {COLDEST}"),
+    (("temperature",), lambda x: x >= COLDEST or x == 0, f"at least {COLDEST}"),  # 0 has a line of its own among the complaints
+    (("adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout"), lambda x: 0 <= x < 1, "at least 0 and below 1"),
+    (("seed", "seeds"), lambda x: 0 <= x < 2**63, "at least 0 and below 2**63"),
 )
 
 
@@ -487,9 +579,36 @@ def out_of_range(config: BaseConfig) -> Iterator[str]:
     """Numbers outside their range; None (not given) is never."""
     values = {name: value for name, value in config.flat().items() if value is not None}
     for names, fits, bounds in RANGES:
-        for name in names:
-            if name in values and not fits(values[name]):
-                yield f"{flag_name(name)} {values[name]} must be {bounds}"
+        for name in (name for name in names if name in values):
+            for value in values[name] if isinstance(values[name], (list, tuple)) else [values[name]]:
+                if not fits(value):
+                    yield f"{flag_name(name)} {value} must be {bounds}"
+                elif (most := largest(name, value)) < value:
+                    yield f"{flag_name(name)} {value} must be at most {most}"
+
+
+def largest(name: str, value: float) -> float:
+    """What a number may be whatever its meaning, so that none overflows later."""
+    if name in ("seed", "seeds"):
+        return math.inf
+    return LARGEST_COUNT if isinstance(value, int) else LARGEST_NUMBER
+
+
+PATHS = (
+    "model", "teacher_model", "train_data", "valid_data", "lm_data", "prompt_template", "save", "data", "gsm8k", "tokenizer", "out",
+)  # fmt: skip
+
+
+def with_home(config: AnyConfig) -> AnyConfig:
+    """`~` before a path, and before that of `name=path`, is the home folder: no shell has seen a YAML file, nor `--save=~/run`."""
+    expand = lambda word: re.sub(r"^([^=/]*=)?(~[^/]*)", lambda found: (found[1] or "") + os.path.expanduser(found[2]), word)
+    changes: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        if dataclasses.is_dataclass(value):
+            changes[name] = with_home(value)
+        elif name in PATHS:
+            changes[name] = expand(value) if isinstance(value, str) else tuple(map(expand, value))
+    return dataclasses.replace(config, **changes)
 
 
 def parse(arguments: Sequence[str], kind: type[AnyConfig] = Config, *, program: str = "pretrain_kd.py") -> AnyConfig:
@@ -498,6 +617,8 @@ def parse(arguments: Sequence[str], kind: type[AnyConfig] = Config, *, program: 
         arguments, file = take_config_file(list(arguments))
         config = from_flags(arguments, from_yaml(file, kind) if file else kind(), program=program)
         config.check()
+        for remark in config.remarks():
+            tell(remark)
         return config
     except UserError as error:
         fail(str(error))
@@ -522,17 +643,21 @@ def from_yaml(file: str | Path, kind: type[AnyConfig] = Config) -> AnyConfig:
     Raises:
         UserError: no such file, not a mapping, or a key that is no flag.
     """
-    if not Path(file).is_file():
-        raise UserError(f"--config {file}: no such file")
+    file = Path(file).expanduser()
+    if not file.is_file():
+        raise UserError(f"--config {file}: no such file; check the path")
+    with file_errors(file, flag="--config"):
+        text = file.read_text(encoding="utf-8")
     try:
-        values = yaml.safe_load(Path(file).read_text()) or {}
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date with 13 months
         raise UserError(f"--config {file}: not YAML ({str(error).splitlines()[0]}); write one `flag-name: value` a line") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {file}: holds a {type(values).__name__}; write one `flag-name: value` a line")
     values = {str(name).lstrip("-").replace("-", "_"): value for name, value in values.items()}
     if unknown := sorted(values.keys() - kind().flat().keys()):
-        raise UserError(f"--config {file}: unknown key {unknown[0]!r}; --help lists the flags")
+        alike = difflib.get_close_matches(unknown[0], kind().flat(), n=1)
+        raise UserError(f"--config {file}: unknown key {unknown[0]!r}; {suggestion(*alike or [None])}")
     words = [word for name, value in values.items() if value is not None for word in as_words(name, value)]
     return from_flags(words, kind(), where=f"--config {file}: ")
 
@@ -561,7 +686,8 @@ def from_flags(arguments: list[str], default: AnyConfig, *, where: str = "", pro
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(type(default), args=arguments, default=default, prog=program, description=description_of(type(default)))
+            kind = type(default)
+            return with_home(tyro.cli(kind, args=arguments, default=default, prog=program, description=description_of(kind)))
     except SystemExit as exit:
         if not exit.code:
             raise
@@ -569,9 +695,15 @@ def from_flags(arguments: list[str], default: AnyConfig, *, where: str = "", pro
 
 
 def one_line(box: str) -> str:
-    """tyro's complaint without its frame."""
-    body = box.split("\n", 1)[1].split("──")[0]
-    return " ".join(body.replace("│", " ").split()).rstrip(".") + "; --help lists the flags"
+    """tyro's complaint without its frame, with the spellings of the flag that it finds most alike."""
+    _title, body, *rest = re.split("─{3,}|-{9,}", re.sub("[│╭╮╰╯]", " ", box))  # where the terminal is ASCII, so is the frame
+    alike = re.search(r"(?:similar to \S+|you meant):\s+(--[\w-]+(?:, --[\w-]+)*)", "".join(rest))
+    return " ".join(body.split()).rstrip(".") + "; " + suggestion(alike and alike[1])
+
+
+def suggestion(alike: str | None) -> str:
+    """How a message about an unknown name ends."""
+    return f"did you mean {alike}? --help lists the flags" if alike else "--help lists the flags"
 
 
 def flag_name(name: str) -> str:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+LFS_POINTER = b"version https://git-lfs"  # what git leaves in place of a large file that it did not fetch
 GRACE_SECONDS = 3.0  # the launcher ends all ranks a moment after the first has ended
 INTERRUPTED = 130  # the exit code that shells give to Ctrl-C
 WAYS_OUT = {  # of what the system says about a file
@@ -66,6 +67,23 @@ def read_json(path: Path, *, flag: str = "", way_out: str = "") -> object:
         return json.loads(path.read_text(encoding="utf-8"))
 
 
+def said(error: Exception) -> str:
+    """What another library says went wrong, on one line of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def refuse_lfs_pointer(path: Path, *, flag: str = "") -> None:
+    """
+    Raises:
+        UserError: the file cannot be read, or is a Git LFS pointer to what it should hold.
+    """
+    with file_errors(path, flag=flag), path.open("rb") as stream:
+        pointer = stream.read(len(LFS_POINTER)) == LFS_POINTER
+    if pointer:
+        raise UserError(f"{f'{flag} {path}'.strip()}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
+
+
 @contextmanager
 def told_in_one_line(*, interrupted: str = "interrupted") -> Iterator[None]:
     """Around a whole command: a UserError, and Ctrl-C, end it with one line."""
@@ -75,6 +93,12 @@ def told_in_one_line(*, interrupted: str = "interrupted") -> Iterator[None]:
         fail(str(error))
     except KeyboardInterrupt:
         fail(interrupted, code=INTERRUPTED)
+
+
+def tell(message: str) -> None:
+    """What is no mistake but worth knowing, in one line from rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {message}", file=sys.stderr, flush=True)
 
 
 def fail(message: str, *, code: int = 2) -> NoReturn:

@@ -46,8 +46,14 @@ class StudentOptimizer:
         self.ddp = DistributedDataParallel(model.config, ddp_config, model, pg_collection=model.layout.groups)
         settings = _optimizer_config(config, model.config.params_dtype, distributed)
         self.optimizer: MegatronOptimizer = get_megatron_optimizer(
-            settings, [self.ddp], self._weight_decay_overrides(model, settings)
+            settings,
+            [self.ddp],
+            self._weight_decay_overrides(model, settings),
+            use_gloo_process_groups=False,
+            pg_collection=model.layout.groups,
         )
+        for part in self.optimizer.chained_optimizers:  # upstream knows this group from its global state alone
+            part.data_parallel_group_gloo = model.layout.host_dp_group
         model.config.finalize_model_grads_func = finalize_model_grads
         model.config.grad_scale_func = self.optimizer.scale_loss
         model.config.no_sync_func = self.ddp.no_sync

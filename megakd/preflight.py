@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from megakd.checkpointing.export_hf import REPORT
 from megakd.checkpointing.model_folder import ModelFolder
-from megakd.checkpointing.native import is_native
+from megakd.checkpointing.native import LATEST, NativeCheckpoint, read_latest
 from megakd.config import Config, flag_name, from_yaml
 from megakd.data.tokenizer import check_same_tokenizer, load_tokenizer
-from megakd.errors import UserError
-from megakd.models.model_provider import at_layer, check_layout, context_length, family_of, padded_vocab_size
+from megakd.errors import UserError, tell
+from megakd.models.model_provider import check_layout, context_length
+from megakd.reporting.own_folder import OwnFolder
 from megakd.runtime.initialize import check_world_size
 
 MAY_CHANGE = {  # between a run and its resumption: the layout, and what is only written down
@@ -37,10 +39,9 @@ def check(config: Config, student: ModelFolder, teacher: ModelFolder | None) -> 
     )
     check_world_size(tp, pp, world_size)
     for folder in filter(None, (student, teacher)):
-        family_of(folder.config, flag=folder.flag, name=str(folder.path))
         check_layout(folder.config, tp, pp, flag=folder.flag, name=str(folder.path))
         check_context(config, folder)
-        check_tensors(folder, tp)
+    check_hidden_layers(config, student)
     check_batch(config, world_size // (tp * pp))
     check_tokenizers(student, teacher)
 
@@ -62,13 +63,11 @@ def check_context(config: Config, folder: ModelFolder) -> None:
         )
 
 
-def check_tensors(folder: ModelFolder, tp: int) -> None:
-    """Every weight that the config asks for is there; shapes come from the files' headers."""
-    width = padded_vocab_size([folder.config.vocab_size], tp)
-    for mapping in family_of(folder.config).table(folder.config, width).values():
-        layers = range(folder.config.num_hidden_layers) if mapping.is_per_layer else (0,)
-        for layer in layers:
-            at_layer(mapping, layer).shape(folder.source)
+def check_hidden_layers(config: Config, student: ModelFolder) -> None:
+    """Layers to be matched are layers that the student has."""
+    layers = student.config.num_hidden_layers
+    if absent := [layer for layer in config.distillation.hidden_layers if not 1 <= layer <= layers]:
+        raise UserError(f"--hidden-layers {absent[0]}: --model {student.path} has the layers 1 to {layers}; name some of them")
 
 
 def check_batch(config: Config, dp: int) -> None:
@@ -87,31 +86,82 @@ def check_tokenizers(student: ModelFolder, teacher: ModelFolder | None) -> None:
     if teacher is not None:
         check_same_tokenizer(tokenizer, load_tokenizer(teacher.hf_folder))
     for folder in filter(None, (student, teacher)):
-        if max(tokenizer.get_vocab().values()) >= folder.config.vocab_size:
+        rows = folder.config.vocab_size
+        beyond = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= rows)
+        if beyond:
             raise UserError(
-                f"{folder.flag} {folder.path}: the tokenizer has ids up to {max(tokenizer.get_vocab().values())}, but the model only "
-                f"{folder.config.vocab_size} embedding rows; resize its embeddings or use its own tokenizer"
+                f"{folder.flag} {folder.path}: the tokenizer has ids up to {beyond[-1][0]}, but the model only {rows} embedding "
+                f"rows, none for {beyond[0][1]!r}; use the tokenizer files that it was trained with (rows are padded with EOS: a "
+                "[PAD] is not needed), or resize_token_embeddings(len(tokenizer)) and save_pretrained it"
             )
 
 
-def check_same_run(config: Config) -> None:
-    """A folder that holds a run is continued by the same command; anything else is refused.
+def own_folder(config: Config) -> OwnFolder:
+    """What --save of pretrain_kd.py names."""
+    return OwnFolder(Path(config.output.save), "pretrain_kd.py")
+
+
+def check_run_folder(config: Config) -> None:
+    """A run begins in a new folder, and is continued in its own by the same command; where nothing was saved it begins anew.
 
     Raises:
-        UserError: `--save` is a file or a model's folder, or a setting that decides results differs from the run's config.yaml.
+        UserError: `--save` is somebody else's, or a setting that decides results differs from the run's config.yaml, or the run
+            has left something that would be lost.
     """
-    folder = Path(config.output.save)
-    saved = folder / "config.yaml"
-    if not saved.is_file():
-        if folder.is_file() or (folder / "config.json").is_file() or is_native(folder):
-            what = "a file" if folder.is_file() else "a model's folder"
-            raise UserError(f"--save {folder} is {what}; give a folder of its own to the run")
+    folder, saved = Path(config.output.save), Path(config.output.save) / "config.yaml"
+    own_folder(config).check(is_older=is_run)
+    latest = read_latest(folder / "checkpoints", flag="--save")
+    check_nothing_is_lost(folder, has_checkpoint=latest is not None)
+    if latest is not None:
+        check_same_settings(config, from_yaml(saved) if saved.is_file() else config)
+        NativeCheckpoint(folder / "checkpoints", flag="--save")  # a damaged one is told before the models are loaded
+
+
+def is_run(folder: Path) -> bool:
+    """Of a version that wrote no marker: its config.yaml has every setting, as nobody writes them by hand."""
+    file = folder / "config.yaml"
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+    return {"method", "train_data", "train_iters", "epochs", "seed", "save_rollouts"} <= {line.split(":")[0] for line in lines}
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a Hugging Face folder was written by megakd."""
+    return (folder / REPORT).is_file()
+
+
+def check_nothing_is_lost(folder: Path, *, has_checkpoint: bool) -> None:
+    """A run's folder without a checkpoint is begun anew, which is told, but not where that would cost a student or checkpoints.
+
+    Raises:
+        UserError: it would.
+    """
+    if (folder / "hf").exists() and not is_export(folder / "hf"):
+        raise UserError(f"--save {folder}: what its hf/ holds is no export of a run; move it away, or give another --save")
+    if has_checkpoint:
         return
-    before, now = from_yaml(saved).flat(), config.flat()
-    fixed = WATCHED if config.method == "distillm" else set()
-    for name, value in now.items():
-        if name not in MAY_CHANGE - fixed and before[name] != value:
+    if found := sorted((folder / "checkpoints").glob("iter_*")):
+        raise UserError(
+            f"--save {folder} holds {found[-1].name}, but no checkpoints/{LATEST}; write the number of the iteration to continue from "
+            "into that file, or give another --save"
+        )
+    if is_export(folder / "hf"):
+        raise UserError(
+            f"--save {folder} holds the student of a finished run in hf/, but no checkpoint to continue from; give another --save"
+        )
+    if (folder / "metrics.jsonl").is_file():
+        tell(f"--save {folder} holds no checkpoint: its run begins anew, and the numbers it has logged are replaced")
+
+
+def check_same_settings(config: Config, before: Config) -> None:
+    """What decides results is as it was.
+
+    Raises:
+        UserError: the first setting that is not.
+    """
+    given, fixed = before.flat(), WATCHED if config.method == "distillm" else set()
+    for name, value in config.flat().items():
+        if name not in MAY_CHANGE - fixed and given[name] != value:
             raise UserError(
-                f"{flag_name(name)} {value} differs from the {before[name]} of the run in --save {config.output.save}; "
+                f"{flag_name(name)} {value} differs from the {given[name]} of the run in --save {config.output.save}; "
                 "give the same command to continue it, or another --save to start anew"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,23 +17,24 @@ from megakd import preflight
 from megakd.checkpointing.export_hf import export_to_hf
 from megakd.checkpointing.model_folder import ModelFolder
 from megakd.checkpointing.native import read_latest
-from megakd.checkpointing.publish import write_text
 from megakd.checkpointing.training import load_checkpoint, save_checkpoint
 from megakd.config import Config
 from megakd.data.batch import Sample
 from megakd.data.dataloader import DataLoader, deal
+from megakd.data.end_ids import EndIds, end_ids
 from megakd.data.open_data import open_prompts, open_responses
-from megakd.data.tokenizer import eos_id, load_tokenizer
-from megakd.errors import UserError
+from megakd.data.sft_dataset import NO_RESPONSE
+from megakd.data.tokenizer import load_tokenizer
+from megakd.errors import UserError, tell
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
-from megakd.methods import METHODS
-from megakd.methods.base import Method, MethodInputs
+from megakd.methods import METHODS, build_method
+from megakd.methods.base import Method
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.model_provider import build_model, padded_vocab_size
-from megakd.optimizer import StudentOptimizer
 from megakd.reporting.jsonl import JsonLines
 from megakd.reporting.logger import RunLogger
+from megakd.reporting.own_folder import write_text
 from megakd.reporting.plots import plot_training
 from megakd.runtime.initialize import initialize, is_rank_zero, resolve_dtype, seed_everything
 from megakd.runtime.parallel_layout import ParallelLayout
@@ -41,6 +42,8 @@ from megakd.teachers.live import LiveTeacher
 
 SAMPLES_SHOWN = 4  # held-out prompts that the student answers greedily at every evaluation, for people to read
 GIB = 1024**3
+
+HELD_OUT = "--valid-data is for the loss on it; give one, or leave --valid-data out"  # said of a row without a response
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,11 @@ class Folders:
         teacher = ModelFolder.open(config.models.teacher_model, flag="--teacher-model") if config.needs_teacher else None
         return cls(student, teacher)
 
+    def ends(self) -> EndIds:
+        """Those of the student, and of the teacher whose habit it learns; the student's are taught."""
+        ends, *teachers = (end_ids(f.hf_folder, load_tokenizer(f.hf_folder)) for f in (self.student, self.teacher) if f)
+        return ends.joined(teachers[0]) if teachers else ends
+
 
 def train(config: Config) -> None:
     """A whole run: from folders to a Hugging Face folder.
@@ -66,7 +74,7 @@ def train(config: Config) -> None:
     """
     folders = Folders.open(config)
     preflight.check(config, folders.student, folders.teacher)
-    preflight.check_same_run(config)
+    preflight.check_run_folder(config)
     layout = initialize(
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
@@ -82,24 +90,28 @@ class Trainer:
         self.config, self.folders, self.layout = config, folders, layout
         self.folder = Path(config.output.save)
         self.checkpoints = self.folder / "checkpoints"
-        self.tokenizer = load_tokenizer(folders.student.hf_folder)
+        self.tokenizer, self.ends = load_tokenizer(folders.student.hf_folder), folders.ends()
         self._open_data()
         self.total_iters = total_iterations(config, self.loader, layout.dp_size)
+        self.eval_interval = evaluation_interval(config, self.loader, self.total_iters)
+        for remark in remarks(config, self.loader, self.total_iters):
+            tell(remark)
         self.method = self._build_method()
-        self.iteration = self._resume()
+        self.iteration = self.resumed = self._resume()
+        self._begin_folder()
         self.logger = RunLogger(
             self.folder,
             total_iterations=self.total_iters,
             enabled=is_rank_zero(),
             resumed_iteration=self.iteration or None,
             log_interval=config.output.log_interval,
-            eval_interval=config.output.eval_interval,
+            eval_interval=self.eval_interval,
         )
         self.rollouts = self._open_rollouts()
 
     def run(self) -> None:
         """Iterate, evaluate, save; leave the export and the figures."""
-        self._write_config()
+        tell(self.ends.line(self.tokenizer))
         if self.iteration == 0:
             self._evaluate()
         elif is_rank_zero():
@@ -107,7 +119,7 @@ class Trainer:
         while self.iteration < self.total_iters:
             self.iteration += 1
             self._iterate()
-            if self._due(self.config.output.eval_interval):
+            if self._due(self.eval_interval):
                 self._evaluate()
             if self._due(self.config.output.save_interval):
                 self._save()
@@ -121,8 +133,11 @@ class Trainer:
     def _open_data(self) -> None:
         data, training = self.config.data, self.config.training
         method = METHODS[self.config.method]
-        dataset = (open_prompts if method.on_policy else open_responses)(data.train_data, self.tokenizer, data)
-        if not method.on_policy and method.answers_prompts(self.config):
+        if method.reads_responses(self.config):
+            dataset = open_responses(data.train_data, self.tokenizer, data, no_response=no_response(self.config))
+        else:
+            dataset = open_prompts(data.train_data, self.tokenizer, data)
+        if method.reads_responses(self.config) and method.answers_prompts(self.config):
             check_prompts(dataset)
         self.loader = DataLoader(
             dataset,
@@ -131,19 +146,15 @@ class Trainer:
             dp_rank=self.layout.dp_rank,
             dp_size=self.layout.dp_size,
         )
-        self.valid = open_responses(data.valid_data, self.tokenizer, data) if data.valid_data else None
+        self.text = method.open_text(self.config, self.tokenizer, self.layout)
+        self.valid = open_responses(data.valid_data, self.tokenizer, data, no_response=HELD_OUT) if data.valid_data else None
 
     def _build_method(self) -> Method:
         sizes = [folder.config.vocab_size for folder in (self.folders.student, self.folders.teacher) if folder]
         width = padded_vocab_size(sizes, self.layout.tp_size)
         student = self._load(self.folders.student, width, **self._student_options())
         teacher = LiveTeacher(self._load(self.folders.teacher, width).eval().requires_grad_(False)) if self.folders.teacher else None
-        parallel = self.config.parallel
-        optimizer = StudentOptimizer(
-            student, self.config.training, total_iters=self.total_iters, distributed=parallel.use_distributed_optimizer
-        )
-        inputs = MethodInputs(student, optimizer, teacher, self.tokenizer)
-        return METHODS[self.config.method](inputs, self.config, total_iters=self.total_iters)
+        return build_method(self.config, student, teacher, self.tokenizer, self.ends, self.text, total_iters=self.total_iters)
 
     def _load(self, folder: ModelFolder, width: int, **options) -> HiddenStateGPTModel:
         model = build_model(
@@ -178,15 +189,18 @@ class Trainer:
             tensor.copy_(saved[name])
         return iteration
 
+    def _begin_folder(self) -> None:
+        """Marked before anything is written into it. What a run without a checkpoint has left is replaced."""
+        if is_rank_zero():
+            preflight.own_folder(self.config).claim()
+            write_text(self.folder / "config.yaml", yaml.safe_dump(self.config.flat(), sort_keys=False))
+            if self.iteration == 0:
+                (self.folder / "rollouts.jsonl").unlink(missing_ok=True)
+
     def _open_rollouts(self) -> JsonLines | None:
         if not (self.config.output.save_rollouts and is_rank_zero()):
             return None
         return JsonLines(self.folder / "rollouts.jsonl", resumed_iteration=self.iteration or None)
-
-    def _write_config(self) -> None:
-        if is_rank_zero():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self.folder / "config.yaml", yaml.safe_dump(self.config.flat(), sort_keys=False))
 
     # ---- one iteration
 
@@ -196,7 +210,7 @@ class Trainer:
         start = time.perf_counter()
         metrics = self.method.train_iteration(self.loader, self.iteration)
         seconds = time.perf_counter() - start
-        check_finite(metrics, self.iteration)
+        check_finite(metrics, self.iteration, self.checkpoints)
         metrics |= {"tokens_per_second": metrics["positions"] / seconds, "memory_gib": peak_memory() / GIB}
         self.logger.log(self.iteration, metrics | self.method.time.take())
         if self.config.output.save_rollouts and self.method.rollouts:
@@ -235,7 +249,7 @@ class Trainer:
             return
         prompts, ids = [sample.prompt for sample in shown], [sample.sample_id for sample in shown]
         sampling = Sampling(max_new_tokens=self.config.max_new_tokens, greedy=True)
-        responses = generate(self.method.student, prompts, ids, sampling, eos_id=eos_id(self.tokenizer))
+        responses = generate(self.method.student, prompts, ids, sampling, eos_id=self.ends.stop)
         decode = lambda tokens: self.tokenizer.decode(tokens, skip_special_tokens=True)
         rows = [
             {"prompt": decode(s.prompt), "student": decode(response), "reference": decode(s.response)}
@@ -252,6 +266,7 @@ class Trainer:
             model=self.method.student,
             optimizer=self.method.optimizer.optimizer,
             source=self.folders.student,
+            ends=self.ends,
             extra_tensors=self.method.extra_tensors(),
             run_config=self.folder / "config.yaml",
             teacher_layout=self.method.teacher.model.layout if self.method.teacher else None,
@@ -259,11 +274,21 @@ class Trainer:
 
     def _finish(self) -> None:
         if is_rank_zero():
-            export_to_hf(self.checkpoints, self.folder / "hf")
+            if self.resumed < self.total_iters or not preflight.is_export(self.folder / "hf"):
+                export_to_hf(self.checkpoints, self.folder / "hf")
             plot_training(self.folder)
             print(f"the student is {self.folder / 'hf'}; {self.folder} has its checkpoints, numbers and figures", flush=True)
         self.logger.close()
         dist.barrier()
+
+
+def no_response(config: Config) -> str:
+    """What is said of a row without one that the method learns."""
+    if config.distillation.on_policy_ratio:
+        return f"--on-policy-ratio {config.distillation.on_policy_ratio:g} learns it in the other batches; give one, or --on-policy-ratio 1"
+    if config.method == "kd":
+        return f"{NO_RESPONSE}, or --on-policy-ratio 1, with which the student writes it"
+    return NO_RESPONSE
 
 
 def check_prompts(dataset: Sequence[Sample]) -> None:
@@ -287,6 +312,26 @@ def total_iterations(config: Config, loader: DataLoader, dp_size: int) -> int:
     return steps - (accumulates and training.quirk("lost-last-step"))
 
 
+def evaluation_interval(config: Config, loader: DataLoader, total_iters: int) -> int | None:
+    """--eval-interval. DistiLLM, which learns from its evaluations, has one an epoch as its code does, and ten a run at least."""
+    if config.output.eval_interval or config.method != "distillm":
+        return config.output.eval_interval
+    return min(loader.iterations_per_epoch, max(1, total_iters // 10))
+
+
+def remarks(config: Config, loader: DataLoader, total_iters: int) -> Iterator[str]:
+    """What is allowed, but may not be meant: known when the data are."""
+    rows, batch, warmup = len(loader.dataset), config.training.global_batch_size, config.training.lr_warmup_iters
+    if warmup > total_iters:
+        reached = config.training.lr * total_iters / warmup
+        yield f"--lr-warmup-iters {warmup} is more than the run's {total_iters} iterations: its learning rate ends at {reached:.1e}"
+    if rows % batch and total_iters >= loader.iterations_per_epoch:
+        yield (
+            f"--global-batch-size {batch} does not divide the {rows} rows of the data: {rows % batch} of them, others each time, "
+            "are left out of an epoch"
+        )
+
+
 def held_out_losses(method: Method, samples: Sequence[Sample], layout: ParallelLayout) -> dict[str, float]:
     """Token means of the method's held-out losses, as `valid/<name>`."""
     mine = deal(samples, layout.dp_size)[layout.dp_rank]
@@ -296,12 +341,13 @@ def held_out_losses(method: Method, samples: Sequence[Sample], layout: ParallelL
     return {name.replace("loss/", "valid/"): total / max(1, tokens) for name, total in zip(method.evaluation_names, totals)}
 
 
-def check_finite(metrics: dict[str, float], iteration: int) -> None:
-    """A loss that is not a number ends the run with its name; the last checkpoint is whole."""
+def check_finite(metrics: dict[str, float], iteration: int, checkpoints: Path) -> None:
+    """A loss that is not a number ends the run with its name. A checkpoint is whole, but continued with its own settings only."""
     for name, value in metrics.items():
         if not math.isfinite(value):
+            where = "" if read_latest(checkpoints) is None else ", both with another --save"
             raise UserError(
-                f"iteration {iteration}: {name} is {value}; lower --lr, or use --dtype fp32 to see whether precision is the reason"
+                f"iteration {iteration}: {name} is {value}; lower --lr, or use --dtype fp32 to see whether precision is the reason{where}"
             )
 
 

@@ -14,11 +14,12 @@ from megakd.errors import told_in_one_line
 
 def main() -> None:
     config = parse(sys.argv[1:], BenchmarkConfig, program="benchmark.py")
-    from megakd.benchmarking.run import run  # seconds to import, --help none
-    from megakd.runtime.initialize import process_group_closed_at_exit
+    with told_in_one_line():
+        from megakd.benchmarking.run import run  # seconds to import, --help none
+        from megakd.runtime.initialize import process_group_closed_at_exit
 
-    with told_in_one_line(), process_group_closed_at_exit():
-        run(config)
+        with process_group_closed_at_exit():
+            run(config)
 
 
 if __name__ == "__main__":

@@ -432,6 +432,10 @@ def main() -> None:
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     parser.add_argument("--out", type=Path, default=None, help="where to write, no suffix [benchmarks/results/kernels_<device>]")
     args = parser.parse_args()
+    out = args.out or RESULTS / f"kernels_{args.device}"
+    table, figure = out.with_suffix(".csv"), out.with_suffix(".png")
+    if (table.exists() or figure.exists()) and not (table.is_file() and table.read_text(errors="replace").startswith("# device: ")):
+        parser.error(f"--out {out}: {table.name} or {figure.name} is there, and no benchmark wrote it; give another name")
     torch.set_num_threads(args.threads)
     device, start = torch.device(args.device), time.monotonic()
     bandwidth = copy_bandwidth(device)
@@ -447,7 +451,7 @@ def main() -> None:
             rows.append(row)
             print(" | ".join(str(row[field]) for field in FIELDS), flush=True)
         torch.compiler.reset()
-    write(args.out or RESULTS / f"kernels_{args.device}", header, rows)
+    write(out, header, rows)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ from megakd.errors import told_in_one_line
 
 def main() -> None:
     config = parse(sys.argv[1:], EvaluateConfig, program="evaluate.py")  # before torch is imported
-    from megakd.evaluation.evaluator import evaluate
-    from megakd.runtime.initialize import process_group_closed_at_exit
+    again = "interrupted; scores come with the last answer, so give the same command again"
+    with told_in_one_line(interrupted=again):
+        from megakd.evaluation.evaluator import evaluate
+        from megakd.runtime.initialize import process_group_closed_at_exit
 
-    again = "interrupted; scores come with the last answer, so start again"
-    with told_in_one_line(interrupted=again), process_group_closed_at_exit():
-        evaluate(config)
+        with process_group_closed_at_exit():
+            evaluate(config)
 
 
 if __name__ == "__main__":

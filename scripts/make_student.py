@@ -7,21 +7,40 @@ import argparse
 import sys
 from pathlib import Path
 
+from megakd.errors import file_errors, told_in_one_line
+from megakd.reporting.own_folder import check_can_write
+
 
 def main() -> None:
     args = parse_args()
+    with told_in_one_line():
+        make(args)
+
+
+def make(args: argparse.Namespace) -> None:
+    """Write --save.
+
+    Raises:
+        UserError: it cannot be written.
+        SystemExit: it is not new or empty, or a layer is not there.
+    """
+    save = Path(args.save).expanduser()
+    check_can_write(save, flag="--save")
+    if save.is_dir() and any(save.iterdir()):
+        sys.exit(f"error: --save {save}: is there already; give another folder")
     from transformers import AutoModelForCausalLM, AutoTokenizer  # seconds to import, --help none
 
     from megakd.data.tokenizer import TOKENIZER_FILES
 
-    if Path(args.save).is_file() or (Path(args.save).is_dir() and any(Path(args.save).iterdir())):
-        sys.exit(f"error: --save {args.save}: is there already; give another folder")
     model = AutoModelForCausalLM.from_pretrained(args.model, local_files_only=True)
     keep_layers(model, args.layers)
-    model.save_pretrained(args.save)
-    if any((Path(args.model) / name).is_file() for name in TOKENIZER_FILES):
-        AutoTokenizer.from_pretrained(args.model, local_files_only=True).save_pretrained(args.save)
-    print(f"{args.save}: layers {args.layers} of {args.model}, {model.num_parameters():,} parameters")
+    tokenized = any((Path(args.model) / name).is_file() for name in TOKENIZER_FILES)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True) if tokenized else None
+    with file_errors(save, flag="--save"):
+        model.save_pretrained(save)
+        if tokenizer:
+            tokenizer.save_pretrained(save)
+    print(f"{save}: layers {args.layers} of {args.model}, {model.num_parameters():,} parameters")
 
 
 def keep_layers(model, layers: list[int]) -> None:

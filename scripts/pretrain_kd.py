@@ -13,12 +13,13 @@ from megakd.errors import told_in_one_line
 
 def main() -> None:
     config = parse(sys.argv[1:])  # before torch is imported: --help and mistakes answer at once
-    from megakd.runtime.initialize import process_group_closed_at_exit
-    from megakd.trainer import train
-
     going_on = f"interrupted; the same command continues {config.output.save} after its last checkpoint (--save-interval)"
-    with told_in_one_line(interrupted=going_on), process_group_closed_at_exit():
-        train(config)
+    with told_in_one_line(interrupted=going_on):
+        from megakd.runtime.initialize import process_group_closed_at_exit
+        from megakd.trainer import train
+
+        with process_group_closed_at_exit():
+            train(config)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ import sys
 import time
 from pathlib import Path
 
+from megakd.errors import told_in_one_line
+from megakd.reporting.own_folder import OwnFolder
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a core for each rank: more threads than cores are slower by far
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +38,11 @@ MODELS = {  # title in the table: folder
 
 def main() -> None:
     args = parse_args()
-    out = args.out.resolve()
+    out = args.out.expanduser().resolve()
+    with told_in_one_line():
+        folder = OwnFolder(out, "quickstart.py", flag="--out")
+        folder.check(is_older=lambda path: (path / "data" / "train_few.jsonl").is_file())
+        folder.claim()
     started = time.perf_counter()
     run("prepare_data.py", f"--out {out}/data --seed {args.seed}")
     for name, sizes in {"teacher": TEACHER, "student": STUDENT}.items():
@@ -76,7 +83,7 @@ def evaluate_models(out: Path) -> dict[str, dict[str, float]]:
     from megakd.evaluation.evaluator import evaluate
     from megakd.runtime.initialize import process_group_closed_at_exit
 
-    lengths = "--max-prompt-length 18 --max-new-tokens 6 --greedy --micro-batch-size 64"
+    lengths = "--max-prompt-length 18 --max-new-tokens 6 --greedy --micro-batch-size 64 --overwrite"
     results = {}
     with process_group_closed_at_exit():
         for title, name in MODELS.items():

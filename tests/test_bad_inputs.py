@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_folder
 
 from megakd import errors, trainer
+from megakd.checkpointing import native
 from megakd.config import parse
 from megakd.data.tasks import make_rows
 from megakd.data.train_tokenizer import train_tokenizer
 from megakd.errors import UserError
-from megakd.models.hf_checkpoint import load_hf_config
+from megakd.models.hf_config import load_hf_config
 from megakd.runtime.initialize import process_group_closed_at_exit
 
 
@@ -66,6 +67,9 @@ def break_models(root: Path) -> None:
     other = train_tokenizer(["completely different words"] * 4)
     other.save_pretrained(copy("other-tokenizer"))
     change_json(copy("few-rows") / "config.json", vocab_size=50)
+    few = load_file(root / "few-rows" / "model.safetensors")
+    few["transformer.wte.weight"] = few["transformer.wte.weight"][:50].clone()
+    save_file(few, root / "few-rows" / "model.safetensors", metadata={"format": "pt"})
 
 
 def break_data(root: Path) -> None:
@@ -104,17 +108,17 @@ CASES = {  # what is wrong: flags over the good ones (None takes one away), what
     "no folder for the run": ({"save": None}, r"--save is missing; name"),
     "an unknown flag": ({"learning-speed": "3"}, r"Unrecognized options: --learning-speed.*--help lists the flags"),
     "a flag of the wrong type": ({"lr": "fast"}, r"--lr: could not convert string to float: 'fast'"),
-    "a number out of range": ({"top-p": "1.5"}, r"--top-p 1.5 must be from 0 to 1"),
+    "a number out of range": ({"top-p": "1.5"}, r"--top-p 1.5 must be above 0 and at most 1"),
     "sequence parallelism alone": ({"sequence-parallel": "True"}, r"--sequence-parallel needs --tensor-model-parallel-size"),
     "a missing YAML file": ({"config": "{root}/nowhere.yaml"}, r"--config .*nowhere.yaml: no such file"),
     "an unknown YAML key": ({"config": "{root}/unknown-key.yaml"}, r"unknown-key.yaml: unknown key 'learning_speed'; --help lists"),
     "a broken YAML file": ({"config": "{root}/not.yaml"}, r"not.yaml: not YAML .*write one `flag-name: value` a line"),
     "no such model": ({"model": "{root}/nowhere"}, r"--model .*nowhere: no such folder; give"),
     "no config.json": ({"model": "{root}/no-config"}, r"--model .*no-config: no config.json; give"),
-    "a broken config.json": ({"teacher-model": "{root}/not-json"}, r"--teacher-model .*not-json: config.json cannot be read .*; give"),
+    "a broken config.json": ({"teacher-model": "{root}/not-json"}, r"--teacher-model .*not-json/config.json: not JSON \(.* at line 1 column 2\); copy or download it again"),
     "an unknown family": ({"model": "{root}/other-family"}, r"--model .*: model_type 'bert' is not supported; use one of gpt2, llama"),
-    "truncated weights": ({"teacher-model": "{root}/truncated"}, r"model.safetensors: [\d,]+ bytes, but its header describes .*truncated"),
-    "pickled weights": ({"model": "{root}/pickled"}, r"pytorch_model.bin is a pickle, which can run code .*safe_serialization"),
+    "truncated weights": ({"teacher-model": "{root}/truncated"}, r"model.safetensors: [\d,]+ bytes, truncated or damaged \(.*\); copy or download"),
+    "pickled weights": ({"model": "{root}/pickled"}, r"pytorch_model.bin is a pickle, which can run code .*give the folder that save_pretrained writes"),
     "no weights": ({"model": "{root}/no-weights"}, r"no model.safetensors and no model.safetensors.index.json; the weights are missing"),
     "a missing shard": ({"model": "{root}/missing-shard"}, r"model-00001-of-00002.safetensors: the index names this file, but it is not there"),
     "a missing tensor": ({"model": "{root}/missing-tensor"}, r"tensor 'transformer.h.1.mlp.c_fc.weight' is missing"),
@@ -139,8 +143,9 @@ CASES = {  # what is wrong: flags over the good ones (None takes one away), what
     "text without prompts to answer": ({"train-data": "{root}/text.jsonl", "on-policy-ratio": "0.5"}, r"text.jsonl line 1 has no prompt .*give data with prompts, or"),
     "a mixture of one": ({"kd-objective": "jsd", "beta": "0"}, r"--beta 0.0 leaves jsd no mixture; use a number between 0 and 1"),
     "a student without a say": ({"method": "minillm", "teacher-mixed-alpha": "1", "num-rollouts": "4"}, r"--teacher-mixed-alpha 1 leaves the student no say .*below 1"),
+    "a layer that the student does not have": ({"hidden-coef": "1", "hidden-layers": "3"}, r"--hidden-layers 3: --model \S+ has the layers 1 to 2; name some of them"),
     "a config that names code": ({"model": "{root}/remote-code"}, r"--model .*remote-code: config.json cannot be read .*; give"),
-    "the student's own folder for the run": ({"save": "{root}/student"}, r"--save \S+/student is a model's folder; give a folder of its own"),
+    "the student's own folder for the run": ({"save": "{root}/student"}, r"--save \S+/student holds config.json, and no megakd.json says that pretrain_kd.py made it; give a new"),
     "a file for the run": ({"save": "{root}/good.jsonl"}, r"--save \S+/good.jsonl is a file; give a folder of its own"),
     "a run's folder as a model": ({"model": "{root}/finished-run"}, r"--model \S+: no config.json; give \S+/finished-run/hf$"),
     "the folder of another run": ({"save": "{root}/other-run"}, r"--lr 5e-05 differs from the 0.1 of the run in --save .*another --save"),
@@ -176,9 +181,10 @@ def complain(layout, root: Path, monkeypatch) -> dict[str, str]:
 def lines(inputs):
     """Every case in one forked rank."""
     good = parse(command(inputs, {"save": "{root}/other-run", "lr": "0.1"}))
-    (inputs / "other-run").mkdir()
+    (inputs / "other-run" / "checkpoints").mkdir(parents=True)
     (inputs / "finished-run" / "hf").mkdir(parents=True)
     (inputs / "other-run" / "config.yaml").write_text(yaml.safe_dump(good.flat()))
+    native.write_latest(inputs / "other-run" / "checkpoints", 7)
     before = sorted(path.relative_to(inputs) for path in inputs.rglob("*"))
     with pytest.MonkeyPatch.context() as monkeypatch:
         (result,) = run_distributed(complain, 1, inputs, monkeypatch)
@@ -193,10 +199,14 @@ def test_a_mistake_ends_in_one_clear_line(lines, name):
     assert re.search(CASES[name][1], lines[name]), lines[name]
 
 
-def test_a_loss_that_is_no_number_names_itself():
-    with pytest.raises(ValueError, match=r"iteration 3: loss/lm is nan; lower --lr"):
-        trainer.check_finite({"loss/lm": float("nan")}, 3)
-    trainer.check_finite({"loss/lm": torch.tensor(1.0).item()}, 3)
+def test_a_loss_that_is_no_number_names_itself(tmp_path):
+    check = lambda value: trainer.check_finite({"loss/lm": value}, 3, tmp_path)
+    with pytest.raises(UserError, match=r"iteration 3: loss/lm is nan; lower --lr, or use --dtype fp32 to see whether precision is the reason$"):
+        check(float("nan"))
+    native.write_latest(tmp_path, 2)
+    with pytest.raises(UserError, match=r"lower --lr, or use --dtype fp32 .*, both with another --save$"):
+        check(float("inf"))
+    check(torch.tensor(1.0).item())
 
 
 def test_a_mistake_that_rank_zero_does_not_share_is_told_by_whoever_has_it(monkeypatch, capsys):

@@ -191,7 +191,7 @@ def test_damage_is_named_when_a_checkpoint_is_opened(saved, tmp_path):
 
 def test_an_iteration_that_is_not_there_is_named_with_those_that_are(saved):
     with pytest.raises(
-        ValueError, match=r"--load .*: holds no iter_0000009 \(there: iter_0000002\); choose one with --iteration"
+        ValueError, match=r"--load .*: holds no iter_0000009 \(there: iter_0000002\); the newest .* is 2; choose it with --iteration 2$"
     ):
         NativeCheckpoint(saved / "run", iteration=9)
     with pytest.raises(ValueError, match=r"no latest_checkpointed_iteration\.txt, so it is not a native checkpoint"):

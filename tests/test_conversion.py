@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -198,12 +199,12 @@ def test_a_wrong_flag_is_one_line():
     assert "argument --tensor-model-parallel-size: 'two' is not a positive number" in answer.stderr
 
 
-def test_tensors_that_the_model_does_not_have_are_named(folders, tmp_path):
+def test_tensors_that_the_model_does_not_have_are_named(folders, tmp_path, capsys):
     folder = Path(shutil.copytree(folders["gpt2"], tmp_path / "hf"))
     extra = {"v_head.weight": torch.zeros(3), "transformer.h.0.attn.masked_bias": torch.zeros(1)}
     save_file(load_file(folder / "model.safetensors") | extra, folder / "model.safetensors")
-    with pytest.warns(UserWarning, match=r"v_head\.weight is no part of a gpt2 model; left out$"):
-        hf_to_native(folder, tmp_path / "mp", tp=1, pp=1)
+    hf_to_native(folder, tmp_path / "mp", tp=1, pp=1)
+    assert f"note: --model {folder}: no part of a gpt2 model; left out: v_head.weight\n" in capsys.readouterr().err
 
 
 def truncated(folder: Path) -> None:
@@ -237,7 +238,7 @@ def other_family(folder: Path) -> None:
 
 
 BROKEN = [
-    (truncated, {}, r"model\.safetensors: [\d,]+ bytes, but its header describes [\d,]+; it is truncated"),
+    (truncated, {}, r"model\.safetensors: [\d,]+ bytes, truncated or damaged \(.*\); copy or download"),
     (pickled, {}, r"pytorch_model\.bin is a pickle, which can run code"),
     (without_a_tensor, {}, r"tensor 'model\.layers\.1\.mlp\.up_proj\.weight' is missing"),
     (wrong_vocabulary, {}, r"has shape \(97, 64\), but config\.json asks for \(90, 64\)"),
@@ -295,10 +296,18 @@ def test_what_is_there_is_replaced_by_force_only(folders, tmp_path):
     convert(force=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    with pytest.raises(ValueError, match="holds something else than a Hugging Face folder, which --force does not replace"):
+    with pytest.raises(ValueError, match="holds something else than an export of megakd, which --force does not replace"):
         export_to_hf(tmp_path / "mp", tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.tex").exists()
     assert not list((tmp_path / "mp").glob(".*"))
+
+
+def test_a_tilde_behind_an_equals_sign_is_the_home_folder(monkeypatch):
+    monkeypatch.syspath_prepend(TOOLS)
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setattr(sys, "argv", ["reshard.py", "--load-dir=~/native", "--save", "a~b"])
+    args = importlib.import_module("reshard").parser().parse()
+    assert (args.load, args.save) == (Path("/home/me/native"), Path("a~b"))
 
 
 # ---- memory

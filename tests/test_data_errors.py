@@ -54,7 +54,7 @@ def test_a_missing_file_and_one_that_is_not_text_are_named(tmp_path, tokenizer):
     with pytest.raises(ValueError, match=r"nowhere.jsonl: no such data file; give the path of a .jsonl or .txt file"):
         SFTDataset(tmp_path / "nowhere.jsonl", tokenizer)
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
-    with pytest.raises(ValueError, match=r"latin.jsonl: byte 13 is not UTF-8; convert the file"):
+    with pytest.raises(ValueError, match=r"latin.jsonl line 1: byte 0xe9 is not UTF-8; convert the file"):
         SFTDataset(tmp_path / "latin.jsonl", tokenizer)
 
 

@@ -16,6 +16,7 @@ from tiny import tiny_config, tiny_model
 from megakd.config import Config, DistillationConfig, GenerationConfig, MiniLLMConfig, PromptKDConfig, TrainingConfig
 from megakd.data.batch import Sample
 from megakd.data.dataloader import deal
+from megakd.data.end_ids import EndIds
 from megakd.losses.distillation import Divergence, sft_loss
 from megakd.losses.policy_gradient import advantages, importance_weights
 from megakd.losses.token_loss import HeadRows, VocabularySplit
@@ -67,7 +68,8 @@ def run_config(method: str, micro_batch_size: int, parallel: dict) -> Config:
     )
 
 
-TOKENIZER = SimpleNamespace(encode=lambda text, add_special_tokens: [11, 12, 13], eos_token_id=0)
+TOKENIZER = SimpleNamespace(encode=lambda text, add_special_tokens: [11, 12, 13])
+ENDS = EndIds(stop=(0,), taught=0)
 
 
 def cast(layout, config, pair, dtype=torch.float32) -> MethodInputs:
@@ -81,7 +83,7 @@ def cast(layout, config, pair, dtype=torch.float32) -> MethodInputs:
     teacher.eval().requires_grad_(False)
     distributed = config.parallel.use_distributed_optimizer
     optimizer = StudentOptimizer(student, config.training, total_iters=TOTAL_ITERS, distributed=distributed)
-    return MethodInputs(student, optimizer, LiveTeacher(teacher) if config.needs_teacher else None, TOKENIZER)
+    return MethodInputs(student, optimizer, LiveTeacher(teacher) if config.needs_teacher else None, TOKENIZER, ENDS)
 
 
 def oracle(pair, dtype=torch.float32) -> Oracle:
@@ -380,8 +382,8 @@ def check_minillm(layout, pairs, micro_batch_size, parallel):
         config = run_config("minillm", micro_batch_size, parallel)
         settings = replace(config.minillm, num_rollouts=8, ppo_epochs=2, lm_coef=0.7, cliprange_reward=3.0)
         config = replace(config, minillm=settings)
-        MiniLLM._open_text = lambda self: OneBatch(text_rows(), layout)
-        method = MiniLLM(cast(layout, config, pair), config, total_iters=TOTAL_ITERS)
+        parts = replace(cast(layout, config, pair), text=OneBatch(text_rows(), layout))
+        method = MiniLLM(parts, config, total_iters=TOTAL_ITERS)
         reference, writer = oracle(pair), oracle(pair).student
         arguments = {"alpha": 0.2, "gamma": 0.95, "scale": 0.5, "limit": 3.0, "clip": 0.2, "lm_coef": 0.7, "kd_ratio": 0.5}
         got = method.train_iteration(OneBatch(samples(), layout), 1)
@@ -440,7 +442,8 @@ def flags_read(layout, method_name):
     """Settings of these groups that a method looks at when it is made and in one iteration that writes."""
     config = run_config(method_name, 4, {})
     ratios = {"on_policy_ratio": 1.0} if method_name == "kd" else {"kd_ratio": 0.5} if method_name == "seqkd" else {}
-    config = replace(config, distillation=replace(config.distillation, **ratios), minillm=replace(config.minillm, num_rollouts=8))
+    settings = replace(config.distillation, hidden_coef=0.5, **ratios)
+    config = replace(config, distillation=settings, minillm=replace(config.minillm, num_rollouts=8))
     parts, read = cast(layout, config, PAIRS["gpt2"]), set()
 
     def get(self, name):
@@ -450,6 +453,8 @@ def flags_read(layout, method_name):
     for group in (DistillationConfig, PromptKDConfig, MiniLLMConfig, GenerationConfig):
         group.__getattribute__ = get
     minillm.open_responses = lambda *args, **options: text_rows()
+    parts.student.method_parts.update(METHODS[method_name].modules(parts.student, parts.teacher, config))
+    parts.text = METHODS[method_name].open_text(config, TOKENIZER, layout)
     method = METHODS[method_name](parts, config, total_iters=TOTAL_ITERS)
     for name, tensor in method.extra_tensors().items():
         if name == "threshold":

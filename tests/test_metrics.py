@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from megakd.evaluation.metrics import exact_match, rouge_l
+from megakd.evaluation.metrics import STEMMED, UNICODE, exact_match, is_unseen, rouge_l, unseen_letters
 
 DATA = Path(os.environ.get("MEGAKD_TEST_DATA", Path(__file__).parents[1].parent / "shared" / "data"))
 ROUGE = DATA / "recorded" / "rouge-testdata"
@@ -64,5 +64,62 @@ def test_the_stemmer_is_on_and_the_best_reference_counts():
         ("1 2", ["12"], 0),
     ],
 )
-def test_exact_match_ignores_case_punctuation_and_spacing_only(prediction, targets, score):
-    assert exact_match(prediction, targets) == score
+def test_exact_match_of_the_papers_ignores_case_punctuation_and_spacing_only(prediction, targets, score):
+    assert exact_match(prediction, targets, "papers") == score
+
+
+@pytest.mark.parametrize(
+    ("prediction", "target", "strict", "papers"),
+    [
+        ("3.5", "35", 0, 100),
+        ("<", ">", 0, 100),
+        ("-4", "4", 0, 100),
+        ("C++", "C", 0, 100),
+        ("", "...", 0, 100),
+        ("cat, sat", "cat sat", 0, 100),
+        ("  Cold\n water.", "cold water", 100, 100),
+        ("7.", "7", 100, 100),
+        ("ΣΑΣ", "σας", 100, 100),
+        ("e\u0301te\u0301", "\u00e9t\u00e9", 100, 0),  # one letter, written in two ways
+    ],
+)
+def test_exact_match_takes_no_number_or_sign_for_another_unless_the_papers_do(prediction, target, strict, papers):
+    assert exact_match(prediction, [target]) == exact_match(target, [prediction]) == strict
+    assert exact_match(prediction, [target], "papers") == papers
+
+
+@pytest.mark.parametrize(
+    ("text", "half"),
+    [
+        ("на дворе трава, на траве дрова", "на дворе трава"),
+        ("苹果很好吃", "苹果很"),
+        ("مرحبا بالعالم كله", "مرحبا بالعالم"),
+        ("हिन्दी भाषा है", "हिन्दी भाषा"),
+        ("ภาษาไทย", "ภาษา"),
+        ("<=>", "<="),
+    ],
+)
+def test_rouge_l_sees_every_script_with_the_unicode_tokenizer(text, half):
+    assert rouge_l(text, [text]) == 0 and is_unseen([text], STEMMED)  # the papers' tokenizer
+    assert rouge_l(text, [text], UNICODE) == 100 and not is_unseen([text], UNICODE)
+    assert 0 < rouge_l(half, [text], UNICODE) < 100
+    assert rouge_l("something else", [text], UNICODE) == 0
+
+
+def test_words_keep_their_accents_and_vowel_signs_and_unspaced_scripts_are_read_by_the_character():
+    assert UNICODE.tokenize("Naïve cafés, running") == ["naïve", "cafés", "run"]
+    assert UNICODE.tokenize("हिन्दी") == ["हिन्दी"] and UNICODE.tokenize("कि") != UNICODE.tokenize("का")
+    assert UNICODE.tokenize("苹果 iPhone15 很好") == ["苹", "果", "iphone15", "很", "好"]
+
+
+@needs_sinst
+def test_the_unicode_tokenizer_changes_nothing_in_ascii_text():
+    texts = [text for line in SINST.read_text().split("\n") if line for text in json.loads(line)["output"]]
+    texts = [text for text in texts if text.isascii() and STEMMED.tokenize(text)]
+    assert len(texts) > 2000 and all(UNICODE.tokenize(text) == STEMMED.tokenize(text) for text in texts)
+
+
+def test_letters_that_are_not_seen_are_counted():
+    assert unseen_letters(["ab", "вг 12"], STEMMED) == 2 / 6 and unseen_letters(["вг"], UNICODE) == 0
+    assert not is_unseen(["", " "], STEMMED)  # nothing is there to be seen
+    assert not is_unseen(["вг", "b"], STEMMED)

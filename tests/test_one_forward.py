@@ -8,7 +8,6 @@ from functools import partial
 import pytest
 import torch
 from distributed import run_distributed
-from megatron.core.transformer.spec_utils import ModuleSpec
 from test_generation import EOS, GREEDY, prompts, soft_prompt
 from tiny import tiny_config
 from torch import nn
@@ -17,7 +16,7 @@ from megakd.generation.decoder import Decoder
 from megakd.generation.generate import generate
 from megakd.models import model_provider
 from megakd.models.decoding import decoding
-from megakd.models.layer_specs import LAYER, Norm
+from megakd.models.layer_specs import LAYER, Norm, with_attention
 from megakd.models.linear import ColumnLinear
 from megakd.models.model_provider import build_model
 
@@ -46,24 +45,18 @@ class Doubled(ColumnLinear):
         return output * 2, bias
 
 
-def spec_with(**submodules) -> ModuleSpec:
-    """The layer whose self-attention has these submodules."""
-    attention = LAYER.submodules.self_attention
-    attention = replace(attention, submodules=replace(attention.submodules, **submodules))
-    return replace(LAYER, submodules=replace(LAYER.submodules, self_attention=attention))
-
-
 def adapt(model, name):
     for layer in model.decoder.layers:
         owner = layer.self_attention if name == "linear_qkv" else layer.mlp
         setattr(owner, name, Adapter(getattr(owner, name)))
 
 
-ADDITIONS = {  # name: (layer spec, TransformerConfig fields, what is done to the model)
+FAMILIES = dict(model_provider.FAMILIES)
+ADDITIONS = {  # name: (layer spec, Hugging Face config fields, what is done to the model)
     "nothing": (LAYER, {}, None),
-    "q/k norms": (spec_with(q_layernorm=Norm, k_layernorm=Norm), {}, None),
-    "another linear layer in the spec": (spec_with(linear_qkv=Doubled), {}, None),
-    "biases": (LAYER, {"add_bias_linear": True}, None),
+    "q/k norms": (with_attention(q_layernorm=Norm, k_layernorm=Norm), {}, None),
+    "another linear layer in the spec": (with_attention(linear_qkv=Doubled), {}, None),
+    "biases": (LAYER, {"attention_bias": True, "mlp_bias": True}, None),
     "an adapter around q, k, v": (LAYER, {}, partial(adapt, name="linear_qkv")),
     "an adapter in the MLP": (LAYER, {}, partial(adapt, name="linear_fc1")),
 }
@@ -71,11 +64,12 @@ ADDITIONS = {  # name: (layer spec, TransformerConfig fields, what is done to th
 
 def build(layout, monkeypatch, family, addition, **options):
     """A model with the addition; a parameter's values depend on its name alone, so that what is added is all that differs."""
-    spec, overrides, change = ADDITIONS[addition]
-    monkeypatch.setitem(
-        model_provider.FAMILIES, family, replace(model_provider.FAMILIES[family], layer_spec=lambda hf: spec)
-    )
-    model = build_model(tiny_config(family, layers=2), layout, padded_vocab_size=128, **overrides, **options)
+    spec, fields, change = ADDITIONS[addition]
+    plain = FAMILIES[family]
+    qk_norms = {f"decoder.layers.*.self_attention.{x}_layernorm.{kind}": None for x in "qk" for kind in ("weight", "bias")}
+    table = lambda *args: plain.table(*args) | qk_norms
+    monkeypatch.setitem(model_provider.FAMILIES, family, replace(plain, layer_spec=lambda hf: spec, table=table))
+    model = build_model(tiny_config(family, layers=2, **fields), layout, padded_vocab_size=128, **options)
     if change:
         change(model)
     for name, param in model.named_parameters():

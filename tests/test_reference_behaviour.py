@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from distributed import run_distributed
-from test_methods import PAIRS, TOKENIZER, TOTAL_ITERS, cast, oracle, run_config, samples
+from test_methods import ENDS, PAIRS, TOTAL_ITERS, cast, oracle, run_config, samples
 
 from megakd.config import TrainingConfig
 from megakd.losses.policy_gradient import whiten
@@ -91,7 +91,7 @@ def test_norms_are_kept_from_decay_and_the_reference_decays_those_it_does_not_na
 def test_a_response_cut_at_the_limit_keeps_its_tokens_and_the_reference_ends_it(monkeypatch):
     monkeypatch.setattr(rollout_module, "generate", lambda *_, **__: [[5] * 12, [5, 0]])
     config = run_config("promptkd", 4, {})
-    written = lambda config: [s.response for s in rollout_module.rollout(None, samples()[:2], config, TOKENIZER, 1)]
+    written = lambda config: [s.response for s in rollout_module.rollout(None, samples()[:2], config, ENDS, 1)]
     assert written(config) == [(5,) * 12, (5, 0)]
     assert written(with_quirks(config, "forced-eos")) == [(5,) * 11 + (0,), (5, 0)]
 
@@ -99,7 +99,7 @@ def test_a_response_cut_at_the_limit_keeps_its_tokens_and_the_reference_ends_it(
 def check_initial_prompt(layout, quirks):
     encode = lambda text, add_special_tokens: [1, 11, 12] if add_special_tokens else [11, 12]
     config = with_quirks(run_config("promptkd", 4, {}), *quirks)
-    parts = replace(cast(layout, config, PAIRS["llama"]), tokenizer=SimpleNamespace(encode=encode, eos_token_id=0))
+    parts = replace(cast(layout, config, PAIRS["llama"]), tokenizer=SimpleNamespace(encode=encode))
     method = METHODS["promptkd"](parts, config, total_iters=TOTAL_ITERS)
     words = method.teacher.model.embedding.word_embeddings.weight
     expected = [1, 11, 12, 1, 11, 12, 1] if quirks else [11, 12, 11, 12, 11, 12, 11]

@@ -14,7 +14,7 @@ from tiny import tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megakd import trainer
-from megakd.config import Config, from_yaml, parse
+from megakd.config import Config, OutputConfig, from_yaml, parse
 from megakd.data.tasks import make_rows
 from megakd.data.train_tokenizer import train_tokenizer
 from megakd.reporting.jsonl import read_jsonl
@@ -143,11 +143,11 @@ def test_a_run_cut_off_while_it_writes_its_settings_keeps_the_old_ones(tmp_path,
         raise CutOffError
 
     unfinished = trainer.Trainer.__new__(trainer.Trainer)
-    unfinished.config, unfinished.folder = Config(), tmp_path
-    unfinished._write_config()
+    unfinished.config, unfinished.folder, unfinished.iteration = Config(output=OutputConfig(save=str(tmp_path))), tmp_path, 2
+    unfinished._begin_folder()
     monkeypatch.setattr(Path, "write_text", half)
     with pytest.raises(CutOffError):
-        unfinished._write_config()
+        unfinished._begin_folder()
     assert from_yaml(tmp_path / "config.yaml") == unfinished.config
 
 

@@ -10,6 +10,7 @@ from megakd.checkpointing.model_folder import ModelFolder
 from megakd.config import BenchmarkConfig, Config, DataConfig, ModelConfig, TrainingConfig
 from megakd.data.batch import Sample
 from megakd.data.dataloader import deal
+from megakd.data.end_ids import EndIds
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
 from megakd.methods.base import MethodInputs
@@ -21,7 +22,7 @@ from megakd.runtime.parallel_layout import ParallelLayout
 from megakd.teachers.live import LiveTeacher
 
 TOTAL_ITERS = 1000  # of the run that the measured iterations belong to: says how far the weight of KL(p_P‖p) has fallen
-UNREACHABLE = -1  # no token ends a response
+ENDLESS = EndIds(stop=(), taught=-1)  # no token ends a response
 
 
 class GivenEndsPromptKD(PromptKD):
@@ -38,7 +39,7 @@ class GivenEndsPromptKD(PromptKD):
         sampling = Sampling(max_new_tokens=max(limits), seed=seed)
         prompts, ids = [sample.prompt for sample in samples], [sample.sample_id for sample in samples]
         batch_size = self.config.generation.rollout_batch_size
-        return generate(self.student, prompts, ids, sampling, eos_id=UNREACHABLE, batch_size=batch_size, limits=limits)
+        return generate(self.student, prompts, ids, sampling, eos_id=ENDLESS.stop, batch_size=batch_size, limits=limits)
 
 
 def join_ranks(config: BenchmarkConfig) -> ParallelLayout:
@@ -84,7 +85,7 @@ def _build_method(config: BenchmarkConfig, workload: Workload, models: Path, lay
     optimizer = StudentOptimizer(
         student, run.training, total_iters=TOTAL_ITERS, distributed=config.parallel.use_distributed_optimizer
     )
-    inputs = MethodInputs(student, optimizer, LiveTeacher(teacher), PromptTokens(workload.prompt_ids))
+    inputs = MethodInputs(student, optimizer, LiveTeacher(teacher), PromptTokens(workload.prompt_ids), ENDLESS)
     return GivenEndsPromptKD(inputs, run, total_iters=TOTAL_ITERS)
 
 

@@ -17,7 +17,9 @@ import torch
 
 from megakd.benchmarking.measuring import PARTS, Timed, median_ratio
 from megakd.config import BenchmarkConfig
+from megakd.errors import UserError, file_errors
 from megakd.reporting.flops import peak_flops
+from megakd.reporting.own_folder import check_can_write
 from megakd.reporting.plots import COLOURS, draw_bars, label_of, new_figure
 
 ROOT = Path(__file__).parents[2]
@@ -148,6 +150,26 @@ def table(rows: Sequence[Row]) -> str:
 
 
 # ---- files
+
+
+def place(config: BenchmarkConfig) -> Path:
+    """--out, or where results of this device are kept; without a suffix."""
+    kind = "gpu" if torch.cuda.is_available() else "cpu"
+    return Path(config.out) if config.out else ROOT / "benchmarks" / "results" / f"iteration_{kind}"
+
+
+def check_place(out: Path) -> None:
+    """A table of benchmarks grows; a file of another kind is not touched.
+
+    Raises:
+        UserError: a table or figure there is no benchmark's, or nothing can be written there.
+    """
+    table, figure = out.with_suffix(".csv"), out.with_suffix(".png")
+    check_can_write(out.parent, flag="--out")
+    with file_errors(table, flag="--out"):
+        columns = table.read_text(encoding="utf-8").split("\n")[0].split(",") if table.exists() else []
+    if (table.exists() or figure.exists()) and not {"device", "commit", "command", "system"} <= set(columns):
+        raise UserError(f"--out {out}: {table.name} or {figure.name} is there, and no benchmark wrote it; give another name")
 
 
 def append(path: Path, rows: Sequence[Row]) -> None:

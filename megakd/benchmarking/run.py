@@ -15,6 +15,7 @@ from megakd.benchmarking.measuring import MIB, Timed, generations, iterations, m
 from megakd.benchmarking.megakd_system import MegakdSystem, join_ranks
 from megakd.benchmarking.workload import Workload, flops_of_iteration, make_workload, model_configs, write_models
 from megakd.config import BenchmarkConfig
+from megakd.errors import file_errors
 from megakd.runtime.initialize import is_rank_zero, resolve_dtype
 
 Makers = dict[str, Callable]  # name: (config, workload, folder of models) -> system
@@ -26,6 +27,7 @@ def run(config: BenchmarkConfig) -> None:
     Raises:
         UserError: something does not fit, or the systems do not compute the same losses.
     """
+    results.check_place(results.place(config))
     if config.threads:
         torch.set_num_threads(config.threads)
     join_ranks(config)
@@ -101,10 +103,10 @@ def model_folder(config: BenchmarkConfig, workload: Workload) -> Iterator[Path]:
 
 
 def _keep(config: BenchmarkConfig, rows: list[results.Row]) -> None:
-    kind = "gpu" if torch.cuda.is_available() else "cpu"
-    out = Path(config.out) if config.out else results.ROOT / "benchmarks" / "results" / f"iteration_{kind}"
+    out = results.place(config)
     print(results.table(rows))
-    results.append(out.with_suffix(".csv"), rows)
-    if "iteration" in config.measure:
-        results.draw(out.with_suffix(".png"), rows)
+    with file_errors(out, flag="--out"):
+        results.append(out.with_suffix(".csv"), rows)
+        if "iteration" in config.measure:
+            results.draw(out.with_suffix(".png"), rows)
     print(f"{out.with_suffix('.csv')}")

@@ -20,10 +20,13 @@ from megakd.checkpointing.native import NativeCheckpoint
 from megakd.checkpointing.parameters import Grid, Parameter, checkpoint_parameters
 from megakd.checkpointing.publish import check_target, published
 from megakd.checkpointing.verify import compare_blocks, progress
+from megakd.errors import UserError
 from megakd.models.hf_writer import TensorPlan, write_weights
+from megakd.models.inspection import inspect
 from megakd.models.param_mapping import Source, Vocabulary
 
 REPORT = "megakd_export.json"
+NO_WEIGHTS = ("optimizer.", "extra.")  # keys of what a run keeps besides the model
 DTYPE_FIELDS = ("dtype", "torch_dtype")  # transformers 5 writes the first, older ones the second
 
 
@@ -46,7 +49,7 @@ def export_to_hf(
     native = NativeCheckpoint(load, iteration=iteration)
     view = HuggingFaceView(native)
     plans = [TensorPlan(name, view.dtype(name), view.shape(name)) for name in view.names]
-    check_target(save, force=force, ours=lambda path: (path / "config.json").is_file(), what="a Hugging Face folder")
+    check_target(save, force=force, ours=lambda path: (path / REPORT).is_file(), what="an export of megakd")
     with published(save) as folder:
         copy_hf_files(native.hf_folder, folder)
         name_dtype(folder / "config.json", [plan.dtype for plan in plans])
@@ -82,7 +85,12 @@ def name_dtype(config_file: Path, dtypes: list[torch.dtype]) -> None:
 def verify_export(native: NativeCheckpoint, written: WindowedCheckpoint) -> None:
     """Read the folder as a conversion to native would and compare with the checkpoint: not the way it was written."""
     parameters = checkpoint_parameters(native.hf_config, native.description.padded_vocab_size)
-    total = sum(math.prod(native.shape(key)) * native.dtype(key).itemsize for key in {parameter.key for parameter in parameters})
+    keys = {parameter.key for parameter in parameters}
+    lost = [key for key in native.keys if key not in keys and not key.startswith(NO_WEIGHTS)]
+    left_out = inspect(written)
+    if lost or left_out:
+        raise UserError(f"verification: {[*lost, *left_out][0]} of {native.folder} has no place in the folder; nothing was written")
+    total = sum(math.prod(native.shape(key)) * native.dtype(key).itemsize for key in keys)
     with progress(total, "verifying") as bar:
         for parameter in parameters:
             compare_blocks(parameter.key, parameter_blocks(native, written, parameter), bar)

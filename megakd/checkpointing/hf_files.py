@@ -11,8 +11,10 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PretrainedConfig
 
-from megakd.models.hf_checkpoint import HFCheckpoint, load_hf_config
+from megakd.models.hf_checkpoint import HFCheckpoint
+from megakd.models.hf_config import CONFIG, settle_config
 from megakd.models.model_provider import family_of
 
 FOLDER = "huggingface"
@@ -42,14 +44,15 @@ def copy_hf_files(source: Path, target: Path) -> None:
         copy(path, target / path.name)
 
 
-def write_hf_folder(source: Path, checkpoint_folder: Path) -> None:
-    """Make `huggingface/` from a Hugging Face folder, or from another checkpoint's `huggingface/`."""
+def write_hf_folder(source: Path, checkpoint_folder: Path, config: PretrainedConfig) -> None:
+    """Make `huggingface/` from a Hugging Face folder, or from another checkpoint's `huggingface/`, whose opened config is `config`."""
     target = checkpoint_folder / FOLDER
     copy_hf_files(source, target)
+    settle_config(target / CONFIG, config)
     if (source / SKIPPED_ROWS).is_file():
         shutil.copyfile(source / SKIPPED_ROWS, target / SKIPPED_ROWS)
         return
-    if skipped := family_of(load_hf_config(source, flag="--model"), name=str(source)).skipped_rows:
+    if skipped := family_of(config).skipped_rows:
         checkpoint = HFCheckpoint(source)
         rows = {name: checkpoint.read(name, (slice(0, count), slice(None))).clone() for name, count in skipped.items()}
         save_file(rows, target / SKIPPED_ROWS)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from megakd.checkpointing.blocks import Index, row_pieces
-from megakd.models.hf_checkpoint import HFCheckpoint
-from megakd.models.hf_writer import DTYPES
+from megakd.models.hf_checkpoint import DTYPES, HFCheckpoint
 
 
 class WindowedCheckpoint(HFCheckpoint):

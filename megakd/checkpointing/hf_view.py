@@ -61,6 +61,10 @@ class HuggingFaceView:
         shape = (last.start + last.length, *self._parameter_shape(self.pieces[name][0][1])[1:])
         return shape[::-1] if self._transposed(name) else shape
 
+    def place(self, name: str) -> str:
+        """The checkpoint's folder, for messages."""
+        return str(self.native.folder)
+
     def read(self, name: str, index: Index) -> Tensor:
         """A slice of a Hugging Face tensor, in Hugging Face's orientation."""
         index = tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, self.shape(name)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,11 @@ from megakd.checkpointing.parameters import Grid, Parameter, checkpoint_paramete
 from megakd.checkpointing.publish import check_target, published
 from megakd.checkpointing.torch_dist_writer import TorchDistWriter
 from megakd.checkpointing.verify import check_equal, progress
-from megakd.errors import UserError
-from megakd.models.hf_checkpoint import without_prefix
-from megakd.models.hf_writer import DTYPES
-from megakd.models.model_provider import check_layout, padded_vocab_size
-from megakd.models.param_mapping import Vocabulary
+from megakd.errors import UserError, tell
+from megakd.models.hf_checkpoint import DTYPES
+from megakd.models.inspection import HEAD, inspect
+from megakd.models.model_provider import check_layout, not_finite, padded_vocab_size
 
-BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", "lm_head.weight")
 COMMON = "common.pt"  # what megatron-core keeps besides tensors; nothing here
 
 
@@ -44,18 +41,17 @@ def hf_to_native(model: Path, save: Path, *, tp: int, pp: int, verify: bool = Tr
         UserError: the model cannot be read, TP or PP does not divide it, or `save` is in use; nothing was written.
     """
     source = WindowedCheckpoint(model)
-    hf = source.config
+    left_out, hf = inspect(source), source.config
     check_layout(hf, tp, pp, name=str(model))
     check_target(save, force=force, ours=is_native, what="native checkpoints")
     grid, width = Grid(tp, pp, hf.num_hidden_layers), padded_vocab_size([hf.vocab_size], tp)
     plan = plan_import(source, width)
-    warn_of_leftovers(source, plan)
     with published(iteration_folder(save, 0)) as folder:
         _write_parameters(folder, source, plan, grid)
-        write_hf_folder(model, folder)
+        write_hf_folder(model, folder, hf)
         Description(iteration=0, vocab_size=hf.vocab_size, padded_vocab_size=width, layout=layout_dict(tp, pp)).write(folder)
         if verify:
-            verify_import(NativeCheckpoint(folder), source)
+            verify_import(NativeCheckpoint(folder), source, left_out)
     write_latest(save, 0)
     return iteration_folder(save, 0)
 
@@ -88,36 +84,17 @@ def _planned(source: WindowedCheckpoint, parameter: Parameter) -> PlannedParamet
             f"{source.flag} {source.folder}: {names} is stored as {', '.join(sorted(found))}; "
             f"save the model with one of {', '.join(DTYPES)}"
         )
-    _check_vocabulary(source, parameter)
     return PlannedParameter(parameter, tuple(parameter.mapping.shape(source)), DTYPES[found.pop()])
 
 
-def _check_vocabulary(source: WindowedCheckpoint, parameter: Parameter) -> None:
-    if isinstance(parameter.mapping, Vocabulary):
-        tensor, expected = parameter.mapping.tensor, (source.config.vocab_size, source.config.hidden_size)
-        if tensor.shape(source) != expected:
-            raise UserError(
-                f"{source.flag} {source.folder}: {tensor.name} has shape {tensor.shape(source)}, but config.json asks for "
-                f"{expected}; set vocab_size and hidden_size to what the weights have"
-            )
-
-
-def warn_of_leftovers(source: WindowedCheckpoint, plan: list[PlannedParameter]) -> None:
-    """Name what from_pretrained would call unexpected; buffers that old folders hold, and copies of a tied head, are expected."""
-    used = {tensor.name for item in plan for tensor in item.parameter.mapping.sources()}
-    used |= {without_prefix(name) for name in used}
-    if left := sorted(name for name in source.tensors if name not in used and not name.endswith(BUFFERS)):
-        warnings.warn(
-            f"{source.folder}: {', '.join(left)} is no part of a {source.config.model_type} model; left out", stacklevel=2
-        )
-
-
 def _write_parameters(folder: Path, source: WindowedCheckpoint, plan: list[PlannedParameter], grid: Grid) -> None:
+    diverged: dict[Parameter, None] = {}
     with TorchDistWriter(folder) as writer, progress(sum(_stored_bytes(item) for item in plan), "converting") as bar:
         for item in plan:
             for rank, lo, hi in grid.ranges(item.parameter, item.shape, item.dtype.itemsize):
                 offsets, sizes = item.parameter.place(item.shape, lo, hi)
                 data = item.parameter.mapping.read(source, lo, hi).contiguous()
+                diverged |= {item.parameter: None} if not_finite(data) else {}
                 writer.add_chunk(
                     rank, item.parameter.key, grid.stored_shape(item.parameter, item.shape), offsets, data.view(sizes)
                 )
@@ -125,6 +102,9 @@ def _write_parameters(folder: Path, source: WindowedCheckpoint, plan: list[Plann
         for rank, key in extra_states([item.parameter for item in plan], grid):
             writer.add_extra_state(rank, key)
     torch.save({}, folder / COMMON)
+    for parameter in list(diverged)[:1]:
+        name = parameter.mapping.sources()[0].name
+        tell(f"{source.place(name)}: {name} and {len(diverged) - 1} more hold NaN or infinite values, which are converted as they are")
 
 
 def _stored_bytes(item: PlannedParameter) -> int:
@@ -138,7 +118,14 @@ def extra_states(parameters: list[Parameter], grid: Grid) -> Iterator[tuple[int,
             yield grid.stage(parameter) * grid.tp, key
 
 
-def verify_import(native: NativeCheckpoint, source: WindowedCheckpoint) -> None:
-    """Read the checkpoint under Hugging Face names, the way back, and compare with the folder."""
+def verify_import(native: NativeCheckpoint, source: WindowedCheckpoint, left_out: set[str]) -> None:
+    """Read the checkpoint under Hugging Face names, the way back, and compare with every tensor of the folder that was not left out.
+
+    Raises:
+        UserError: one differs, or is not there.
+    """
     view = HuggingFaceView(native)
+    carried = {source.stored_name(name) for name in view.names} | ({HEAD} if native.hf_config.tie_word_embeddings else set())
+    if lost := sorted(source.tensors.keys() - left_out - carried):
+        raise UserError(f"verification: {lost[0]} of {source.folder} is not in the checkpoint; nothing was written")
     check_equal(view, source, {name: view.dtype(name) for name in view.names})

@@ -11,13 +11,14 @@ from megakd.checkpointing.hf_view import HuggingFaceView
 from megakd.checkpointing.native import NativeCheckpoint, is_native
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.hf_checkpoint import HFCheckpoint
+from megakd.models.inspection import inspect
 from megakd.models.model_provider import load_weights
 from megakd.models.param_mapping import Source
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """Opened: headers and configs were read and checked, no weight was."""
+    """Opened: headers and configs were read and checked against each other, no weight was loaded."""
 
     path: Path
     flag: str  # which flag named it, for error messages
@@ -29,19 +30,20 @@ class ModelFolder:
     def open(cls, path: str | Path, *, flag: str = "--model") -> ModelFolder:
         """
         Raises:
-            UserError: neither a Hugging Face folder nor a native checkpoint, or a damaged one.
+            UserError: neither a Hugging Face folder nor a native checkpoint, a damaged one, or a model that is not supported.
         """
         path = Path(path)
         if is_native(path):
             native = NativeCheckpoint(path, flag=flag)
             return cls(path, flag, native.hf_config, native.hf_folder, HuggingFaceView(native))
         checkpoint = HFCheckpoint(path, flag=flag)
+        inspect(checkpoint)
         return cls(path, flag, checkpoint.config, path, checkpoint)
 
     def load_into(self, model: HiddenStateGPTModel) -> None:
         """Fill this rank's parameters, reading only this rank's slices; no rank waits for another.
 
         Raises:
-            UserError: a tensor is missing or its shape is not what the config says.
+            UserError: a weight is NaN or infinite.
         """
         load_weights(model, self.source)

@@ -16,10 +16,12 @@ from transformers import PretrainedConfig
 from megakd.checkpointing import hf_files
 from megakd.checkpointing.blocks import Index
 from megakd.checkpointing.description import FILE, Description
-from megakd.checkpointing.publish import write_text
+from megakd.checkpointing.parameters import stored_shapes
 from megakd.checkpointing.torch_dist_reader import StoredTensor, TorchDistReader
-from megakd.errors import UserError
-from megakd.models.hf_checkpoint import load_hf_config
+from megakd.errors import UserError, file_errors
+from megakd.models.hf_config import load_hf_config
+from megakd.models.model_provider import family_of
+from megakd.reporting.own_folder import write_text
 
 LATEST = "latest_checkpointed_iteration.txt"
 
@@ -36,15 +38,35 @@ class NativeCheckpoint:
     """
 
     def __init__(self, path: str | Path, *, iteration: int | None = None, flag: str = "--load"):
+        self.flag = flag
         self.folder = find_iteration(Path(path), iteration, flag=flag)
-        self.description = Description.read(self.folder)
         self.hf_folder = self.folder / hf_files.FOLDER
-        self.reader = TorchDistReader(self.folder)
+        try:
+            self.description, self.reader = Description.read(self.folder), TorchDistReader(self.folder)
+        except UserError as error:
+            raise UserError(f"{error}; {way_back(self.folder, flag)}") from error
 
     @cached_property
     def hf_config(self) -> PretrainedConfig:
-        """The config.json that the model came with."""
-        return load_hf_config(self.hf_folder, flag=f"{self.folder.name}:")
+        """The config.json that the model came with.
+
+        Raises:
+            UserError: a model that is not supported, or the tensors are not what config.json says.
+        """
+        hf = load_hf_config(self.hf_folder, flag=self.flag)
+        family_of(hf, flag=self.flag, name=str(self.folder))
+        if hf.vocab_size != self.description.vocab_size:
+            raise UserError(
+                f"{self.flag} {self.folder}: config.json says vocab_size {hf.vocab_size}, {FILE} says {self.description.vocab_size}; "
+                "copy the checkpoint again"
+            )
+        for key, shape in stored_shapes(hf, self.description.padded_vocab_size).items():
+            if self.shape(key) != shape:
+                raise UserError(
+                    f"{self.flag} {self.folder}: {key} has shape {self.shape(key)}, but its config.json asks for {shape}; "
+                    "make the checkpoint anew with hf_to_mp.py"
+                )
+        return hf
 
     @property
     def keys(self) -> list[str]:
@@ -95,8 +117,31 @@ def find_iteration(path: Path, iteration: int | None = None, *, flag: str = "--l
     folder = iteration_folder(path, number)
     if not folder.is_dir():
         there = ", ".join(sorted(found.name for found in path.glob("iter_*"))) or "none"
-        raise UserError(f"{flag} {path}: holds no {folder.name} (there: {there}); choose one with --iteration")
+        raise UserError(f"{flag} {path}: holds no {folder.name} (there: {there}); {way_back(folder, flag)}")
     return folder
+
+
+def way_back(lost: Path, flag: str) -> str:
+    """What to do where an iteration is missing or damaged: the newest other one that is whole, and how `flag`'s command takes it."""
+    others = sorted((path for path in lost.parent.glob("iter_*") if path != lost), reverse=True)
+    if (whole := next(filter(is_whole, others), None)) is None:
+        return f"no other iteration there is whole; give another {flag}"
+    number = int(whole.name.removeprefix("iter_"))
+    ways = {
+        "--load": f"choose it with --iteration {number}",
+        "--save": f"write {number} into {lost.parent / LATEST} to continue from it",
+    }
+    return f"the newest other iteration that is whole is {number}; " + ways.get(flag, f"give {flag} {whole}")
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether an iteration can be opened: all but the numbers themselves."""
+    try:
+        Description.read(folder)
+        TorchDistReader(folder)
+    except UserError:
+        return False
+    return True
 
 
 def read_latest(root: str | Path, *, flag: str = "--load") -> int | None:
@@ -108,9 +153,13 @@ def read_latest(root: str | Path, *, flag: str = "--load") -> int | None:
     file = Path(root) / LATEST
     if not file.is_file():
         return None
-    text = file.read_text().strip()
-    if not text.isdecimal():
-        raise UserError(f"{flag} {root}: {LATEST} says {text[:40]!r}, which is no iteration; choose one with --iteration")
+    with file_errors(file):
+        text = file.read_text(encoding="utf-8").strip()
+    if text == "release":
+        raise UserError(f"{flag} {root}: is Megatron-LM's own 'release' format, which is not read; give a Hugging Face folder made of it")
+    if not (text.isdecimal() and text.isascii() and len(text) < 10):
+        lost = file.parent / "iter_unknown"
+        raise UserError(f"{flag} {root}: {LATEST} says {text[:40]!r}, which is no iteration; {way_back(lost, flag)}")
     return int(text)
 
 

@@ -14,7 +14,8 @@ from transformers import PretrainedConfig
 
 from megakd.checkpointing.blocks import split
 from megakd.models.model_provider import at_layer, family_of, uneven_split
-from megakd.models.param_mapping import Mapping
+from megakd.models.param_mapping import Mapping, Table
+from megakd.models.shapes import megatron_shape
 
 HEAD = "output_layer.weight"
 FIRST_STAGE = "embedding."
@@ -77,11 +78,24 @@ def first_layers(num_layers: int, pp: int) -> list[int]:
 
 
 def checkpoint_parameters(hf: PretrainedConfig, padded_vocab_size: int) -> list[Parameter]:
-    """Every parameter once; a tied head is the embedding and has no key of its own."""
-    table = family_of(hf).table(hf, padded_vocab_size)
-    if hf.tie_word_embeddings:
-        table.pop(HEAD)
+    """Every parameter once."""
+    table = parameter_table(hf, padded_vocab_size)
     return [parameter for pattern, mapping in table.items() for parameter in _at_layers(pattern, mapping, hf.num_hidden_layers)]
+
+
+def stored_shapes(hf: PretrainedConfig, padded_vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Of every key, layers stacked."""
+    family, shapes = family_of(hf), {}
+    for pattern in parameter_table(hf, padded_vocab_size):
+        shape = megatron_shape(pattern, family, hf, padded_vocab_size)
+        shapes[pattern.replace("*.", "")] = (hf.num_hidden_layers, *shape) if "*" in pattern else shape
+    return shapes
+
+
+def parameter_table(hf: PretrainedConfig, padded_vocab_size: int) -> Table:
+    """The family's, without a tied head, which is the embedding and has no key of its own."""
+    table = family_of(hf).table(hf, padded_vocab_size)
+    return {pattern: mapping for pattern, mapping in table.items() if pattern != HEAD or not hf.tie_word_embeddings}
 
 
 def _at_layers(pattern: str, mapping: Mapping, num_layers: int) -> list[Parameter]:

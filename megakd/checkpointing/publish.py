@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megakd.errors import UserError
+from megakd.errors import UserError, file_errors
+from megakd.reporting.own_folder import check_can_write, hidden, missing_parents, remove_empty
 
 
 @contextmanager
@@ -16,23 +16,38 @@ def published(target: Path) -> Iterator[Path]:
     """A hidden folder beside `target` to write in; it becomes `target` when the block ends well and disappears when it does not.
 
     An older `target` stays readable until the new one takes its name.
+
+    Raises:
+        UserError: the disk is full, or refuses; or another command writes the same target and took the hidden folder away.
     """
     made = missing_parents(target)
     folder = hidden(target)
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     try:
-        folder.mkdir(parents=True)
-        yield folder
-        take_name(folder, target)
+        with writing(target):
+            folder.mkdir(parents=True)
+            yield folder
+            take_name(folder, target)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
-        _remove_empty(made)
+        remove_empty(made)
         raise
 
 
-def hidden(target: Path) -> Path:
-    """Where `target` is written until it is whole."""
-    return target.with_name(f".{target.name}.partial")
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """What goes wrong with the files of a folder that is being published is told with the folder's name; other files tell of themselves."""
+    folder = hidden(target)
+    try:
+        yield
+    except OSError as error:
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        if names and not any(name.startswith((str(folder), str(target))) for name in names):
+            raise
+        if isinstance(error, FileNotFoundError) and not folder.exists():
+            raise UserError(f"{target}: another command writes it too, and took away what was half-written; run one at a time") from error
+        with file_errors(target):
+            raise
 
 
 def take_name(folder: Path, target: Path) -> None:
@@ -45,32 +60,13 @@ def take_name(folder: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def missing_parents(target: Path) -> list[Path]:
-    """The parents that do not exist yet, the innermost first."""
-    return [parent for parent in target.absolute().parents if not parent.exists()]
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    for folder in folders:
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-
-
-def write_text(file: Path, text: str) -> None:
-    """Replace a small file in one step."""
-    partial = hidden(file)
-    partial.write_text(text)
-    os.replace(partial, file)
-
-
 def check_target(target: Path, *, force: bool, ours: Callable[[Path], bool], what: str) -> None:
     """Refuse to write over something; `--force` replaces what `ours` recognises, and nothing else.
 
     Raises:
-        UserError: the target is a file, or a folder with something in it.
+        UserError: the target is a file, or a folder with something in it, or cannot be written.
     """
-    if target.is_file():
-        raise UserError(f"--save {target}: is a file; give a folder")
+    check_can_write(target, flag="--save")
     if not target.exists() or not any(target.iterdir()):
         return
     if not force:

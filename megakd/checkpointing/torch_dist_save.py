@@ -6,6 +6,8 @@ file. Saving here is synchronous anyway, so torch's own writer does it in this p
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
@@ -17,6 +19,8 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 
+from megakd.errors import UserError, file_errors
+
 
 class Writer(dcp.FileSystemWriter):
     """One file a rank, flushed to disk; its index names no path of this machine."""
@@ -24,6 +28,35 @@ class Writer(dcp.FileSystemWriter):
     def storage_meta(self) -> None:
         """None: torch would store the folder's path, which a copy of the checkpoint no longer has."""
         return None
+
+    def write_data(self, plan, planner):
+        """As torch's, whose RuntimeError ("unexpected pos 704 vs 598") hides what the system said."""
+        with system_errors(Path(self.path)):
+            return super().write_data(plan, planner)
+
+    def finish(self, metadata, results):
+        """The index."""
+        with system_errors(Path(self.path)):
+            super().finish(metadata, results)
+
+
+@contextmanager
+def system_errors(folder: Path) -> Iterator[None]:
+    """A full disk, and whatever else the system says while a checkpoint is written, in one line.
+
+    Raises:
+        UserError: on the rank that met it.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        said: BaseException | None = error
+        while said is not None and not isinstance(said, OSError):
+            said = said.__cause__ or said.__context__
+        if said is None:
+            raise
+        with file_errors(folder):
+            raise said from error
 
 
 class SynchronousSave(SaveShardedStrategy):
@@ -33,10 +66,20 @@ class SynchronousSave(SaveShardedStrategy):
         super().__init__("torch_dist", 1)
 
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
-        """From all ranks at once, each into a file of its own."""
+        """From all ranks at once, each into a file of its own.
+
+        Raises:
+            UserError: on all of them, where one could not write.
+        """
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-        dcp.save(mcore_to_pyt_state_dict(by_key), storage_writer=Writer(checkpoint_dir), planner=planner)
+        try:
+            dcp.save(mcore_to_pyt_state_dict(by_key), storage_writer=Writer(checkpoint_dir), planner=planner)
+        except dcp.api.CheckpointException as error:
+            told = [failure for failure, _traceback in error.failures.values() if isinstance(failure, UserError)]
+            if not told:
+                raise
+            raise told[0] from None
 
     @property
     def can_handle_sharded_objects(self) -> bool:

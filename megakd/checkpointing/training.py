@@ -23,13 +23,14 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megakd.checkpointing.description import Description, layout_dict
-from megakd.checkpointing.hf_files import write_hf_folder
+from megakd.checkpointing.hf_files import FOLDER, write_hf_folder
 from megakd.checkpointing.model_folder import ModelFolder
 from megakd.checkpointing.native import NativeCheckpoint, iteration_folder, write_latest
 from megakd.checkpointing.parameters import HEAD
 from megakd.checkpointing.publish import hidden, published
 from megakd.checkpointing.reshard import RUN_CONFIG
 from megakd.checkpointing.torch_dist_save import SynchronousSave
+from megakd.data.end_ids import EndIds, write_end_ids
 from megakd.errors import UserError
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.runtime.parallel_layout import ParallelLayout
@@ -44,6 +45,7 @@ def save_checkpoint(
     *,
     model: HiddenStateGPTModel,
     source: ModelFolder,
+    ends: EndIds | None = None,
     optimizer: MegatronOptimizer | None = None,
     extra_tensors: dict[str, Tensor] | None = None,
     run_config: Path | None = None,
@@ -54,6 +56,7 @@ def save_checkpoint(
     Args:
         model: this rank's stage, without DistributedDataParallel around it.
         source: where the model came from: its config and tokenizer go into the checkpoint.
+        ends: where answers of the model end, for those files to say.
         extra_tensors: small tensors by name, alike on all ranks (the soft prompt and its moments); rank 0's are written.
         run_config: the run's config.yaml.
     """
@@ -65,7 +68,9 @@ def save_checkpoint(
         dist_checkpointing.save(state, str(folder), SynchronousSave(), content_metadata=kinds)
         if dist.get_rank() == 0:
             _describe(model, iteration, teacher_layout).write(folder)
-            write_hf_folder(source.hf_folder, folder)
+            write_hf_folder(source.hf_folder, folder, source.config)
+            if ends is not None:
+                write_end_ids(folder / FOLDER, ends)
             if run_config is not None:
                 shutil.copyfile(run_config, folder / RUN_CONFIG)
     return target

@@ -49,7 +49,7 @@ class IndexedDataset(Sequence[Sample]):
         self.max_length, self.prompts_only = max_length, prompts_only
         self.shards = [open_shard(file, vocab_size) for file in shard_files(path)]
         lengths = np.concatenate([self._prompt_lengths(shard) for shard in self.shards])
-        report_dropped(path, lengths.tolist(), max_prompt_length)
+        report_dropped(path, lengths, max_prompt_length)
         self.kept = np.flatnonzero(lengths <= max_prompt_length)
         self.first = np.cumsum([0, *(len(shard.sizes) for shard in self.shards)])  # number of each shard's first item
 

@@ -9,7 +9,7 @@ from megakd.config import DataConfig
 from megakd.data.batch import Sample
 from megakd.data.indexed import IndexedDataset, is_indexed
 from megakd.data.prompt_dataset import PromptDataset
-from megakd.data.sft_dataset import SFTDataset
+from megakd.data.sft_dataset import NO_RESPONSE, SFTDataset
 
 
 def open_prompts(path: str, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> Sequence[Sample]:
@@ -20,13 +20,14 @@ def open_prompts(path: str, tokenizer: PreTrainedTokenizerBase, data: DataConfig
 
 
 def open_responses(
-    path: str, tokenizer: PreTrainedTokenizerBase, data: DataConfig, *, full_rows: bool = False
+    path: str, tokenizer: PreTrainedTokenizerBase, data: DataConfig, *, full_rows: bool = False, no_response: str = NO_RESPONSE
 ) -> Sequence[Sample]:
-    """Prompts with their responses, or text; `full_rows`: see SFTDataset."""
+    """Prompts with their responses, or text; `full_rows` and `no_response`: see SFTDataset."""
     if is_indexed(path):
         return open_indexed(path, tokenizer, data)
     lengths = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length}
-    return SFTDataset(path, tokenizer, **lengths, template=data.prompt_template, full_rows=full_rows)
+    options = {"template": data.prompt_template, "full_rows": full_rows, "no_response": no_response}
+    return SFTDataset(path, tokenizer, **lengths, **options)
 
 
 def open_indexed(path: str, tokenizer: PreTrainedTokenizerBase, data: DataConfig, **options) -> IndexedDataset:

@@ -1,78 +1,82 @@
-"""From records to rows of text: a prompt, and its right responses.
+"""The rows of a file: read once, kept as they stand in it, and made anew when one is asked for.
 
-    prompt, response                   as they are
-    prompt, output                     MiniLLM's files: the prompt is rendered already
-    instruction, input, output         rendered with --prompt-template; input may be missing or ""
-    question, answer                   GSM8K's files: the question is the instruction
-    messages                           a chat: the assistant's last turn is the response, the tokenizer renders the others
-    text                               plain text: no prompt, every token is learnt
-
-A response or output is one text or a list of right ones. It may be missing where only prompts are wanted.
+Which fields of a record are read, and before which others, is decided in `forms.py`: messages, prompt, instruction, question, text;
+and response, completion, output, answer.
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from megakd.data.chat import split_messages
-from megakd.data.records import FORMS, records, short
+from megakd.data.forms import Row, RowReader
+from megakd.data.packed import Packed
+from megakd.data.records import records
 from megakd.data.templates import open_template
+from megakd.data.values import FORMS
 from megakd.errors import UserError
 
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a data file."""
-
-    where: str  # "train.jsonl line 7", for messages
-    prompt: str  # "" for plain text
-    references: tuple[str, ...]  # right responses, the first is the one to learn; none in a file of prompts
+PART = 2**18  # characters of the rows that are worked on at once
 
 
-def read_rows(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, *, template: str = "alpaca") -> list[Row]:
+def read_rows(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, *, template: str = "alpaca") -> "Rows":
     """All rows of a file or dataset folder; `messages` need the tokenizer.
 
     Raises UserError naming file, line, value and way out where one cannot be used.
     """
-    render = open_template(template)
-    rows = [row_of(fields, where, render, tokenizer) for where, fields in records(Path(path))]
-    if not rows:
-        raise UserError(f"{path} is empty; it needs one JSON object a line with {FORMS}")
+    rows = Rows(path, tokenizer, template=template)
+    for _ in rows.read():
+        pass
     return rows
 
 
-def row_of(fields: dict, where: str, render: Callable[[str, str], str], tokenizer: PreTrainedTokenizerBase | None) -> Row:
-    """The first of the forms above that the fields have. Raises UserError where they have none, or a value is no text."""
-    if "prompt" in fields:
-        prompt = string(fields, "prompt", where)
-    elif "instruction" in fields:
-        prompt = render(string(fields, "instruction", where), string(fields, "input", where))
-    elif "question" in fields:
-        prompt = render(string(fields, "question", where), "")
-    elif "messages" in fields:
-        return Row(where, *split_messages(fields["messages"], tokenizer, where))
-    elif "text" in fields:
-        return Row(where, "", (string(fields, "text", where),))
-    else:
-        raise UserError(f"{where} has the fields {short(', '.join(fields))}; it needs {FORMS}")
-    return Row(where, prompt, references(fields, where))
+class Rows(Sequence[Row]):
+    """The rows of a file as far as it has been read, each made anew when it is asked for.
 
+    Kept are the records, as JSON: about as much as the file, where rows of text take several times that.
+    """
 
-def references(fields: dict, where: str) -> tuple[str, ...]:
-    """One text or a list of them under response, output or answer; none where all three are missing."""
-    name = next((name for name in ("response", "output", "answer") if name in fields), "output")
-    value = fields.get(name, [])
-    if isinstance(value, list) and all(isinstance(reference, str) for reference in value):
-        return tuple(value)
-    return (string(fields, name, where, expected="a text or a list of texts"),)
+    def __init__(self, path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, *, template: str = "alpaca") -> None:
+        self.path = Path(path)
+        self._reader = RowReader(open_template(template), tokenizer)
+        self._records = Packed()
 
+    def read(self) -> Iterator[Row]:
+        """Every row, once; then what is to be told of them all."""
+        for place, fields in records(self.path):
+            self._records.append(json.dumps([place, fields], ensure_ascii=False).encode())
+            yield self._reader.row_of(fields, f"{self.path} {place}")
+        if not self:
+            raise UserError(f"{self.path} is empty; it needs one JSON object a line with {FORMS}")
+        self._reader.notes.tell()
 
-def string(fields: dict, name: str, where: str, expected: str = "a text") -> str:
-    """A field's text, "" where it is missing. Raises UserError where it is something else than `expected`."""
-    value = fields.get(name, "")
-    if not isinstance(value, str):
-        raise UserError(f"{where}: field {name} is {short(json.dumps(value, default=str))}; it must be {expected}")
-    return value
+    def read_in_parts(self) -> Iterator[list[Row]]:
+        """The same, some rows at a time: as many as are worth a call of the tokenizer, whose notes on them are large."""
+        part, size = [], 0
+        for row in self.read():
+            part.append(row)
+            size += len(row.prompt) + len(row.response or "")
+            if size >= PART:
+                yield part
+                part, size = [], 0
+        if part:
+            yield part
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Row:
+        place, fields = self._record(index)
+        return self._reader.row_of(fields, f"{self.path} {place}")
+
+    def where(self, index: int) -> str:
+        """File and place of a row, as in messages."""
+        return f"{self.path} {self._record(index)[0]}"
+
+    def fields(self, index: int) -> dict:
+        """All that the record of a row holds."""
+        return self._record(index)[1]
+
+    def _record(self, index: int) -> tuple[str, dict]:
+        return json.loads(self._records[index])

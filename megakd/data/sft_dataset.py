@@ -5,20 +5,25 @@ token is learnt: a document is cut into pieces of `max_length` ids; or, with `fu
 into pieces of exactly that length, the remainder left out (MiniLLM's language-modelling text).
 """
 
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from megakd.data.rows import Row, read_rows
-from megakd.data.text_dataset import TextDataset, encode_responses, report_dropped
-from megakd.data.tokenizer import encode, eos_id
+from megakd.data.forms import Row
+from megakd.data.rows import Rows
+from megakd.data.text_dataset import CHECKED_ROWS, TextDataset, encode_responses, report_dropped, tell_if_misspelled
+from megakd.data.tokenizer import encode
 from megakd.errors import UserError
+
+NO_RESPONSE = "training needs a field response or output"
 
 
 class SFTDataset(TextDataset):
     """The rows of `path` that have a prompt of at most `max_prompt_length` ids, each a Sample of at most `max_length`.
 
-    Raises UserError where the file cannot be used, a row has no response, or no row is left.
+    Raises UserError where the file cannot be used, a row has no response (`no_response` is what is said of it), or no row is left.
     """
 
     def __init__(
@@ -30,27 +35,40 @@ class SFTDataset(TextDataset):
         max_prompt_length: int = 256,
         template: str = "alpaca",
         full_rows: bool = False,
+        no_response: str = NO_RESPONSE,
     ) -> None:
-        super().__init__()
+        super().__init__(Rows(path, tokenizer, template=template))
         if max_prompt_length >= max_length:
             raise UserError(
                 f"--max-prompt-length {max_prompt_length} leaves no room for a response in --max-length {max_length}; lower it"
             )
-        rows = read_rows(path, tokenizer, template=template)
-        check_responses(rows)
-        prompts = encode(tokenizer, [row.prompt for row in rows])
-        report_dropped(path, [len(prompt) for prompt in prompts], max_prompt_length)
-        responses = [[*response, eos_id(tokenizer)] for response in encode_responses(rows, prompts, tokenizer)]
-        if full_rows and not any(prompts):
-            responses = [whole_pieces([i for response in responses for i in response], max_length)]
-        for row, prompt, response in zip(rows, prompts, responses):
-            if len(prompt) <= max_prompt_length:
-                for piece in cut(prompt, response, max_length):
-                    self._add(row, prompt, piece)
+        self.max_length, self.max_prompt_length = max_length, max_prompt_length
+        self._stream: list[int] | None = [] if full_rows else None  # of documents, what does not fill a row yet
+        lengths = array("q")
+        for rows in self._rows.read_in_parts():
+            check_responses(rows, no_response)
+            prompts = encode(tokenizer, [row.prompt for row in rows])
+            responses = encode_responses(rows, prompts, tokenizer)
+            if not lengths:
+                check_spelling(rows, prompts, responses, tokenizer)
+            for number, (prompt, response) in enumerate(zip(prompts, responses), start=len(lengths)):
+                self._add_row(number, prompt, response)
+            lengths.extend(map(len, prompts))
+        report_dropped(path, lengths, max_prompt_length)
         if not self:
             if full_rows:
                 raise UserError(f"{path} holds less text than a row of --max-length {max_length} tokens; give more or lower it")
             raise UserError(f"{path} holds no text; its documents have no tokens to learn")
+
+    def _add_row(self, number: int, prompt: list[int], response: list[int]) -> None:
+        """One sample, or none if the prompt is too long; of plain text as many as it fills."""
+        if self._stream is not None and not prompt:
+            self._stream += response
+            whole = len(self._stream) // self.max_length * self.max_length
+            response, self._stream = self._stream[:whole], self._stream[whole:]
+        if len(prompt) <= self.max_prompt_length:
+            for piece in cut(prompt, response, self.max_length):
+                self._add(number, prompt, piece)
 
 
 def cut(prompt: list[int], response: list[int], max_length: int) -> list[list[int]]:
@@ -61,13 +79,17 @@ def cut(prompt: list[int], response: list[int], max_length: int) -> list[list[in
     return [piece for piece in pieces if len(piece) > 1]  # one id alone has nothing to be predicted from
 
 
-def whole_pieces(stream: list[int], length: int) -> list[int]:
-    """As much of the stream as fills pieces of `length`."""
-    return stream[: len(stream) // length * length]
+def check_spelling(
+    rows: Sequence[Row], prompts: Sequence[list[int]], responses: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Tells of the first of the first rows whose ids are not its text; ids that a row brings along have been looked at."""
+    first = [(row, prompt, ids[: len(ids) - row.ends]) for row, prompt, ids in zip(rows, prompts, responses) if not row.ids]
+    checked = [(row.where, row.prompt + row.response, prompt + ids) for row, prompt, ids in first[:CHECKED_ROWS]]
+    tell_if_misspelled(checked, tokenizer)
 
 
-def check_responses(rows: list[Row]) -> None:
+def check_responses(rows: Sequence[Row], no_response: str = NO_RESPONSE) -> None:
     """Raises UserError at the first row without one."""
     for row in rows:
-        if not row.references:
-            raise UserError(f"{row.where} has no response; training needs a field response or output")
+        if row.response is None:
+            raise UserError(f"{row.where} has no response; {no_response}")

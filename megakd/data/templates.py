@@ -8,7 +8,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from megakd.errors import UserError
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from megakd.errors import UserError, file_errors
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -45,15 +48,25 @@ def render_prompt(instruction: str, input: str = "", *, template: str = "alpaca"
 
 def jinja_template(path: Path) -> Callable[[str, str], str]:
     """By a file's template, which sees two fields and nothing else."""
-    from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    with file_errors(path, flag="--prompt-template"):
+        text = path.read_text(encoding="utf-8-sig")  # a byte-order mark is no part of a prompt
     try:
-        template = environment.from_string(path.read_text(encoding="utf-8"))
-        template.render(instruction="an instruction", input="")
+        template = environment.from_string(text)
     except TemplateSyntaxError as error:
-        raise UserError(f"--prompt-template {path} line {error.lineno}: {error.message}; correct it") from error
-    except TemplateError as error:
-        raise UserError(f"--prompt-template {path}: {error.message}; its fields are instruction and input") from error
-    return lambda instruction, input: template.render(instruction=instruction, input=input)
+        raise UserError(f"--prompt-template {path} line {error.lineno}: {failure(error)}; correct it") from error
+
+    def render(instruction: str, input: str) -> str:
+        try:
+            return template.render(instruction=instruction, input=input)
+        except Exception as error:  # a template is foreign code, and may raise anything
+            raise UserError(f"--prompt-template {path}: {failure(error)}; its fields are instruction and input") from error
+
+    render("an instruction", "")
+    return render
+
+
+def failure(error: Exception) -> str:
+    """What went wrong in a template, on one line; with the kind of error, if it is none of Jinja's."""
+    said = next(iter(str(error).splitlines()), "")
+    return said if isinstance(error, TemplateError) else f"{type(error).__name__}: {said}"

@@ -1,53 +1,66 @@
 """The tokenizer of a Hugging Face folder, and what distillation needs of it: its EOS, and that teacher and student share it.
 
-Text is encoded without special tokens, in training and in evaluation alike; EOS is appended to responses and pads.
+Text is encoded without special tokens, in training and in evaluation alike; EOS, the end that is taught (end_ids.py), is appended
+to responses and pads.
 """
 
+from importlib.metadata import version
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from megakd.errors import UserError
+from megakd.data.end_ids import end_ids
+from megakd.errors import UserError, refuse_lfs_pointer, said
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+OTHER_FILES = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 PROBE = "Below is an instruction.\n\n### Response:\n  It's 12,345 tokens — naïve?"  # merges, digits, spaces, bytes
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer, pad = EOS. Reads local files only.
+    """The folder's tokenizer, its EOS the end that is taught, pad = EOS. Reads local files only.
 
-    Raises UserError where the folder has no usable tokenizer, or one without EOS.
+    Raises UserError where the folder has no usable tokenizer, or names no end.
     """
     folder = Path(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{folder} holds none of {', '.join(TOKENIZER_FILES)}; copy the model's tokenizer files into it")
+    for name in (*TOKENIZER_FILES, *OTHER_FILES):
+        if (folder / name).is_file():
+            refuse_lfs_pointer(folder / name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{folder}: its tokenizer does not load ({reason}); the folder needs tokenizer.json, or the model's "
-            "config.json beside vocab.json and merges.txt, or tokenizer.model"
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{folder}: the tokenizer names no eos_token; name one in tokenizer_config.json")
+    except Exception as error:  # tokenizers raises bare Exceptions, transformers whatever comes of odd fields
+        raise UserError(f"{folder}: its tokenizer does not load ({said(error)}); {_way_out(folder, error)}") from error
+    tokenizer.eos_token_id = end_ids(folder, tokenizer).taught
     tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
+def _way_out(folder: Path, error: Exception) -> str:
+    """tokenizers' own words for a kind of model, normaliser, ... that it does not know yet, or for a damaged file."""
+    if "untagged enum" in str(error) or "unknown variant" in str(error):
+        return f"tokenizer.json was written by a newer tokenizers than {version('tokenizers')}: install a newer one, or it is damaged"
+    return (
+        "the folder needs tokenizer.json, or the model's config.json beside vocab.json and merges.txt, or tokenizer.model; copy or "
+        "download them again"
+    )
+
+
 def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that ends every response."""
+    """The id that is put behind a response of the data."""
     return tokenizer.eos_token_id
 
 
 def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Raises UserError unless both spell every id alike, split text alike, and end alike.
+    """Raises UserError unless both spell every id alike and split text alike.
 
-    Embedding rows beyond the tokenizer's ids may differ in number; that is the models' business.
+    Embedding rows beyond the tokenizer's ids may differ in number; that is the models' business. Ends may differ, too: what a run
+    writes ends at those of either.
     """
     names = f"--teacher-model {teacher.name_or_path} and --model {student.name_or_path}"
-    way_out = "distil between models that share a tokenizer"
     ours, theirs = ({index: token for token, index in tok.get_vocab().items()} for tok in (student, teacher))
+    way_out = _way_out_of_added_tokens(student, teacher, ours, theirs) or "distil between models that share a tokenizer"
     for index in sorted(ours.keys() | theirs.keys()):
         if ours.get(index) != theirs.get(index):
             raise UserError(
@@ -56,11 +69,20 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
             )
     if encode(student, [PROBE]) != encode(teacher, [PROBE]):
         raise UserError(f"{names} have the same ids but split {PROBE!r} differently; {way_out}")
-    if student.eos_token_id != teacher.eos_token_id:
-        raise UserError(
-            f"{names} end a response differently: EOS is id {teacher.eos_token_id} for the teacher and "
-            f"{student.eos_token_id} for the student; set eos_token in one tokenizer_config.json"
-        )
+
+
+def _way_out_of_added_tokens(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, ours: dict[int, str], theirs: dict[int, str]
+) -> str | None:
+    """Where one has what the other has and a few tokens more, such as a [PAD] of its own: rows are padded with EOS, and need none."""
+    more, fewer, flag = (theirs, ours, "--teacher-model") if len(theirs) > len(ours) else (ours, theirs, "--model")
+    added = {index for index in more if index not in fewer}
+    tokenizer, other = (teacher, student) if more is theirs else (student, teacher)
+    if any(more.get(index) != token for index, token in fewer.items()) or not added <= tokenizer.added_tokens_decoder.keys():
+        return None
+    return (
+        f"only added tokens differ, and rows are padded with EOS: copy the tokenizer files of {other.name_or_path} into a copy of {flag}"
+    )
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

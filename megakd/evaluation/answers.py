@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from megakd.config import ResponseConfig
 from megakd.data.batch import Sample
 from megakd.data.dataloader import deal
+from megakd.data.end_ids import EndIds
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
 from megakd.models.gpt_model import HiddenStateGPTModel
@@ -41,7 +41,7 @@ class Writer:
     """A model that answers, `batch_size` rows at once on each replica."""
 
     model: HiddenStateGPTModel
-    eos_id: int
+    ends: EndIds
     batch_size: int
 
     @property
@@ -60,7 +60,7 @@ class Writer:
         numbered = [Sample(i, sample.prompt, ()) for i, sample in enumerate(samples)]  # sample ids may begin anywhere
         mine = [sample.sample_id for sample in deal(numbered, layout.dp_size)[layout.dp_rank]]
         prompts, ids = [samples[i].prompt for i in mine], [samples[i].sample_id for i in mine]
-        responses = generate(self.model, prompts, ids, sampling, eos_id=self.eos_id, batch_size=self.batch_size)
+        responses = generate(self.model, prompts, ids, sampling, eos_id=self.ends.stop, batch_size=self.batch_size)
         gathered = gather_by_index(dict(zip(mine, responses)), layout.dp_group)
         return [gathered[i] for i in range(len(samples))]
 
@@ -72,7 +72,6 @@ def gather_by_index(mine: dict[int, Item], group: dist.ProcessGroup) -> dict[int
     return {index: item for part in parts for index, item in part.items()}
 
 
-def response_text(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], response: Sequence[int]) -> str:
-    """What the response adds to the prompt's text: decoded alone, Llama's tokenizers would lose its first space."""
-    decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return decode([*prompt, *response])[len(decode(list(prompt))) :]
+def hidden_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Special tokens, which `response_text` does not show."""
+    return frozenset(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)

@@ -7,17 +7,18 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megakd.config import EvaluateConfig
+from megakd.config import EvaluateConfig, ScoreConfig
 from megakd.data.batch import Sample
+from megakd.data.forms import Row
 from megakd.data.prompt_dataset import PromptDataset
 from megakd.data.sft_dataset import check_responses
 from megakd.data.text_dataset import encode_responses
-from megakd.data.tokenizer import eos_id
 from megakd.errors import UserError
 from megakd.evaluation import gsm8k, metrics
+
+USUAL_RULES = ScoreConfig()
 
 
 class EvaluationSet(PromptDataset):
@@ -39,15 +40,21 @@ class EvaluationSet(PromptDataset):
         max_response_length: int,
         add_bos: bool = False,
         template: str = "alpaca",
+        scores: ScoreConfig = USUAL_RULES,
     ) -> None:
+        self.name, self.path, self.max_response_length = name, str(path), max_response_length
+        self._bos = tokenizer("")["input_ids"] if add_bos else []
         super().__init__(path, tokenizer, max_prompt_length=max_prompt_length, template=template)
-        self.name, self.path = name, str(path)
-        check_responses(self._rows)
-        beginning = tokenizer("")["input_ids"] if add_bos else []
-        prompts = [ids.tolist() for ids in self._prompts]
-        for i, gold in enumerate(encode_responses(self._rows, prompts, tokenizer)):
-            self._prompts[i] = np.array([*beginning, *prompts[i]], dtype=np.int32)
-            self._responses[i] = np.array([*gold, eos_id(tokenizer)][:max_response_length], dtype=np.int32)
+        self.rules = scores
+        self.rouge_tokenizer = metrics.rouge_tokenizer(scores.rouge_tokenizer_of(name), tokenizer)
+
+    def _beginning(self) -> Sequence[int]:
+        return self._bos
+
+    def _responses(self, asked: Sequence[tuple[Row, list[int]]]) -> Sequence[Sequence[int]]:
+        rows, prompts = [row for row, _ in asked], [ids for _, ids in asked]
+        check_responses(rows)
+        return [gold[: self.max_response_length] for gold in encode_responses(rows, prompts, self.tokenizer)]
 
     def questions(self) -> list[Sample]:
         """The samples without their responses."""
@@ -57,9 +64,16 @@ class EvaluationSet(PromptDataset):
         """Each metric of one answer, 0 to 100."""
         references = self.references(index)
         return {
-            "rouge_l": metrics.rouge_l(answer, references),
-            "exact_match": metrics.exact_match(answer, references),
+            "rouge_l": metrics.rouge_l(answer, references, self.rouge_tokenizer),
+            "exact_match": metrics.exact_match(answer, references, self.rules.exact_match_rule),
         }
+
+    def unseen(self) -> dict[str, float]:
+        """What Rouge-L does not see of the right answers: rows without any word of its, and the share of letters in per cent."""
+        every = [self.references(i) for i in range(len(self))]
+        rows = sum(metrics.is_unseen(references, self.rouge_tokenizer) for references in every)
+        letters = metrics.unseen_letters([text for references in every for text in references], self.rouge_tokenizer)
+        return {"rouge_l_unseen_rows": rows, "rouge_l_unseen_letters": 100 * letters}
 
 
 class GSM8KSet(EvaluationSet):
@@ -67,10 +81,10 @@ class GSM8KSet(EvaluationSet):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.gold: list[Decimal] = [gsm8k.gold_number(row.references[0], row.where) for row in self._rows]
+        self.gold: list[Decimal] = [gsm8k.gold_number(self.references(i)[0], self.where(i)) for i in range(len(self))]
 
     def score(self, index: int, answer: str) -> dict[str, float]:
-        return super().score(index, answer) | gsm8k.score(answer, self.gold[index])
+        return super().score(index, answer) | gsm8k.score(answer, self.gold[index], self.rules.gsm8k_rule)
 
 
 @dataclass(frozen=True)
@@ -106,5 +120,8 @@ def open_sets(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> lis
     lengths = {"max_prompt_length": config.responses.max_prompt_length, "max_response_length": config.responses.max_new_tokens}
     kinds = [(EvaluationSet, named) for named in named_paths(config.data)]
     kinds += [(GSM8KSet, NamedPath("gsm8k", config.gsm8k))] if config.gsm8k else []
-    options = {"add_bos": config.add_bos, "template": config.responses.prompt_template, **lengths}
+    names = {"", *(named.name for _, named in kinds)}
+    if unknown := sorted(config.scores.rouge_tokenizers.keys() - names):
+        raise UserError(f"--rouge-tokenizer {unknown[0]}=...: no data set has this name; there are {', '.join(sorted(names - {''}))}")
+    options = {"add_bos": config.add_bos, "template": config.responses.prompt_template, "scores": config.scores, **lengths}
     return [kind(named.name, named.path, tokenizer, **options) for kind, named in kinds]

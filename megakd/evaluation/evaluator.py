@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -21,14 +21,16 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.checkpointing.description import versions
 from megakd.config import EvaluateConfig
-from megakd.data.tokenizer import eos_id, load_tokenizer
-from megakd.evaluation.answers import Writer, gather_by_index, response_text, sampling_of
+from megakd.data.end_ids import end_ids
+from megakd.data.text_dataset import response_text
+from megakd.data.tokenizer import load_tokenizer
+from megakd.evaluation.answers import Writer, gather_by_index, hidden_ids, sampling_of
 from megakd.evaluation.evaluation_set import EvaluationSet, open_sets
 from megakd.evaluation.exposure_bias import accumulated, exposure_bias, token_divergences
 from megakd.evaluation.held_out import held_out_losses
 from megakd.evaluation.models import load_models, open_folders, start
 from megakd.evaluation.progress import Progress
-from megakd.evaluation.report import Report, print_table
+from megakd.evaluation.report import Report, check_folder, notes, print_table
 from megakd.generation.sampling import Sampling
 from megakd.runtime.initialize import is_rank_zero
 from megakd.runtime.parallel_layout import ParallelLayout
@@ -44,6 +46,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         UserError: something does not fit; before any weight is loaded where that can be known.
     """
     config.check()
+    check_folder(config)
     began = time.perf_counter()
     folders = open_folders(config, config.teacher_model)
     tokenizer = load_tokenizer(folders[0].hf_folder)
@@ -51,9 +54,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     layout = start(config)
     report = Report(config.save if is_rank_zero() else "")
     models = load_models(folders, layout, config.dtype)
-    writers = [Writer(model, eos_id(tokenizer), config.responses.batch_size) for model in models]
-    scores = Evaluator(config, sets, tokenizer, dict(zip(("student", "teacher"), writers)), report).run()
-    results = {**describe(config, layout), "seconds": time.perf_counter() - began, **scores}
+    ends = [end_ids(folder.hf_folder, load_tokenizer(folder.hf_folder)) for folder in folders]
+    written = [Writer(model, ends, config.responses.batch_size) for model, ends in zip(models, ends)]
+    writers = dict(zip(("student", "teacher"), written))
+    scores = Evaluator(config, sets, tokenizer, writers, report).run()
+    ends_of = {name: asdict(writer.ends) for name, writer in writers.items()}
+    results = {**describe(config, layout), "ends": ends_of, "seconds": time.perf_counter() - began, **scores}
+    results["notes"] = notes(results)
     if is_rank_zero():
         report.finish(results)
         print_table(results)
@@ -79,6 +86,7 @@ class Evaluator:
         report: Report,
     ) -> None:
         self.config, self.sets, self.tokenizer, self.writers, self.report = config, sets, tokenizer, writers, report
+        self.hidden = hidden_ids(tokenizer)
         self.model = writers["student"].model
         self.teacher = LiveTeacher(writers["teacher"].model) if "teacher" in writers else None
         settings = config.responses
@@ -97,7 +105,7 @@ class Evaluator:
         for data in self.sets:
             self._written.clear()
             seeds = {str(seed): self.scores(data, seed) for seed in self.scored}
-            numbers = {"samples": len(data), **over_seeds(list(seeds.values())), **self.losses(data)}
+            numbers = {"samples": len(data), **over_seeds(list(seeds.values())), **data.unseen(), **self.losses(data)}
             if self.drawn:
                 curves = self.exposure_bias(data)
                 numbers["ex_acc_err"] = curves["ex_acc_err"][: AT_LENGTH][-1]
@@ -121,10 +129,11 @@ class Evaluator:
     def scores(self, data: EvaluationSet, seed: int) -> dict[str, float]:
         """Means over the set of one pass of answers."""
         responses = self.responses(data, "student", self.scored[seed])
-        answers = [response_text(self.tokenizer, sample.prompt, tokens).strip() for sample, tokens in zip(data, responses)]
+        said = [self.writers["student"].ends.without_end(tokens) for tokens in responses]
+        answers = [response_text(self.tokenizer, sample.prompt, tokens).strip() for sample, tokens in zip(data, said)]
         rows = score_on_all_ranks(data, answers)
-        for row, tokens in zip(rows, responses):
-            row["response_length"] = len(tokens) - (tokens[-1] == eos_id(self.tokenizer))
+        for row, tokens in zip(rows, said):
+            row |= {"response_length": len(tokens), "hidden_tokens": sum(token in self.hidden for token in tokens)}
         self.report.add_answers(data, seed, answers, responses, rows)
         return {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
 

@@ -1,12 +1,13 @@
-"""GSM8K: the number an answer gives, by the rules of response priming's evaluation (Goyal et al. 2024, arXiv), nothing by hand.
+"""GSM8K: the number an answer gives, nothing by hand.
 
-    boxed      the number in the first \\boxed{}
-    line       the number of the first line, if it holds exactly one distinct number
-    phrase     the number after "the [final | correct] answer is"
-    last       the last number
+    robust     the number stated last, behind ####, in \\boxed{} or after "answer is", "answer:"; else the last number
+    papers     the rules of response priming's evaluation (Goyal et al. 2024, arXiv):
+        strict     the number in the first \\boxed{}, then the one after "the [final | correct] answer is"
+        flexible   boxed, then the only distinct number of the first line, then phrase, then the last number
 
-strict asks boxed, then phrase; flexible asks all four in this order. Commas in numbers are removed, and numbers are compared by
-value: 18, 18.0 and $18.00 are one answer.
+Commas in numbers are removed, and numbers are compared by value: 18, 18.0 and $18.00 are one answer. The robust rule also reads
+a minus that is written U+2212 or before the currency, spaces between thousands, and the result of `3 + 4 = 7`; where a model goes on
+to ask itself another question, its answer has ended.
 """
 
 import re
@@ -59,10 +60,41 @@ def _first(found: Sequence[Decimal]) -> Decimal | None:
     return found[0] if found else None
 
 
+STATED = re.compile(rf"{GOLD}|{BOX.pattern}|\banswer[\s*_]*(?:is\b|are\b|:|=)", re.IGNORECASE)
+NEXT_QUESTION = re.compile(r"\n[\s#*]*(?:question|q|problem|instruction)\s*\d*\s*:", re.IGNORECASE)
+CURRENCY = re.compile(r"\\?[$€£¥]")
+THIN_SPACE = re.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))")  # 1 000
+SUM = re.compile(r"\D{0,9}\d[\d\s.,+\-*/x×÷()%]*=")  # the left side of 3 + 4 = 7
+
+
+def plain(reply: str) -> str:
+    """The answer as far as it is one to this question, its signs as NUMBER reads them."""
+    own = NEXT_QUESTION.split(reply.strip())[0]
+    return THIN_SPACE.sub("", CURRENCY.sub("", own.replace("\u2212", "-").replace(r"\,", "")))
+
+
+def stated_last(reply: str) -> Decimal | None:
+    """The number of the last statement that has one."""
+    reply = plain(reply)
+    for found in reversed(list(STATED.finditer(reply))):
+        said = found[1] or reply[found.end() :].lstrip(" \t\r\n*_:\\[(").partition("\n")[0]
+        while left := SUM.match(said):
+            said = said[left.end() :]
+        if (number := _first(numbers(said))) is not None:
+            return number
+    return None
+
+
+def last_of_own(reply: str) -> Decimal | None:
+    """The last number before another question."""
+    return last_number(plain(reply))
+
+
 Rule = Callable[[str], Decimal | None]
+ROBUST: tuple[Rule, ...] = (stated_last, last_of_own)
 STRICT: tuple[Rule, ...] = (boxed, after_phrase)
 FLEXIBLE: tuple[Rule, ...] = (boxed, only_number_of_first_line, after_phrase, last_number)
-RULES = {"gsm8k_strict": STRICT, "gsm8k_flexible": FLEXIBLE}
+RULES = {"robust": {"gsm8k_robust": ROBUST}, "papers": {"gsm8k_strict": STRICT, "gsm8k_flexible": FLEXIBLE}}
 
 
 def extract(reply: str, rules: Sequence[Rule]) -> Decimal | None:
@@ -77,12 +109,12 @@ def gold_number(answer: str, where: str = "answer") -> Decimal:
         UserError: there is none; the message begins with `where`.
     """
     _, marker, end = answer.rpartition(GOLD)
-    found = numbers(end)
+    found = numbers(plain(end))
     if not (marker and found):
         raise UserError(f"{where} has no number after {GOLD}; --gsm8k needs answers that end in `{GOLD} 18`")
     return found[0]
 
 
-def score(reply: str, gold: Decimal) -> dict[str, float]:
-    """One reply's `gsm8k_strict` and `gsm8k_flexible`, 0 or 100."""
-    return {name: 100.0 * (extract(reply, rules) == gold) for name, rules in RULES.items()}
+def score(reply: str, gold: Decimal, rule: str = "robust") -> dict[str, float]:
+    """One reply's scores by the rules of that name, each 0 or 100."""
+    return {name: 100.0 * (extract(reply, rules) == gold) for name, rules in RULES[rule].items()}

@@ -8,7 +8,7 @@ from megakd.checkpointing.model_folder import ModelFolder
 from megakd.config import AnsweringConfig
 from megakd.errors import UserError
 from megakd.models.gpt_model import HiddenStateGPTModel
-from megakd.models.model_provider import build_model, check_layout, context_length, family_of, padded_vocab_size, share_vocabulary
+from megakd.models.model_provider import build_model, check_layout, context_length, padded_vocab_size, share_vocabulary
 from megakd.preflight import check_tokenizers
 from megakd.runtime.initialize import check_world_size, initialize, resolve_dtype
 from megakd.runtime.parallel_layout import ParallelLayout
@@ -25,7 +25,6 @@ def open_folders(config: AnsweringConfig, teacher_model: str = "") -> list[Model
     tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
     check_world_size(tp, pp, int(os.environ.get("WORLD_SIZE", "1")))
     for folder in folders:
-        family_of(folder.config, flag=folder.flag, name=str(folder.path))
         check_layout(folder.config, tp, pp, flag=folder.flag, name=str(folder.path))
         check_context(config, folder)
     check_tokenizers(*folders, *[None] * (2 - len(folders)))

@@ -1,7 +1,7 @@
 """Responses to a file of prompts, into a file that training reads as it is: SeqKD's data, and whatever else wants answers.
 
-Rows keep their fields and their order; a `response` that was there becomes `reference`. Rows are written chunk by chunk, and the
-same command continues after the last whole chunk: the chunks, and so the bytes, are those of an unbroken run.
+Rows keep their fields and their order; an answer that was there, be it a chat's last turn, becomes `reference`. Rows are written
+chunk by chunk, and the same command continues after the last whole chunk: the chunks, and so the bytes, are those of an unbroken run.
 """
 
 from __future__ import annotations
@@ -12,17 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import PreTrainedTokenizerBase
 
-from megakd.checkpointing.publish import write_text
 from megakd.config import GenerateConfig, ResponseConfig, flag_name, from_yaml
+from megakd.data.end_ids import EndIds, end_ids
+from megakd.data.forms import unanswered
 from megakd.data.prompt_dataset import PromptDataset
-from megakd.data.records import records
-from megakd.data.tokenizer import eos_id, load_tokenizer
-from megakd.errors import UserError
-from megakd.evaluation.answers import Writer, response_text, sampling_of
+from megakd.data.text_dataset import response_text
+from megakd.data.tokenizer import load_tokenizer
+from megakd.errors import UserError, file_errors, read_json, tell
+from megakd.evaluation.answers import Writer, sampling_of
 from megakd.evaluation.models import load_models, open_folders, start
+from megakd.evaluation.origin import checksums
 from megakd.evaluation.progress import Progress
 from megakd.reporting.jsonl import dump
+from megakd.reporting.own_folder import MARKER, check_can_write, hidden, mark, marked_by, write_text
 from megakd.runtime.initialize import is_rank_zero
 
 MAY_CHANGE = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "batch_size", "save")  # when a file is continued
@@ -37,10 +41,11 @@ def write_responses(config: GenerateConfig) -> None:
     config.check()
     folders = open_folders(config)
     tokenizer = load_tokenizer(folders[0].hf_folder)
-    prompts = Prompts(config.data, tokenizer, config.responses)
+    ends = end_ids(folders[0].hf_folder, tokenizer)
+    prompts = Prompts(config.data, tokenizer, ends, config.responses)
     file = ResponseFile(config)
     (model,) = load_models(folders, start(config), config.dtype)
-    writer = Writer(model, eos_id(tokenizer), config.responses.batch_size)
+    writer = Writer(model, ends, config.responses.batch_size)
     done = file.continue_at(writer.chunk_size, len(prompts))
     progress = Progress(len(prompts) - done)
     for chunk in writer.answer(list(prompts)[done:], sampling_of(config.responses, config.seed)):
@@ -53,45 +58,63 @@ def write_responses(config: GenerateConfig) -> None:
 
 
 class Prompts(PromptDataset):
-    """The prompts of a jsonl file, with the fields of their rows."""
+    """The prompts of a data file, with the fields of their rows."""
 
-    def __init__(self, path: str, tokenizer, settings: ResponseConfig) -> None:
-        super().__init__(path, tokenizer, max_prompt_length=settings.max_prompt_length, template=settings.prompt_template)
-        self.tokenizer = tokenizer
-        self._fields = dict(records(Path(path)))
-        for i in range(len(self)):
-            if not {"prompt", "instruction", "question", "messages"} & self._fields[self.where(i)].keys():
-                raise UserError(f"{self.where(i)} is plain text; --data needs rows with prompt, or with instruction and input")
+    def __init__(self, path: str, tokenizer: PreTrainedTokenizerBase, ends: EndIds, settings: ResponseConfig) -> None:
+        length, template = settings.max_prompt_length, settings.prompt_template
+        super().__init__(path, tokenizer, max_prompt_length=length, template=template, prompts_only=True)
+        self.ends = ends
 
     def row(self, index: int, response: Sequence[int], *, token_ids: bool) -> dict[str, Any]:
-        """What is written for one prompt."""
-        fields, prompt = dict(self._fields[self.where(index)]), self[index].prompt
-        kept = {"reference": fields.pop("response")} if "response" in fields else {}
+        """What is written for one prompt: training reads it as this prompt and this response, and no other."""
+        prompt = self[index].prompt
+        fields = unanswered(self._rows.fields(self._row_of[index]))
+        ended = len(self.ends.without_end(response)) < len(response)
         ids = {"prompt_ids": prompt, "response_ids": response} if token_ids else {}
-        return {**fields, **kept, "response": response_text(self.tokenizer, prompt, response), **ids}
+        text = response_text(self.tokenizer, prompt, self.ends.without_end(response))
+        return {**fields, "response": text, "finish_reason": "stop" if ended else "length", **ids}
 
 
 class ResponseFile:
-    """The jsonl file of a command, and beside it the settings that made it, `<file>.config.yaml`.
+    """The jsonl file of a command, and beside it the settings that made it, `<file>.config.yaml`, and what from, `<file>.megakd.json`.
 
     Raises:
-        UserError: the file there was made with other settings.
+        UserError: the file there is not ours, or was begun with other data, another model or other settings; or cannot be written.
     """
 
     def __init__(self, config: GenerateConfig) -> None:
         self.path, self.config = Path(config.save), config
-        self.settings = self.path.with_name(self.path.name + ".config.yaml")
-        self._check_settings()
-        self._lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
+        if self.path.is_dir():
+            raise UserError(f"--save {self.path} is a folder; name a jsonl file, as {self.path / 'answers.jsonl'}")
+        check_can_write(self.path.parent, flag="--save")
+        self.settings, self.marker = (self.path.with_name(f"{self.path.name}.{name}") for name in ("config.yaml", MARKER))
+        self.origin = checksums(config)
+        if self.path.is_file():
+            self._check_settings(self._same_origin())
+        with file_errors(self.path, flag="--save"):
+            self._lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
 
-    def _check_settings(self) -> None:
-        if not self.path.is_file():
-            return
+    def _same_origin(self) -> set[str]:
+        """The settings whose files are known to be those that the answers were begun with, whatever they are called now."""
         if not self.settings.is_file():
             raise UserError(f"--save {self.path} exists, and no {self.settings.name} says how it was made; name another file")
+        if marked_by(self.marker) is None:
+            tell(f"{self.path} was begun by a version without checksums: that its data and model are still the same is not checked")
+            return set()
+        before = read_json(self.marker).get("sha256", {})
+        for name, checksum in self.origin.items():
+            if name in before and before[name] != checksum:
+                value = getattr(self.config, name, self.config.responses.prompt_template)
+                raise UserError(
+                    f"{flag_name(name)} {value}: its content is not what --save {self.path} was begun with; "
+                    "give it as it was to continue, or another --save to start anew"
+                )
+        return before.keys() & self.origin.keys()
+
+    def _check_settings(self, same: set[str]) -> None:
         before, now = from_yaml(self.settings, GenerateConfig).flat(), self.config.flat()
         for name, value in now.items():
-            if name not in MAY_CHANGE and before[name] != value:
+            if name not in {*MAY_CHANGE, *same} and before[name] != value:
                 raise UserError(
                     f"{flag_name(name)} {value} differs from the {before[name]} that --save {self.path} was begun with; "
                     "give the same command to continue it, or another --save to start anew"
@@ -102,16 +125,17 @@ class ResponseFile:
         whole = sum(line.endswith(b"\n") for line in self._lines)
         kept = rows if whole >= rows else whole // chunk_size * chunk_size
         if is_rank_zero():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self.settings, yaml.safe_dump(self.config.flat(), sort_keys=False))
-            beside = self.path.with_name(self.path.name + ".tmp")
-            beside.write_bytes(b"".join(self._lines[:kept]))
-            os.replace(beside, self.path)
+            with file_errors(self.path, flag="--save"):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                write_text(self.settings, yaml.safe_dump(self.config.flat(), sort_keys=False))
+                mark(self.marker, "generate.py", sha256=self.origin)
+                hidden(self.path).write_bytes(b"".join(self._lines[:kept]))
+                os.replace(hidden(self.path), self.path)
         self._lines = []
         return kept
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """One chunk, on rank 0."""
         if is_rank_zero():
-            with self.path.open("a", encoding="utf-8") as file:
+            with file_errors(self.path, flag="--save"), self.path.open("a", encoding="utf-8") as file:
                 file.writelines(dump(row) for row in rows)

@@ -92,7 +92,8 @@ class Decoder:
         positions_BS = (self.soft_length + self.lengths_B + step)[:, None]
         positions_BS = positions_BS.clamp(max=self.model.max_sequence_length - 1)  # a row that has ended may not have left yet
         rows, filled = slice(0, len(tokens_B)), self.soft_length + filled
-        return self.run(tokens_B[:, None], positions_BS, columns_S, rows, filled, hidden)
+        tokens_BS = tokens_B[:, None].clamp(min=0)  # NO_TOKEN until it is looked at
+        return self.run(tokens_BS, positions_BS, columns_S, rows, filled, hidden)
 
     def run(
         self,

@@ -2,25 +2,26 @@
 
 Prompts are sorted by length and cut into groups of like lengths, so that little of a group is padding. A group's prompts are read
 at once (prefill), then it grows by one token a step; rows that have ended leave it. Under pipeline parallelism as many groups are
-under way as there are stages (ring.py). Weights are those of training, not a copy, and nothing of the model is changed:
-neither its mode nor its sequence parallelism.
+under way as there are stages (ring.py). The model is that of training, its weights and its forward pass; its mode and its sequence
+parallelism are put back at the end.
 
-A response ends with EOS, after `max_new_tokens`, or where its row reaches the model's context (`max_position_embeddings`).
+A response ends with an EOS, after `max_new_tokens`, or where its row reaches the model's context (`max_position_embeddings`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from megakd.errors import UserError
 from megakd.generation.ring import turn
 from megakd.generation.rows import Row, RowGroup, Voice
-from megakd.generation.sampling import Sampler, Sampling, Vocabulary
+from megakd.generation.sampling import NO_TOKEN, Sampler, Sampling, Vocabulary
 from megakd.models.decoding import decoding
 from megakd.models.gpt_model import HiddenStateGPTModel
 
@@ -32,19 +33,20 @@ def generate(
     sample_ids: Sequence[int],
     sampling: Sampling,
     *,
-    eos_id: int,
+    eos_id: int | Collection[int],
     batch_size: int | None = None,
     soft_prompt: Tensor | None = None,
     mix_with: Sequence[Voice] = (),
     limits: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Token ids of the responses in the prompts' order, EOS included where it was sampled; the same on every rank of the model.
+    """Token ids of the responses in the prompts' order, the EOS included where one was sampled; the same on every rank of the model.
 
     The ranks of one model replica pass the same arguments; data-parallel replicas pass their own prompts, any number of them.
 
     Args:
         prompts: token ids, at least one each.
         sample_ids: one integer a prompt, which picks its noise; two prompts with one id draw from the same noise.
+        eos_id: ends a response; of several each does, as eos_token_id of transformers.
         batch_size: most rows under way at once, None for all: the cache holds as many.
         soft_prompt: [P, H], stands before every prompt and takes positions 0..P-1.
         mix_with: further models, of the same layout and vocabulary, whose next-token distributions are mixed in by their shares;
@@ -53,18 +55,21 @@ def generate(
 
     Raises:
         ValueError: an empty prompt, one that leaves no room for a response, or models that do not go together.
+        UserError: a model's logits are NaN or infinite.
     """
     voices = [Voice(model, 1 - sum(voice.share for voice in mix_with), soft_prompt), *mix_with]
     check_voices(voices)
     limits = limits or [sampling.max_new_tokens] * len(prompts)
+    ends = frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
     rows = [
-        Row(prompt, sample_id, min(limit, sampling.max_new_tokens, room(i, prompt, voices)), eos_id)
+        Row(prompt, sample_id, min(limit, sampling.max_new_tokens, room(i, prompt, voices)), ends)
         for i, (prompt, sample_id, limit) in enumerate(zip(prompts, sample_ids, limits))
     ]
     sampler = make_sampler(sampling, voices)
     groups = split_by_length(rows, model.layout.pp_size, batch_size)
     with decoding([voice.model for voice in voices]):
         turn(iter([partial(RowGroup, group, voices, sampler) for group in groups]), model.layout)
+    check_chosen(rows)
     return [row.response for row in rows]
 
 
@@ -84,6 +89,20 @@ def room(i: int, prompt: Sequence[int], voices: Sequence[Voice]) -> int:
             f"context of {voice.context} (max_position_embeddings); cut prompts to {len(prompt) + left - 1} tokens or fewer"
         )
     return left
+
+
+def check_chosen(rows: Sequence[Row]) -> None:
+    """Every token of every response was one. Looked at when all rows have ended, on every stage alike.
+
+    Raises:
+        UserError: logits were no numbers.
+    """
+    for row in rows:
+        if NO_TOKEN in row.response[-1:]:
+            raise UserError(
+                f"the next token of sample {row.sample_id}, after {len(row.prompt)} of its prompt and {len(row.response) - 1} of its "
+                "response, cannot be chosen: its logits are NaN or infinite; look for NaN in the model's weights, or use --dtype fp32"
+            )
 
 
 def check_voices(voices: Sequence[Voice]) -> None:

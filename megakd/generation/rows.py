@@ -6,7 +6,7 @@ first the tokens alone. So every stage reads every token, knows the finished row
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megakd.generation.captured_step import CapturedStep
 from megakd.generation.decoder import Decoder
-from megakd.generation.sampling import Sampler, Sampling, noise_streams
+from megakd.generation.sampling import NO_TOKEN, Sampler, Sampling, noise_streams
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.model_provider import context_length
 
@@ -29,15 +29,15 @@ class Row:
     prompt: Sequence[int]
     sample_id: int
     limit: int  # most tokens of the response
-    eos_id: int
+    ends: Collection[int]  # ids, each of which ends the response
     response: list[int] = field(default_factory=list)
     finished: bool = False
 
     def append(self, token: int) -> None:
-        """One more token, unless the response has ended."""
+        """One more token, unless the response has ended. NO_TOKEN ends it, too: nothing can follow."""
         if not self.finished:
             self.response.append(token)
-            self.finished = token == self.eos_id or len(self.response) == self.limit
+            self.finished = token in self.ends or token == NO_TOKEN or len(self.response) == self.limit
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from torch.distributed import ProcessGroup
 
 from megakd.errors import UserError
 
+NO_TOKEN = -1  # where logits are NaN or infinite; it travels as a token does, for to look at it at once would wait for the GPU
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -101,11 +103,12 @@ class Vocabulary:
         return logits_BVp - total[:, None]
 
     def argmax(self, scores_BVp: Tensor) -> Tensor:
-        """Token ids [B] of the highest scores of whole rows, the lowest id among equals."""
-        score, column = scores_BVp.max(-1)
+        """Token ids [B] of the highest scores of whole rows, the lowest id among equals; NO_TOKEN where the highest is none."""
+        score, column = scores_BVp.max(-1)  # NaN counts as the highest
+        token = (column + self.first).masked_fill(~(score < math.inf), NO_TOKEN)
         if not self.is_split:
-            return column + self.first
-        pair = torch.stack([score.double(), (column + self.first).double()], -1)  # [B, 2], exact in float64
+            return token
+        pair = torch.stack([score.double(), token.double()], -1)  # [B, 2], exact in float64
         pairs = all_gather(pair, self.tp_group)
         winner = pairs[..., 0].argmax(0)
         return pairs[..., 1].gather(0, winner[None])[0].long()

@@ -12,12 +12,14 @@ import torch.distributed as dist
 from megakd.config import Config
 from megakd.data.batch import Batch, Sample, micro_batches
 from megakd.data.dataloader import DataLoader
+from megakd.data.end_ids import EndIds
 from megakd.losses.distillation import reverse_kl_loss, sft_loss
 from megakd.losses.token_loss import HeadRows, TokenLoss, VocabularySplit
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.model_provider import share_vocabulary
 from megakd.optimizer import StudentOptimizer
 from megakd.reporting.stopwatch import Stopwatch
+from megakd.runtime.parallel_layout import ParallelLayout
 from megakd.schedules import LossFunction, evaluate_loss, forward_backward, mean_of_means
 from megakd.teachers.teacher import Teacher
 
@@ -30,6 +32,8 @@ class MethodInputs:
     optimizer: StudentOptimizer
     teacher: Teacher | None
     tokenizer: object
+    ends: EndIds
+    text: DataLoader | None = None  # what a method learns beside its rows (MiniLLM)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
 
@@ -41,12 +45,27 @@ class Method:
 
     def __init__(self, inputs: MethodInputs, config: Config, *, total_iters: int):
         self.student, self.optimizer, self.teacher = inputs.student, inputs.optimizer, inputs.teacher
-        self.tokenizer, self.time = inputs.tokenizer, inputs.stopwatch
+        self.tokenizer, self.ends, self.time = inputs.tokenizer, inputs.ends, inputs.stopwatch
         self.config, self.total_iters = config, total_iters
         self.layout = inputs.student.layout
         self.vocabulary = VocabularySplit(
             share_vocabulary([inputs.student, *([inputs.teacher.model] if inputs.teacher else [])]), self.layout.tp_group
         )
+
+    @classmethod
+    def modules(cls, student: HiddenStateGPTModel, teacher: Teacher | None, config: Config) -> dict[str, torch.nn.Module]:
+        """What the method trains beside the student's own weights, on the stage that uses it: made before the optimizer, which
+        then has it; alike on the replicas and tensor-parallel ranks of a stage."""
+        return {}
+
+    @classmethod
+    def reads_responses(cls, config: Config) -> bool:
+        """Whether the data's own responses are learnt, be it now and then: every row must then have one."""
+        return not cls.on_policy
+
+    @classmethod
+    def open_text(cls, config: Config, tokenizer: object, layout: ParallelLayout) -> DataLoader | None:
+        """What the method learns beside its rows, opened before any weight is loaded."""
 
     @classmethod
     def answers_prompts(cls, config: Config) -> bool:

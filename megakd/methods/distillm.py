@@ -39,7 +39,7 @@ class DistiLLM(KD):
         u, threshold = rng.random(), self.threshold.item()
         if u < threshold * (1 - iteration / self.total_iters) or (u < threshold and not self.buffer.is_full):
             with self.time("rollout"):
-                samples = self.rollouts = rollout(self.student, samples, self.config, self.tokenizer, iteration)
+                samples = self.rollouts = rollout(self.student, samples, self.config, self.ends, iteration)
             self.buffer.add(self.all_gather_samples(samples))
         elif u < threshold:
             drawn = self.buffer.draw(self.config.training.global_batch_size, rng)

@@ -8,6 +8,7 @@ import random
 
 from megakd.losses.distillation import Divergence, kd_loss
 from megakd.methods.base import Method
+from megakd.methods.hidden_matching import HiddenMatching, projections
 from megakd.methods.rollout import rollout
 
 USUAL_RATIO = 0.5  # of --kd-ratio, as in the papers' code
@@ -17,15 +18,23 @@ class KD(Method):
     """The teacher reads first; the student learns from what it says."""
 
     @classmethod
+    def modules(cls, student, teacher, config):
+        return projections(student, teacher, config.distillation, config.training.seed)
+
+    @classmethod
     def answers_prompts(cls, config):
         return cls.on_policy or config.distillation.on_policy_ratio > 0
+
+    @classmethod
+    def reads_responses(cls, config):
+        return not cls.on_policy and config.distillation.on_policy_ratio < 1
 
     def train(self, samples, iteration):
         settings = self.config.distillation
         on_policy = random.Random(f"{self.config.training.seed}/{iteration}").random() < settings.on_policy_ratio
         if on_policy:
             with self.time("rollout"):
-                samples = rollout(self.student, samples, self.config, self.tokenizer, iteration)
+                samples = rollout(self.student, samples, self.config, self.ends, iteration)
             self.rollouts = samples
         ratio = settings.ratio(USUAL_RATIO)
         return self.learn(samples, iteration, kd_ratio=1.0 if on_policy else ratio)
@@ -41,4 +50,12 @@ class KD(Method):
         def loss(q, batch, p):
             return kd_loss(q, p, batch.supervised_labels, self.vocabulary, kd_ratio=kd_ratio, divergence=divergence)
 
-        return self.student_step(batches, loss, iteration, context=self.read_teacher(batches))
+        context = self.read_teacher(batches)
+        if not settings.hidden_coef:
+            return self.student_step(batches, loss, iteration, context=context)
+        with self.time("teacher"):
+            matching = HiddenMatching(self.student, self.teacher, settings, batches)
+        with matching.pulling():
+            learnt = self.student_step(batches, loss, iteration, context=context)
+        hidden = matching.mean(learnt["tokens"])
+        return learnt | {"loss/total": learnt["loss/total"] + settings.hidden_coef * hidden, "loss/hidden": hidden}

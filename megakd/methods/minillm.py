@@ -52,7 +52,17 @@ class MiniLLM(Method):
         self.settings = config.minillm
         self.batches_per_phase = self.settings.num_rollouts // config.training.global_batch_size
         self.steps_per_phase = self.batches_per_phase * self.settings.ppo_epochs
-        self.text = self._open_text() if self.settings.lm_coef else None
+        self.text = inputs.text
+
+    @classmethod
+    def open_text(cls, config, tokenizer, layout):
+        settings, data = config.minillm, config.data
+        if not settings.lm_coef:
+            return None
+        no_response = f"--lm-coef {settings.lm_coef:g} learns it as text: give text with --lm-data, or --lm-coef 0 for prompts alone"
+        dataset = open_responses(settings.lm_data or data.train_data, tokenizer, data, full_rows=True, no_response=no_response)
+        rows, seed = config.training.global_batch_size, config.training.seed + 1
+        return DataLoader(dataset, global_batch_size=rows, seed=seed, dp_rank=layout.dp_rank, dp_size=layout.dp_size)
 
     def train_iteration(self, loader, iteration):
         phase, step = divmod(iteration - 1, self.steps_per_phase)
@@ -67,7 +77,7 @@ class MiniLLM(Method):
         settings = self.settings
         with self.time("rollout"):
             voices = [Voice(self.teacher.model, settings.teacher_mixed_alpha)] if settings.teacher_mixed_alpha else []
-            self.rollouts = rollout(self.student, samples, self.config, self.tokenizer, iteration, mix_with=voices)
+            self.rollouts = rollout(self.student, samples, self.config, self.ends, iteration, mix_with=voices)
         self.numbered = [replace(sample, sample_id=number) for number, sample in enumerate(self.rollouts)]
         batches, self.experience = self.batches(self.numbered), {}
         teacher = self.read_teacher(batches)
@@ -143,17 +153,6 @@ class MiniLLM(Method):
         tokens = [sum(batch.num_supervised for batch in part) for part in (rollouts, texts)]
         counts = self.layout.sum_over_data_parallel(torch.tensor(tokens, device=self.layout.device)).tolist()
         return [sum(counts) / max(1, count) for count in counts]
-
-    def _open_text(self):
-        data, training = self.config.data, self.config.training
-        dataset = open_responses(self.settings.lm_data or data.train_data, self.tokenizer, data, full_rows=True)
-        return DataLoader(
-            dataset,
-            global_batch_size=training.global_batch_size,
-            seed=training.seed + 1,
-            dp_rank=self.layout.dp_rank,
-            dp_size=self.layout.dp_size,
-        )
 
 
 def concatenated(responses: list[Experience]) -> Experience:

@@ -47,7 +47,7 @@ class PromptKD(Method):
 
     def respond(self, samples, iteration):
         """Step (a): y ~ q(·|x)."""
-        return rollout(self.student, samples, self.config, self.tokenizer, iteration)
+        return rollout(self.student, samples, self.config, self.ends, iteration)
 
     def prompt_step(self, batches, iteration):
         """Step (b): the teacher's weights are frozen, the student's distribution is a constant."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from megakd.config import Config
 from megakd.data.batch import Sample
-from megakd.data.tokenizer import eos_id
+from megakd.data.end_ids import EndIds
 from megakd.generation.generate import generate
 from megakd.generation.rows import Voice
 from megakd.generation.sampling import Sampling
@@ -20,12 +20,12 @@ def rollout(
     student: HiddenStateGPTModel,
     samples: Sequence[Sample],
     config: Config,
-    tokenizer,
+    ends: EndIds,
     iteration: int,
     *,
     mix_with: Sequence[Voice] = (),
 ) -> list[Sample]:
-    """The samples with responses of the student, or of a mixture with it; EOS included where it was written before the limit.
+    """The samples with responses of the student, or of a mixture with it; the end included where one was written.
 
     The noise is a function of (seed, iteration, sample, position): any layout and batch size writes the same.
     """
@@ -42,12 +42,11 @@ def rollout(
         [sample.prompt for sample in samples],
         [sample.sample_id for sample in samples],
         sampling,
-        eos_id=eos_id(tokenizer),
+        eos_id=ends.stop,
         batch_size=settings.rollout_batch_size,
         mix_with=mix_with,
     )
     if config.training.quirk("forced-eos"):
-        responses = [
-            [*response[:-1], eos_id(tokenizer)] if len(response) == config.max_new_tokens else response for response in responses
-        ]
+        cut_off = lambda response: len(response) == config.max_new_tokens and response[-1] not in ends.stop
+        responses = [[*response[:-1], ends.taught] if cut_off(response) else response for response in responses]
     return [replace(sample, response=tuple(response)) for sample, response in zip(samples, responses)]

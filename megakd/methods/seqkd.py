@@ -28,5 +28,5 @@ class SeqKD(KD):
 
     def write(self, samples):
         """Answers that nobody has written yet, shared by all replicas: the next epoch deals the prompts to other ones."""
-        answers = rollout(self.teacher.model, samples, self.config, self.tokenizer, ONCE)
+        answers = rollout(self.teacher.model, samples, self.config, self.ends, ONCE)
         self.written |= {answer.sample_id: answer for answer in self.all_gather_samples(answers)}

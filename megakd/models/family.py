@@ -18,7 +18,7 @@ class Family:
     """A family is one page, such as gpt2.py; Qwen2 and Mistral are Llama's but for a few lines."""
 
     model_type: str
-    unsupported: Callable[[PretrainedConfig], str | None]  # the reason why a config of this family cannot be run, or None
+    unsupported: Callable[[PretrainedConfig], str | None]  # why a config of this family cannot be run and the way out, or None
     transformer_config: Callable[[PretrainedConfig], dict[str, Any]]  # arguments of megatron's TransformerConfig
     model_arguments: Callable[[PretrainedConfig], dict[str, Any]]  # arguments of megatron's GPTModel
     table: Callable[[PretrainedConfig, int], Table]  # (config, padded vocabulary size) -> names and mappings

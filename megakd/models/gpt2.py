@@ -15,9 +15,9 @@ ACTIVATIONS = {"gelu_new": partial(F.gelu, approximate="tanh"), "gelu": F.gelu, 
 
 def unsupported(hf: GPT2Config) -> str | None:
     if hf.activation_function not in ACTIVATIONS:
-        return f"activation_function {hf.activation_function!r} is not one of {sorted(ACTIVATIONS)}"
+        return f"activation_function {hf.activation_function!r} is not one of {sorted(ACTIVATIONS)}; use a model that has one of them"
     if hf.scale_attn_by_inverse_layer_idx or hf.reorder_and_upcast_attn or not hf.scale_attn_weights:
-        return "it scales attention in a way that only transformers' own GPT-2 knows"
+        return "it scales attention in a way that only transformers' own GPT-2 knows; use one that scales by 1/√d"
     return None
 
 

@@ -20,9 +20,14 @@ from megakd.models.attention import rotary_table
 from megakd.models.kv_cache import CacheStep
 from megakd.runtime.parallel_layout import ParallelLayout
 
+METHOD_PARTS = "method_parts."  # what begins the names of parameters that are no part of the model
+
 
 class HiddenStateGPTModel(GPTModel):
-    """One pipeline stage. megatron's own attribute `vocab_size` is the padded vocabulary, `real_vocab_size` the ids that count."""
+    """One pipeline stage. megatron's own attribute `vocab_size` is the padded vocabulary, `real_vocab_size` the ids that count.
+
+    `method_parts` are modules that a method trains with the model: they share its optimizer and its checkpoints, and no export.
+    """
 
     def __init__(self, config, block_spec, *, layout: ParallelLayout, real_vocab_size: int, padded_vocab_size: int, **kwargs):
         super().__init__(
@@ -37,6 +42,7 @@ class HiddenStateGPTModel(GPTModel):
             **kwargs,
         )
         self.layout, self.real_vocab_size = layout, real_vocab_size
+        self.method_parts = torch.nn.ModuleDict()
 
     def forward(
         self,

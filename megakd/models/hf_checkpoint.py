@@ -5,21 +5,24 @@ A file is mapped for one read and unmapped again, so that memory stays at the sl
 
 from __future__ import annotations
 
-import json
-import struct
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from safetensors import safe_open
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
-from megakd.errors import UserError
+from megakd.errors import UserError, file_errors, refuse_lfs_pointer
+from megakd.models.hf_config import CONFIG, load_hf_config, read_hf_json
+from megakd.models.quantized import SCALE_DTYPES, SCALES, Scale, block_shape, code_dtypes, dequantize, quantization
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-HEADER_LENGTH = struct.Struct("<Q")  # a safetensors file: u64 header length, JSON header, data
+ADAPTER = "adapter_config.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class HFCheckpoint:
 
     def __init__(self, folder: str | Path, *, flag: str = "--model"):
         self.folder, self.flag = Path(folder), flag
-        self._check_folder()
+        _check_folder(self.folder, f"{flag} {folder}")
         self.tensors = {name: stored for file in self._files() for name, stored in read_header(file).items()}
 
     @cached_property
@@ -49,52 +52,123 @@ class HFCheckpoint:
         """The folder's config.json."""
         return load_hf_config(self.folder, flag=self.flag)
 
+    @cached_property
+    def scales(self) -> dict[str, Scale]:
+        """By the stored names of the tensors that hold codes, those of a method whose codes can be turned into numbers."""
+        said = quantization(self.config)
+        codes = [stored for stored in self.tensors.values() if stored.dtype in code_dtypes(said) and len(stored.shape) == 2]
+        return {stored.name: scale for stored in codes if (scale := self._scale_of(stored, said))}
+
+    def _scale_of(self, codes: StoredTensor, said: dict) -> Scale | None:
+        scale = next((self.tensors[codes.name + end] for end in SCALES if codes.name + end in self.tensors), None)
+        if scale is None or scale.dtype not in SCALE_DTYPES or f"{codes.name}_zero_point" in self.tensors:
+            return None
+        block = block_shape(codes.shape, scale.shape, said)
+        return block and Scale(scale.name, block)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """As stored: GPT-2's Conv1D weights are [in, out]."""
         return self._find(name).shape
 
     def dtype(self, name: str) -> str:
-        """safetensors' name of the dtype: F32, BF16, ..."""
-        return self._find(name).dtype
+        """safetensors' name of the dtype, F32, BF16, ...; of quantised weights the one that they are dequantised to."""
+        stored = self._find(name)
+        return NAMES.get(self.config.dtype, "BF16") if stored.name in self.scales else stored.dtype
 
     def read(self, name: str, index: tuple[slice, ...]) -> Tensor:
-        """A view of the mapped file, which stays mapped as long as the tensor lives."""
+        """A view of the mapped file, which stays mapped as long as the tensor lives; of quantised weights a copy."""
         stored = self._find(name)
-        with safe_open(stored.file, framework="pt") as file:
-            return file.get_slice(stored.name)[index]
+        part = _read(stored, index)
+        if stored.name not in self.scales:
+            return part
+        scale = self.scales[stored.name]
+        whole = _read(self.tensors[scale.name])
+        first = tuple(axis.indices(size)[0] for axis, size in zip(index, stored.shape))
+        return dequantize(part, whole, scale.block, first, DTYPES[self.dtype(name)])
+
+    def place(self, name: str) -> str:
+        """The file that holds a tensor, for messages."""
+        return f"{self.flag} {self._find(name).file}"
+
+    def stored_name(self, name: str) -> str:
+        """Folders saved from a base model leave out its prefix: `h.0.ln_1.weight` for `transformer.h.0.ln_1.weight`."""
+        return name if name in self.tensors else without_prefix(name)
 
     def __contains__(self, name: str) -> bool:
-        return name in self.tensors or without_prefix(name) in self.tensors
+        return self.stored_name(name) in self.tensors
 
     def _find(self, name: str) -> StoredTensor:
-        """Folders saved from a base model leave out its prefix: `h.0.ln_1.weight` for `transformer.h.0.ln_1.weight`."""
-        found = self.tensors.get(name) or self.tensors.get(without_prefix(name))
-        if found is None:
+        if name not in self:
             raise UserError(
                 f"{self.flag} {self.folder}: tensor {name!r} is missing; the folder is incomplete or not what its config.json says"
             )
-        return found
-
-    def _check_folder(self) -> None:
-        if not self.folder.is_dir():
-            raise UserError(f"{self.flag} {self.folder}: no such folder; give a Hugging Face folder or a native checkpoint")
-        if not (self.folder / "config.json").is_file():
-            inside = [f"{self.folder / name}" for name in ("hf", "checkpoints") if (self.folder / name).is_dir()]  # of a run
-            right = " or ".join(inside) or "the folder that save_pretrained wrote, or a native checkpoint"
-            raise UserError(f"{self.flag} {self.folder}: no config.json; give {right}")
+        return self.tensors[self.stored_name(name)]
 
     def _files(self) -> list[Path]:
-        if (self.folder / INDEX).is_file():
-            weight_map = json.loads((self.folder / INDEX).read_text())["weight_map"]
-            return [self.folder / name for name in sorted(set(weight_map.values()))]
+        """As transformers looks for them: one file is taken before an index, which an earlier save may have left."""
         if (self.folder / SINGLE).is_file():
             return [self.folder / SINGLE]
-        if pickled := sorted(path.name for path in self.folder.glob("*.bin")):
-            raise UserError(
-                f"{self.flag} {self.folder}: {pickled[0]} is a pickle, which can run code when it is loaded; "
-                "load it where you trust it and save_pretrained(..., safe_serialization=True)"
-            )
-        raise UserError(f"{self.flag} {self.folder}: no {SINGLE} and no {INDEX}; the weights are missing")
+        if (self.folder / INDEX).is_file():
+            return _indexed(self.folder / INDEX, flag=self.flag)
+        raise UserError(f"{self.flag} {self.folder}: {_no_weights(self.folder)}")
+
+
+def _read(stored: StoredTensor, index: tuple[slice, ...] | None = None) -> Tensor:
+    with safe_open(stored.file, framework="pt") as file:
+        return file.get_tensor(stored.name) if index is None else file.get_slice(stored.name)[index]
+
+
+def _indexed(index: Path, *, flag: str) -> list[Path]:
+    """The files that an index names.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    weight_map = read_hf_json(index, flag=flag).get("weight_map")
+    files = weight_map.values() if isinstance(weight_map, dict) else ()
+    if not files or not all(isinstance(name, str) and name == Path(name).name for name in files):
+        raise UserError(f"{flag} {index}: has no weight_map from tensors to files; copy or download it again")
+    return [index.parent / name for name in sorted(set(files))]
+
+
+def _check_folder(folder: Path, name: str) -> None:
+    """It is there, and a model's."""
+    if not folder.is_dir():
+        raise UserError(f"{name}: no such folder; give a Hugging Face folder or a native checkpoint")
+    if (folder / CONFIG).is_file():
+        return
+    if (folder / ADAPTER).is_file():
+        raise UserError(f"{name}: {_an_adapter(folder)}")
+    of_a_run = [folder / part for part in ("hf", "checkpoints") if (folder / part).is_dir()]
+    of_the_hub = [config.parent for config in sorted(folder.glob("snapshots/*/config.json"))]
+    inside = " or ".join(str(path) for path in of_a_run + of_the_hub)
+    raise UserError(f"{name}: no config.json; give {inside or 'the folder that save_pretrained wrote, or a native checkpoint'}")
+
+
+def _an_adapter(folder: Path) -> str:
+    base = read_hf_json(folder / ADAPTER, flag="").get("base_model_name_or_path") or "a base model"
+    return (
+        f"holds an adapter of {base}, not a model; merge the two with peft's merge_and_unload() and give the folder that "
+        "save_pretrained writes"
+    )
+
+
+def _no_weights(folder: Path) -> str:
+    """What is there instead, and the way out."""
+    pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    shards = sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))
+    if shards:
+        return f"holds {shards[0]} and {len(shards) - 1} more, but no {INDEX} that says what is in them; download it"
+    if pickled:
+        return (
+            f"{pickled[0]} is a pickle, which can run code when it is loaded; load it with transformers where you trust it, "
+            "and give the folder that save_pretrained writes"
+        )
+    if (folder / ADAPTER).is_file():
+        return _an_adapter(folder)
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    there = f" (there: {others[0]})" if others else ""
+    return f"no {SINGLE} and no {INDEX}{there}; the weights are missing"
 
 
 def without_prefix(name: str) -> str:
@@ -110,31 +184,11 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     """
     if not file.is_file():
         raise UserError(f"{file}: the index names this file, but it is not there; download it again")
-    size = file.stat().st_size
+    refuse_lfs_pointer(file)
     try:
-        with file.open("rb") as stream:
-            (length,) = HEADER_LENGTH.unpack(stream.read(HEADER_LENGTH.size))
-            assert length < size
-            header = json.loads(stream.read(length))
-    except (struct.error, AssertionError, ValueError) as error:
-        raise UserError(f"{file}: not a safetensors file, or cut off in its header; copy or download it again") from error
-    header.pop("__metadata__", None)
-    end = HEADER_LENGTH.size + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if size != end:
-        raise UserError(f"{file}: {size:,} bytes, but its header describes {end:,}; it is truncated, copy or download it again")
-    return {name: StoredTensor(file, name, tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()}
-
-
-def load_hf_config(folder: Path, *, flag: str) -> PretrainedConfig:
-    """config.json as transformers reads it.
-
-    Raises:
-        UserError: not JSON, or a model type that transformers does not know.
-    """
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)  # else it may ask, on every rank
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{flag} {folder}: config.json cannot be read ({reason}); give a folder that save_pretrained wrote"
-        ) from error
+        with file_errors(file), safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - no dict
+            return {name: StoredTensor(file, name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+    except SafetensorError as error:
+        size = file.stat().st_size
+        raise UserError(f"{file}: {size:,} bytes, truncated or damaged ({error}); copy or download it again") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megakd.models.hf_checkpoint import HEADER_LENGTH, INDEX, SINGLE
+from megakd.models.hf_checkpoint import INDEX, NAMES, SINGLE
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+HEADER_LENGTH = struct.Struct("<Q")  # a safetensors file: u64 header length, JSON header, data
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ its Transformer Engine spec's map, so checkpoints move between the two. A family
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -46,6 +48,13 @@ LAYER = ModuleSpec(
         mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)),
     ),
 )
+
+
+def with_attention(**submodules) -> ModuleSpec:
+    """LAYER with these submodules in its self-attention, beside the common ones or instead."""
+    attention = LAYER.submodules.self_attention
+    attention = replace(attention, submodules=replace(attention.submodules, **submodules))
+    return replace(LAYER, submodules=replace(LAYER.submodules, self_attention=attention))
 
 
 def block_spec(layer: ModuleSpec, config: TransformerConfig, pp_rank: int) -> TransformerBlockSubmodules:

@@ -35,3 +35,7 @@ class RowLinear(RowParallelLinear):
         if self.tp_group.size() > 1:
             dist.all_reduce(output, group=self.tp_group)
         return output, self.bias
+
+    def _forward_impl(self, *args, **options):
+        """Without a group, which the product does not use, megatron asks global state for one."""
+        return super()._forward_impl(*args, **options | {"tp_group": self.tp_group})

@@ -11,31 +11,24 @@ from megakd.models.param_mapping import QKV, GatedMLP, HFTensor, Table, Vocabula
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
-def unsupported_block(hf: PretrainedConfig) -> str | None:
+def unsupported(hf: PretrainedConfig) -> str | None:
     """What every family built like Llama must satisfy."""
     if hf.hidden_act != "silu":
-        return f"hidden_act {hf.hidden_act!r} is not 'silu'"
-    if hf.rope_parameters["rope_type"] not in ROPE_TYPES:
-        return f"rope_type {hf.rope_parameters['rope_type']!r} is not one of {ROPE_TYPES}"
-    return None
-
-
-def unsupported(hf: LlamaConfig) -> str | None:
-    if reason := unsupported_block(hf):
-        return reason
-    if hf.attention_bias != hf.mlp_bias:
-        return f"attention_bias {hf.attention_bias} and mlp_bias {hf.mlp_bias} differ"
+        return f"hidden_act {hf.hidden_act!r} is not 'silu'; use a model of the family's own activation"
+    if (kind := hf.rope_parameters.get("rope_type", "default")) not in ROPE_TYPES:
+        return f"rope_type {kind!r} is not one of {', '.join(ROPE_TYPES)}; use a model whose context was not extended that way"
     return None
 
 
 def transformer_config(hf: LlamaConfig, *, bias: bool | None = None) -> dict:
+    """With `bias`, all of megatron's linear layers have one; those that the table does not name are taken away again."""
     return {
         "ffn_hidden_size": hf.intermediate_size,
         "activation_func": F.silu,
         "gated_linear_unit": True,
         "normalization": "RMSNorm",
         "layernorm_epsilon": hf.rms_norm_eps,
-        "add_bias_linear": hf.attention_bias if bias is None else bias,
+        "add_bias_linear": hf.attention_bias or hf.mlp_bias if bias is None else bias,
         "num_query_groups": hf.num_key_value_heads,
         "kv_channels": getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
         "hidden_dropout": 0.0,
@@ -59,19 +52,19 @@ def _gated_mlp(kind: str) -> GatedMLP:
 
 def table(hf: LlamaConfig, padded_vocab_size: int, *, bias: bool | None = None, qkv_bias: bool | None = None) -> Table:
     """Families that are Llama but for their biases say which they have; Llama's config says it itself."""
-    bias = hf.attention_bias if bias is None else bias
-    qkv_kinds = ("weight", "bias") if (bias if qkv_bias is None else qkv_bias) else ("weight",)
+    attention_bias, mlp_bias = (hf.attention_bias, hf.mlp_bias) if bias is None else (bias, bias)
+    qkv_kinds = ("weight", "bias") if (attention_bias if qkv_bias is None else qkv_bias) else ("weight",)
     words = HFTensor("model.embed_tokens.weight")
     head = words if hf.tie_word_embeddings else HFTensor("lm_head.weight")
-    layer, kinds = "decoder.layers.*", ("weight", "bias") if bias else ("weight",)
+    layer, mlp_kinds = "decoder.layers.*", ("weight", "bias") if mlp_bias else ("weight",)
     return {
         "embedding.word_embeddings.weight": Vocabulary(tensor=words, padded_size=padded_vocab_size),
         **norm(f"{layer}.input_layernorm", "model.layers.*.input_layernorm", bias=False),
         **{f"{layer}.self_attention.linear_qkv.{kind}": _qkv(hf, kind) for kind in qkv_kinds},
-        **linear(f"{layer}.self_attention.linear_proj", "model.layers.*.self_attn.o_proj", axis=1, bias=bias),
+        **linear(f"{layer}.self_attention.linear_proj", "model.layers.*.self_attn.o_proj", axis=1, bias=attention_bias),
         **norm(f"{layer}.pre_mlp_layernorm", "model.layers.*.post_attention_layernorm", bias=False),
-        **{f"{layer}.mlp.linear_fc1.{kind}": _gated_mlp(kind) for kind in kinds},
-        **linear(f"{layer}.mlp.linear_fc2", "model.layers.*.mlp.down_proj", axis=1, bias=bias),
+        **{f"{layer}.mlp.linear_fc1.{kind}": _gated_mlp(kind) for kind in mlp_kinds},
+        **linear(f"{layer}.mlp.linear_fc2", "model.layers.*.mlp.down_proj", axis=1, bias=mlp_bias),
         **norm("decoder.final_layernorm", "model.norm", bias=False),
         "output_layer.weight": Vocabulary(tensor=head, padded_size=padded_vocab_size),
     }

@@ -18,4 +18,4 @@ def model_arguments(hf: MistralConfig) -> dict:
     return {"position_embedding_type": "rope", "max_sequence_length": positions}
 
 
-FAMILY = Family("mistral", llama.unsupported_block, CONFIG, model_arguments, TABLE, skipped_rows={})
+FAMILY = Family("mistral", llama.unsupported, CONFIG, model_arguments, TABLE, skipped_rows={})

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -16,9 +17,9 @@ from megakd.errors import UserError
 from megakd.models import gpt2, llama, mistral, opt, qwen2
 from megakd.models.decoding import check_layers
 from megakd.models.family import Family
-from megakd.models.gpt_model import HiddenStateGPTModel
+from megakd.models.gpt_model import METHOD_PARTS, HiddenStateGPTModel
 from megakd.models.layer_specs import block_spec
-from megakd.models.param_mapping import HFTensor, Mapping, Source
+from megakd.models.param_mapping import HFTensor, Mapping, Source, Table
 from megakd.runtime.initialize import is_rank_zero
 from megakd.runtime.parallel_layout import ParallelLayout
 
@@ -42,7 +43,7 @@ def family_of(hf: PretrainedConfig, *, flag: str = "--model", name: str = "") ->
             f"{flag} {name}: model_type {hf.model_type!r} is not supported; use one of {', '.join(sorted(FAMILIES))}"
         )
     if reason := family.unsupported(hf):
-        raise UserError(f"{flag} {name}: this {hf.model_type} model cannot be run: {reason}; use another size of the family")
+        raise UserError(f"{flag} {name}: this {hf.model_type} model cannot be run: {reason}")
     return family
 
 
@@ -132,7 +133,17 @@ def build_model(
     if hasattr(model, "rotary_pos_emb"):
         model.rotary_pos_emb.inv_freq = rotary_frequencies(hf)
     model.hf_config = hf
+    take_biases_away(model, family.table(hf, padded_vocab_size))
     return model
+
+
+def take_biases_away(model: HiddenStateGPTModel, table: Table) -> None:
+    """Those that the table does not name: megatron has one flag for the biases of attention's output and of the feed-forward."""
+    for name, _ in list(model.named_parameters()):
+        if layer_pattern(name)[0] not in table:
+            module, _, kind = name.rpartition(".")
+            assert kind == "bias", f"{name} is in no table"
+            model.get_submodule(module).register_parameter(kind, None)
 
 
 def transformer_config(
@@ -168,11 +179,13 @@ def rotary_frequencies(hf: PretrainedConfig) -> torch.Tensor:
 
 
 def parameter_mappings(model: HiddenStateGPTModel) -> Iterator[tuple[torch.nn.Parameter, Mapping]]:
-    """This rank's parameters with their mappings at the model's own layer numbers."""
+    """This rank's parameters with their mappings at the model's own layer numbers; a method's own parts have none."""
     family = family_of(model.hf_config)
     table = family.table(model.hf_config, model.vocab_size)
     offset = get_transformer_layer_offset(model.config, pp_rank=model.layout.pp_rank)
     for name, param in model.named_parameters():
+        if name.startswith(METHOD_PARTS):
+            continue
         pattern, layer = layer_pattern(name)
         yield param, table[pattern] if layer is None else at_layer(table[pattern], layer + offset)
 
@@ -196,7 +209,7 @@ def load_weights(model: HiddenStateGPTModel, source: Source) -> None:
     """Fill this rank's parameters, reading only this rank's slices.
 
     Raises:
-        UserError: a tensor is missing or its shape is not what the config says.
+        UserError: a tensor's shape is not what the config says, or it holds a NaN or an infinity.
     """
     layout = model.layout
     for param, mapping in parameter_mappings(model):
@@ -207,3 +220,18 @@ def load_weights(model: HiddenStateGPTModel, source: Source) -> None:
                 f"{names}: gives a shard of shape {tuple(shard.shape)}, but config.json asks for {tuple(param.shape)}"
             )
         param.copy_(shard)
+        if not_finite(param):
+            raise UserError(f"{_diverged(mapping, source)} holds NaN or infinite values; give weights of before they diverged")
+
+
+def not_finite(tensor: Tensor) -> bool:
+    """Whether it holds a NaN or an infinity, in one pass that copies nothing."""
+    return tensor.numel() > 0 and not all(end.isfinite() for end in tensor.aminmax())
+
+
+def _diverged(mapping: Mapping, source: Source) -> str:
+    """Which of a parameter's Hugging Face tensors, and where it lies."""
+    names = dict.fromkeys(tensor.name for tensor in mapping.sources())
+    whole = lambda name: source.read(name, tuple(slice(0, size) for size in source.shape(name)))
+    name = next((name for name in names if not_finite(whole(name))), ", ".join(names))
+    return f"{source.place(name)}: {name}"

@@ -14,14 +14,17 @@ ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
 
 
 def unsupported(hf: OPTConfig) -> str | None:
-    if hf.word_embed_proj_dim != hf.hidden_size:
-        return f"word_embed_proj_dim {hf.word_embed_proj_dim} differs from hidden_size {hf.hidden_size} (OPT-350m projects its embeddings)"
+    if (width := hf.word_embed_proj_dim) != hf.hidden_size:
+        return (
+            f"word_embed_proj_dim {width} differs from hidden_size {hf.hidden_size}: it projects its embeddings (OPT-350m does); "
+            "use another size of OPT"
+        )
     if not hf.do_layer_norm_before:
-        return "do_layer_norm_before is false: it normalises after each block (OPT-350m does)"
+        return "do_layer_norm_before is false: it normalises after each block (OPT-350m does); use another size of OPT"
     if getattr(hf, "_remove_final_layer_norm", False) or not hf.enable_bias or not hf.layer_norm_elementwise_affine:
-        return "it has no final layer norm, no biases or no affine norms"
+        return "it has no final layer norm, no biases or no affine norms; use a model like Meta's own"
     if hf.activation_function not in ACTIVATIONS:
-        return f"activation_function {hf.activation_function!r} is not one of {sorted(ACTIVATIONS)}"
+        return f"activation_function {hf.activation_function!r} is not one of {sorted(ACTIVATIONS)}; use a model that has one of them"
     return None
 
 

@@ -29,6 +29,9 @@ class Source(Protocol):
     def read(self, name: str, index: tuple[slice, ...]) -> Tensor:
         """The rectangle `index`, a slice for each axis, as Hugging Face stores it."""
 
+    def place(self, name: str) -> str:
+        """The file that holds it, for messages."""
+
 
 @dataclass(frozen=True)
 class HFTensor:

@@ -12,8 +12,8 @@ from megakd.models.family import Family
 
 def unsupported(hf: Qwen2Config) -> str | None:
     if hf.use_sliding_window:
-        return "use_sliding_window is true"
-    return llama.unsupported_block(hf)
+        return "use_sliding_window is true; use one that attends to its whole context"
+    return llama.unsupported(hf)
 
 
 def transformer_config(hf: Qwen2Config) -> dict:

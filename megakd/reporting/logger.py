@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from megakd.errors import file_errors
 from megakd.reporting.jsonl import JsonLines
 
 FORMATS = {  # by the name before its slash
@@ -61,7 +62,8 @@ class RunLogger:
         first = 0 if resumed_iteration is None else resumed_iteration + 1
         self._metrics = JsonLines(folder / "metrics.jsonl", resumed_iteration=resumed_iteration)
         self._samples = JsonLines(folder / "samples.jsonl", resumed_iteration=resumed_iteration)
-        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
+        with file_errors(folder / "tensorboard"):
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
         self._last_time = time.perf_counter()  # of the last log
 
     def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
@@ -69,8 +71,9 @@ class RunLogger:
         if not self.enabled:
             return
         self._metrics.append(iteration, metrics)
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, value, iteration)
+        with file_errors(self._tensorboard.log_dir):
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, iteration)
         held_out = any(name.startswith("valid/") for name in metrics)
         eta = self._eta(iteration, self._evaluations if held_out else self._iterations)
         if held_out or iteration % self.log_interval == 0 or iteration == self.total_iterations:
@@ -87,7 +90,8 @@ class RunLogger:
         if self.enabled:
             self._metrics.close()
             self._samples.close()
-            self._tensorboard.close()
+            with file_errors(self._tensorboard.log_dir):
+                self._tensorboard.close()
 
     def _eta(self, iteration: int, kind: deque[float]) -> float | None:
         """Seconds to go: iterations and evaluations still to come, each by the median of its own kind. None before the first iteration."""

@@ -10,7 +10,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megakd.errors import UserError
+from megakd.errors import UserError, file_errors
 from megakd.reporting.jsonl import read_jsonl
 
 if TYPE_CHECKING:
@@ -192,8 +192,9 @@ def running_mean(values: Sequence[float]) -> list[float]:
 
 def save(figure: "Figure", path: Path, header: Sequence[str], table: Sequence[Sequence]) -> list[Path]:
     """The figure, and its numbers beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *table])
+    with file_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+        with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([header, *table])
     return [path, path.with_suffix(".csv")]

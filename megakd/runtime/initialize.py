@@ -125,7 +125,7 @@ def seed_everything(seed: int, layout: ParallelLayout) -> None:
     random.seed(mixed)
     np.random.seed(mixed)
     torch.manual_seed(mixed)
-    model_parallel_cuda_manual_seed(mixed, force_reset_rng=True)
+    model_parallel_cuda_manual_seed(mixed, tp_rank=layout.tp_rank, ep_rank=0, etp_rank=layout.tp_rank, force_reset_rng=True)
 
 
 def resolve_dtype(name: str) -> torch.dtype:

@@ -22,14 +22,17 @@ class ParallelLayout:
 
     groups: ProcessGroupCollection
     device: torch.device
+    host_dp_group: ProcessGroup  # the replicas once more, over gloo: what travels between hosts' memories when a checkpoint is made
 
     @classmethod
     def from_parallel_state(cls) -> ParallelLayout:
         """The layout that `initialize` set up: the student's, and by default the teacher's too."""
         groups = ProcessGroupCollection.use_mpu_process_groups()
         groups.dp_cp = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        host = parallel_state.get_data_parallel_group_gloo(with_context_parallel=True)
         gpu = torch.cuda.is_available()
-        return cls(groups, torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu"))
+        device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+        return cls(groups, device, host)
 
     @property
     def tp_group(self) -> ProcessGroup:
@@ -92,7 +95,7 @@ class ParallelLayout:
 
     def broadcast_from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
         """Overwrite `tensor` on every stage with the last stage's."""
-        return self._broadcast(tensor, self.pp_size - 1)
+        return self.broadcast_from_stage(tensor, self.pp_size - 1)
 
     def object_from_last_stage(self, value: Any) -> Any:
         """The last stage's object on every stage."""
@@ -104,9 +107,10 @@ class ParallelLayout:
 
     def broadcast_from_first_stage(self, tensor: torch.Tensor) -> torch.Tensor:
         """Overwrite `tensor` on every stage with the first stage's."""
-        return self._broadcast(tensor, 0)
+        return self.broadcast_from_stage(tensor, 0)
 
-    def _broadcast(self, tensor: torch.Tensor, stage: int) -> torch.Tensor:
+    def broadcast_from_stage(self, tensor: torch.Tensor, stage: int) -> torch.Tensor:
+        """Overwrite `tensor` on every stage with that of one."""
         if self.pp_size > 1:
             dist.broadcast(tensor, self.stage_global_rank(stage), group=self.pp_group)
         return tensor

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from megakd.data.batch import Batch
 from megakd.losses.token_loss import HeadRows
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.soft_prompt import SoftPrompt
+from megakd.models.taps import stage_of, supervised_rows, watching
 from megakd.runtime.parallel_layout import ParallelLayout
 from megakd.schedules import supervised_hidden
 from megakd.teachers.teacher import Teacher
@@ -23,6 +25,28 @@ class LiveTeacher(Teacher):
 
     def read(self, batches: Sequence[Batch], *, to: ParallelLayout) -> list[HeadRows]:
         return self._read(batches, to, soft_prompt=None)
+
+    def read_layers(self, batches: Sequence[Batch], layers: Sequence[int], *, to: ParallelLayout) -> list[dict[int, Tensor]]:
+        """Hidden states [N, H] behind the layers (numbered from 1) at the supervised positions of every micro-batch, on every rank."""
+        assert to is self.model.layout, "a live model is read in its own layout"
+        found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+
+        def keep(layer: int, hidden: Tensor) -> None:
+            found[layer].append(supervised_rows(self.model, hidden, batches[len(found[layer])]))
+
+        with watching(self.model, layers, keep):
+            supervised_hidden(self.model, batches)
+        rows = {layer: self._share(layer, found[layer], batches) for layer in layers}
+        return [{layer: rows[layer][number] for layer in layers} for number in range(len(batches))]
+
+    def _share(self, layer: int, rows: list[Tensor], batches: Sequence[Batch]) -> list[Tensor]:
+        """From the stage that has the layer to all."""
+        layout, config = self.model.layout, self.model.config
+        if layout.pp_size == 1:
+            return rows
+        shapes = [(batch.num_supervised, config.hidden_size) for batch in batches]
+        rows = rows or [torch.empty(shape, dtype=config.params_dtype, device=layout.device) for shape in shapes]
+        return [layout.broadcast_from_stage(x.contiguous(), stage_of(self.model, layer)) for x in rows]
 
     def _read(self, batches: Sequence[Batch], to: ParallelLayout, soft_prompt: Tensor | None) -> list[HeadRows]:
         assert to is self.model.layout, "a live model is read in its own layout"

@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from megakd.errors import told_in_one_line
 from megakd.reporting.jsonl import read_jsonl
 
 
@@ -19,7 +20,8 @@ def main() -> None:
 
     iteration, loss = best_checkpoint(args.run)
     print(f"{args.save}: iteration {iteration} of {args.run}, held-out loss {loss:.4f}")
-    export_to_hf(args.run / "checkpoints", args.save, iteration=iteration)
+    with told_in_one_line():
+        export_to_hf(args.run / "checkpoints", args.save, iteration=iteration, force=False)
 
 
 def best_checkpoint(run: Path) -> tuple[int, float]:

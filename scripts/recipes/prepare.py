@@ -30,6 +30,8 @@ def main() -> None:
     args = parse_args()
     scale = yaml.safe_load((args.configs / "scale.yaml").read_text())
     check_data(args.data)
+    if args.out.exists():
+        sys.exit(f"error: --out {args.out}: is there already; give another folder")
     unfinished = args.out.with_name(args.out.name + ".unfinished")
     copy_tests(args.data, unfinished / "test", scale["test_rows"])
     if "vocab_size" in scale:

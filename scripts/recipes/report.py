@@ -16,8 +16,10 @@ import json
 from pathlib import Path
 from statistics import fmean
 
+from megakd.errors import told_in_one_line
 from megakd.evaluation.report import cell
 from megakd.reporting.jsonl import read_jsonl
+from megakd.reporting.own_folder import OwnFolder, write_text
 from megakd.reporting.plots import Series, draw_lines, new_figure, plot_comparison, plot_exposure_bias, save
 
 TITLES = {
@@ -35,12 +37,24 @@ PANELS = {"valid/lm": ("held-out LM loss", "nats per token"), "valid/reverse_kl"
 
 def main() -> None:
     args = parse_args()
+    with told_in_one_line():
+        write(args)
+
+
+def write(args: argparse.Namespace) -> None:
+    """The table and the figures.
+
+    Raises:
+        UserError: OUT/report is somebody else's, or cannot be written.
+    """
+    own = OwnFolder(args.out / "report", "report.py", flag="--out")
+    own.check(is_older=lambda path: (path / "table.md").is_file())
+    own.claim()
     results = {TITLES[name]: json.loads((args.out / "evaluation" / name / "results.json").read_text()) for name in args.methods}
-    folder = args.out / "report"
-    folder.mkdir(exist_ok=True)
+    folder = own.path
     draw(results, args.out, folder)
-    (folder / "table.json").write_text(json.dumps(summary(results, args.out), indent=2, ensure_ascii=False) + "\n")
-    (folder / "table.md").write_text(table(results))
+    write_text(folder / "table.json", json.dumps(summary(results, args.out), indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / "table.md", table(results))
 
 
 def table(results: dict[str, dict]) -> str:
