@@ -1,10 +1,10 @@
-# make quickstart: a teacher, a student and a distilled student in minutes, on any machine.   make test: everything that must hold.
+# make quickstart: a teacher, a student and a distilled student in minutes, on any machine.   make test: everything that must hold.   make mutants: that the tests would notice.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test lint clean
+.PHONY: install quickstart test mutants lint clean
 
 # On a machine without a GPU, PIP_INDEX_URL_TORCH may name an index that holds PyTorch's CPU builds.
 $(VENV)/.installed: setup.py megakd/__init__.py
@@ -23,6 +23,10 @@ lint: install
 
 test: install lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+
+# Changes that the tests must notice, each in a copy of the tree: many minutes. WORDS="optimizer seed" takes those that hold one.
+mutants: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py $(WORDS)
 
 clean:
 	rm -rf $(VENV) quickstart

@@ -16,7 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["megakd", "megakd.*"]), "megakd_kernels"],
+    packages=[*find_packages(include=["megakd", "megakd.*"]), *find_packages("kernels")],
     package_dir={"megakd_kernels": "kernels/megakd_kernels"},
     install_requires=[
         "torch>=2.8",  # addmm with out_dtype, which the fused heads take on a GPU
@@ -36,6 +36,6 @@ setup(
     ],
     extras_require={
         "gpu": ["triton>=3.7", "flash-attn"],
-        "test": ["pytest", "pytest-xdist", "ruff", "triton>=3.7"],
+        "test": ["pytest", "pytest-xdist", "ruff", "triton>=3.7", "pyarrow"],
     },
 )

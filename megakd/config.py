@@ -62,8 +62,8 @@ class ModelConfig:
         "", "the teacher's folder", methods=TEACHER_METHODS
     )
     dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "bf16 has fp32 master weights; auto: bf16 on a GPU, else fp32")
-    hidden_dropout: float | None = flag(None, "the student's dropout while it learns; default: what its config.json says")
-    attention_dropout: float | None = flag(None, "the student's attention dropout; default: what its config.json says")
+    hidden_dropout: float | None = flag(None, "the student's dropout while it learns; default: what its config.json says, 0 with minillm")
+    attention_dropout: float | None = flag(None, "the student's attention dropout; default: what its config.json says, 0 with minillm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ class TrainingConfig:
     clip_grad: float = flag(1.0, "largest global gradient norm; 0: no clipping")
     recompute: bool = flag(False, "recompute each layer's activations in the backward pass: less memory, a third more work")
     reference_behaviour: tuple[Quirk, ...] = flag((), "do as PromptKD's code does, by name or all; docs/fidelity.md explains each")
-    seed: int = flag(1234, "of data order, dropout, prompt and sampling; no result depends on the layout through it")
+    seed: int = flag(1234, "of data order, dropout, prompt and sampling; of these the layout changes dropout's masks alone")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,6 +336,9 @@ class Config(BaseConfig):
             yield "--hidden-coef with --recompute: a layer that runs twice would be matched twice; leave one of them out"
         if distillation.hidden_coef and training.quirk("mean-of-means"):
             yield "--hidden-coef is a token mean, which --reference-behaviour mean-of-means is not; leave one of them out"
+        for name in ("hidden_dropout", "attention_dropout"):
+            if self.method == "minillm" and getattr(models, name):
+                yield f"{flag_name(name)} {getattr(models, name)}: MiniLLM's student learns without dropout, as it wrote; leave it out"
         if self.method == "minillm" and self.minillm.teacher_mixed_alpha == 1:
             yield "--teacher-mixed-alpha 1 leaves the student no say in its responses; use a number below 1"
         if training.min_lr > training.lr:

@@ -171,6 +171,8 @@ class Trainer:
     def _student_options(self) -> dict:
         models = self.config.models
         dropouts = {"hidden_dropout": models.hidden_dropout, "attention_dropout": models.attention_dropout}
+        if not METHODS[self.config.method].has_dropout:
+            dropouts = dict.fromkeys(dropouts, 0.0)
         options = {name: value for name, value in dropouts.items() if value is not None}
         if self.config.training.recompute:
             options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -205,7 +207,7 @@ class Trainer:
     # ---- one iteration
 
     def _iterate(self) -> None:
-        seed_everything(self.config.training.seed + self.iteration, self.layout)  # nothing random has to be saved
+        seed_everything(self.config.training.seed, self.layout, iteration=self.iteration)  # nothing random has to be saved
         self.method.rollouts = ()  # an iteration that writes none has none to show
         start = time.perf_counter()
         metrics = self.method.train_iteration(self.loader, self.iteration)

@@ -1,25 +1,67 @@
-"""One iteration of each method computed a second time: float64, transformers, autograd, torch.optim.AdamW. Shares no code with megakd."""
+"""The methods computed a second time, iteration by iteration: float64, transformers, autograd, torch.optim.AdamW.
+
+Shares no code with megakd. What is random or decided by a schedule comes from outside: learning rates, noise, orders.
+"""
 
 from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-ADAM = {"betas": (0.9, 0.999), "eps": 1e-3}  # a large epsilon: the update stays a smooth function of the gradient
+Row = tuple[tuple[int, ...], tuple[int, ...]]  # prompt, response
+
+
+@dataclass
+class Adam:
+    """AdamW's numbers; `rates` are the learning rates of iterations 1, 2, ..."""
+
+    rates: Sequence[float]
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    clip: float
+
+    def optimizer(self, groups):
+        return torch.optim.AdamW(groups, lr=0.0, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
 
 
 class Oracle:
-    """A student and, for some methods, a teacher, both as transformers models in float64; samples are (prompt, response) id lists.
+    """A student and, for some methods, a teacher, both as transformers models in float64; one call of a method is one iteration.
 
-    `vocab_size` cuts both models' logits to the ids they share.
+    `vocab_size` cuts both models' logits to the ids they share; `vectors` [P, H] is PromptKD's soft prompt.
     """
 
     vocab_size = None
 
-    def __init__(self, student, teacher, *, lr: float, weight_decay: float, clip: float):
+    def __init__(self, student, teacher, adam: Adam, *, vectors=None, prompt_rates: Sequence[float] = ()):
         self.student = student.double().eval()
         self.teacher = teacher.double().eval().requires_grad_(False) if teacher is not None else None
-        self.lr, self.weight_decay, self.clip = lr, weight_decay, clip
+        self.adam, self.iteration = adam, 0
+        params = list(self.student.parameters())
+        groups = [{"params": [p for p in params if p.ndim > 1]}, {"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0}]
+        self.optimizer = adam.optimizer(groups)
+        if vectors is not None:
+            self.prompt, self.prompt_rates = torch.nn.Parameter(vectors.double().clone()), prompt_rates
+            self.prompt_optimizer = adam.optimizer([self.prompt])
+
+    def write(self, voices, prompts, limit: int, noise: Callable, *, temperature: float = 1.0, eos: int = 0) -> list[tuple[int, ...]]:
+        """A response to each prompt, drawn from the mixture Σ share · softmax(z / T) of `voices`, (model, share) pairs, by Gumbel-max;
+        `noise(row, position, V)` [V]."""
+        responses = []
+        for row, prompt in enumerate(prompts):
+            response = []
+            while len(response) < limit and eos not in response:
+                ids = torch.tensor([[*prompt, *response]])
+                with torch.no_grad():
+                    parts = [share * (model(ids).logits[0, -1, : self.vocab_size] / temperature).softmax(-1) for model, share in voices]
+                mixed = sum(parts).log()
+                response.append((mixed + noise(row, len(response), len(mixed))).argmax().item())
+            responses.append(tuple(response))
+        return responses
 
     def sft(self, samples):
         total, tokens = 0.0, 0
@@ -41,30 +83,30 @@ class Oracle:
     def both_logits(self, prompt, response):
         return [response_logits(model, prompt, response)[:, : self.vocab_size] for model in (self.student, self.teacher)]
 
-    def promptkd(self, samples, vectors, base_coef):
-        """`vectors` [P, H] before the iteration; also returns the prompt's gradient and its value afterwards."""
+    def promptkd(self, samples, base_coef, kinds=("reverse", "reverse")):
+        """Also returns the prompt's gradient and its value afterwards."""
         tokens = sum(len(response) for _, response in samples)
-        prompt = torch.nn.Parameter(vectors.double().clone())
-        kd = base = 0.0
+        prompt, kd, base = self.prompt, 0.0, 0.0
+        kl = {"reverse": lambda a, b: (a.exp() * (a - b)).sum(), "forward": lambda a, b: (b.exp() * (b - a)).sum()}
         for x, y in samples:
             log_pp, log_q, log_p = self.log_p(x, y, prompt), self.log_q(x, y).detach(), self.log_p(x, y)
-            kd = kd + (log_pp.exp() * (log_pp - log_q)).sum()
-            base = base + (log_pp.exp() * (log_pp - log_p)).sum()
+            kd, base = kd + kl[kinds[0]](log_pp, log_q), base + kl[kinds[1]](log_pp, log_p)
         loss = (kd + base_coef * base) / tokens
+        self.prompt_optimizer.zero_grad()
         loss.backward()
         gradient = prompt.grad.clone()
-        norm = torch.nn.utils.clip_grad_norm_([prompt], self.clip)
-        torch.optim.AdamW([prompt], lr=self.lr, weight_decay=self.weight_decay, **ADAM).step()
+        norm = torch.nn.utils.clip_grad_norm_([prompt], self.adam.clip)
+        step(self.prompt_optimizer, self.prompt_rates[self.iteration])
         reverse = 0.0
         for x, y in samples:
             log_q, log_pp = self.log_q(x, y), self.log_p(x, y, prompt.detach())
             reverse = reverse + (log_q.exp() * (log_q - log_pp)).sum()
         out = {"loss/prompt": loss, "loss/prompt_kd": kd / tokens, "loss/prompt_base": base / tokens, "grad_norm/prompt": norm}
         out |= {"loss/reverse_kl": reverse / tokens} | self.update_student(reverse / tokens)
-        return {name: float(value) for name, value in out.items()} | {"gradient": gradient, "vectors": prompt.detach()}
+        return out | {"gradient": gradient, "vectors": prompt.detach().clone()}
 
-    def minillm(self, samples, text, *, alpha, gamma, scale, limit, clip, lm_coef, kd_ratio, old_student):
-        """One step on one global batch of responses, written by `old_student`, and one of text."""
+    def minillm(self, samples, text, *, alpha, gamma, scale, limit, clip, lm_coef, kd_ratio, old_student, exact=True, length_norm=True):
+        """One step on one global batch of responses, written by `old_student`, and one of text; `exact`: with KL(q‖p) of every step."""
         tokens, text_tokens = (sum(len(y) for _, y in part) for part in (samples, text))
         taken = lambda model, x, y: log_probs(model, x, y).gather(1, torch.tensor(y)[:, None])[:, 0]
         raw, kept = [], []
@@ -73,7 +115,7 @@ class Oracle:
             reward = ((p - old) / scale).clamp(-limit, limit)
             weight = old.exp() / ((1 - alpha) * old.exp() + alpha * p.exp())
             n = len(y)
-            raw.append(torch.stack([sum(gamma ** (k - t) * reward[k] for k in range(t, n)) / (n - t) for t in range(n)]))
+            raw.append(torch.stack([sum(gamma ** (k - t) * reward[k] for k in range(t, n)) / (n - t if length_norm else 1) for t in range(n)]))
             kept.append((old, weight))
         every = torch.cat(raw)
         mean, deviation = every.mean(), (every.var(unbiased=False) + 1e-8).sqrt()
@@ -86,9 +128,18 @@ class Oracle:
         for x, y in text:
             log_q, log_p = self.log_q(x, y), self.log_p(x, y)
             language = language + (1 - kd_ratio) * self.nll(x, y).sum() + kd_ratio * (log_p.exp() * (log_p - log_q)).sum()
-        total = policy / tokens + reverse / tokens + lm_coef * language / text_tokens
-        parts = {"loss/policy": policy / tokens, "loss/reverse_kl": reverse / tokens, "loss/text": language / text_tokens}
+        reverse, language = exact * reverse / tokens, language / max(1, text_tokens)
+        total = policy / tokens + reverse + lm_coef * language
+        parts = {"loss/policy": policy / tokens, "loss/reverse_kl": reverse, "loss/text": language}
         return {"loss/total": total} | parts | self.update_student(total)
+
+    @torch.no_grad()
+    def held_out(self, samples):
+        """Sums over the tokens: −log q, and KL(q‖p) where there is a teacher; and the tokens."""
+        sums = [sum(self.nll(x, y).sum() for x, y in samples)]
+        if self.teacher is not None:
+            sums.append(sum((self.log_q(x, y).exp() * (self.log_q(x, y) - self.log_p(x, y))).sum() for x, y in samples))
+        return torch.stack([*sums, torch.tensor(float(sum(len(y) for _, y in samples)))]).tolist()
 
     def nll(self, prompt, response):
         return F.nll_loss(self.log_q(prompt, response), torch.tensor(response), reduction="none")
@@ -100,14 +151,23 @@ class Oracle:
         return response_logits(self.teacher, prompt, response, soft_prompt)[:, : self.vocab_size].log_softmax(-1)
 
     def update_student(self, loss):
+        """One step of the student, which ends the iteration."""
+        self.optimizer.zero_grad()
         loss.backward()
-        params = dict(self.student.named_parameters())
-        norm = torch.nn.utils.clip_grad_norm_(params.values(), self.clip)
-        decayed = [p for name, p in params.items() if p.ndim > 1]
-        others = [p for name, p in params.items() if p.ndim == 1]
-        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        torch.optim.AdamW(groups, lr=self.lr, **ADAM).step()
-        return {"grad_norm": norm}
+        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.adam.clip)
+        step(self.optimizer, self.adam.rates[self.iteration])
+        self.iteration += 1
+        return {"grad_norm": norm, "lr": self.adam.rates[self.iteration - 1]}
+
+    def student_now(self):
+        """A copy that learns no more."""
+        return copy.deepcopy(self.student).requires_grad_(False)
+
+
+def step(optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
 
 
 def divergence(objective, log_p, log_q, beta, alpha):
@@ -142,10 +202,10 @@ def response_logits(model, prompt, response, soft_prompt=None):
 
 
 class StateDictSource:
-    """A transformers state dict as the weight source that the models read."""
+    """A transformers model or its state dict as the weight source that the models read."""
 
     def __init__(self, model):
-        self.tensors = model.state_dict()
+        self.tensors = model if isinstance(model, dict) else model.state_dict()
 
     def shape(self, name):
         return tuple(self.tensors[name].shape)

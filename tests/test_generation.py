@@ -318,6 +318,13 @@ def test_noise_is_uniform_over_tokens_rows_positions_and_seeds():
     for first, second in ((0, 1), (1, 2), (0, 2**40)):
         a, b = (gumbel(stream, torch.tensor(position), tokens) for position in (first, second))
         assert abs(torch.corrcoef(torch.cat([a, b]))[0, 1]) < 4 / math.sqrt(len(tokens))
+    seeds = [(1, 2), (1234, 1235), (0, 2**40), (137 * 1_000_003 + 1, 137 * 1_000_003 + 2)]  # the last: a run's iterations
+    for first, second in seeds:
+        a, b = (gumbel(noise_streams(seed, [3], torch.device("cpu")), torch.tensor(0), tokens) for seed in (first, second))
+        assert abs(torch.corrcoef(torch.cat([a, b]))[0, 1]) < 4 / math.sqrt(len(tokens)), "neighbouring seeds are not independent"
+    of_seeds = torch.cat([noise_streams(seed, [3], torch.device("cpu")) for seed in range(4096)])
+    over_seeds = uniform31(of_seeds, tokens[:8]).flatten() / 2**31
+    assert p_value([(torch.histc(over_seeds, 100, 0, 1), torch.full((100,), len(over_seeds) / 100))]) > 1e-4
     g = gumbel(keys, torch.tensor(0), tokens)
     assert g.mean().item() == pytest.approx(0.577216, abs=3e-3) and g.var().item() == pytest.approx(math.pi**2 / 6, abs=1e-2)
 

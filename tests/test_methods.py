@@ -1,4 +1,4 @@
-"""One iteration of each method equals an independent float64 computation, at every layout."""
+"""Iterations of every method equal an independent float64 computation, at every layout."""
 
 from __future__ import annotations
 
@@ -6,59 +6,69 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import stories
 import torch
 from distributed import run_distributed
 from megakd_kernels import launch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-from oracle import ADAM, Oracle, StateDictSource
+from oracle import Adam, Oracle, StateDictSource
+from stories import (
+    ADAM,
+    CASES,
+    PAIRS,
+    PROMPT_INIT,
+    Batches,
+    Story,
+    global_batch,
+    pair_of_models,
+    story,
+    story_config,
+    tell,
+    text_batch,
+)  # fmt: skip
 from tiny import tiny_config, tiny_model
 
 from megakd.config import Config, DistillationConfig, GenerationConfig, MiniLLMConfig, PromptKDConfig, TrainingConfig
 from megakd.data.batch import Sample
-from megakd.data.dataloader import deal
+from megakd.data.dataloader import DataLoader, deal
 from megakd.data.end_ids import EndIds
 from megakd.losses.distillation import Divergence, sft_loss
 from megakd.losses.policy_gradient import advantages, importance_weights
 from megakd.losses.token_loss import HeadRows, VocabularySplit
 from megakd.methods import METHODS, minillm
+from megakd.methods import rollout as rollout_module
 from megakd.methods.base import MethodInputs
 from megakd.methods.minillm import MiniLLM
 from megakd.models.model_provider import build_model, load_weights, padded_vocab_size, parameter_mappings
 from megakd.optimizer import StudentOptimizer, learning_rate
 from megakd.teachers.live import LiveTeacher
+from megakd.trainer import held_out_losses
 
-LR, WEIGHT_DECAY, CLIP, TOTAL_ITERS = 1e-2, 0.1, 0.5, 10
-PAIRS = {  # student, teacher
-    "gpt2": ({"family": "gpt2", "layers": 2}, {"family": "gpt2", "layers": 4, "hidden": 96}),
-    "opt": ({"family": "opt", "layers": 2}, {"family": "opt", "layers": 2, "hidden": 96}),
-    "llama": ({"family": "llama", "layers": 2}, {"family": "llama", "layers": 4, "num_key_value_heads": 1}),
-    "llama student of a gpt2": ({"family": "llama", "layers": 2, "tie_word_embeddings": True}, {"family": "gpt2", "layers": 2}),
-}
-LAYOUTS = [  # tp, pp, dp, sequence parallel, distributed optimizer, micro-batch size
-    pytest.param(1, 1, 1, False, False, 4, id="one rank, 2 micro-batches"),
-    pytest.param(1, 1, 1, False, False, 2, id="one rank, 4 micro-batches"),
-    pytest.param(2, 1, 1, False, False, 4, id="TP2, 2 micro-batches"),
-    pytest.param(1, 2, 1, False, False, 2, id="PP2, 4 micro-batches"),
-    pytest.param(2, 2, 1, True, False, 4, id="TP2 PP2 SP, 2 micro-batches"),
-    pytest.param(2, 2, 1, True, False, 2, id="TP2 PP2 SP, 4 micro-batches"),
-    pytest.param(1, 1, 2, False, True, 2, id="DP2 distributed optimizer, 2 micro-batches"),
-    pytest.param(1, 1, 2, False, True, 1, id="DP2 distributed optimizer, 4 micro-batches"),
-    pytest.param(2, 2, 2, True, True, 1, id="TP2 PP2 DP2 SP distributed optimizer, 4 micro-batches", marks=pytest.mark.slow),
+TOTAL_ITERS = 10
+CONSTANT = Adam([1e-2] * TOTAL_ITERS, betas=(0.9, 0.999), eps=1e-3, weight_decay=0.1, clip=0.5)  # of the tests of one iteration
+ALL, TWO, OTHERS = list(PAIRS), ["gpt2", "llama"], ["opt", "llama student of a gpt2"]
+LAYOUTS = [  # tp, pp, dp, sequence parallel, distributed optimizer, micro-batch size, pairs
+    pytest.param(1, 1, 1, False, False, 4, ALL, id="one rank, 2 micro-batches"),
+    pytest.param(1, 1, 1, False, False, 2, ALL, id="one rank, 4 micro-batches"),
+    pytest.param(2, 1, 1, False, False, 4, ALL, id="TP2, 2 micro-batches"),
+    pytest.param(1, 2, 1, False, False, 2, ALL, id="PP2, 4 micro-batches"),
+    pytest.param(2, 2, 1, True, False, 4, TWO, id="TP2 PP2 SP, 2 micro-batches"),
+    pytest.param(2, 2, 1, True, False, 2, OTHERS, id="TP2 PP2 SP, 4 micro-batches"),
+    pytest.param(1, 1, 2, False, True, 2, TWO, id="DP2 distributed optimizer, 2 micro-batches"),
+    pytest.param(1, 1, 2, False, True, 1, OTHERS, id="DP2 distributed optimizer, 4 micro-batches"),
+    pytest.param(2, 2, 2, True, True, 1, ALL, id="TP2 PP2 DP2 SP distributed optimizer, 4 micro-batches", marks=pytest.mark.slow),
 ]
 
 
 def samples() -> list[Sample]:
-    generator = torch.Generator().manual_seed(5)
-    lengths = [(4, 9), (7, 3), (2, 12), (5, 5), (9, 1), (3, 7), (6, 2), (4, 6)]
-    draw = lambda n: tuple(torch.randint(2, 90, (n,), generator=generator).tolist())
-    return [Sample(i, draw(prompt), (*draw(response - 1), 0)) for i, (prompt, response) in enumerate(lengths)]
+    return global_batch(0)
 
 
 def run_config(method: str, micro_batch_size: int, parallel: dict) -> Config:
     config = Config(method=method)
     training = replace(
-        config.training, micro_batch_size=micro_batch_size, global_batch_size=8, lr=LR, lr_decay_style="constant", weight_decay=WEIGHT_DECAY,
-        clip_grad=CLIP, adam_beta1=ADAM["betas"][0], adam_beta2=ADAM["betas"][1], adam_eps=ADAM["eps"],
+        config.training, micro_batch_size=micro_batch_size, global_batch_size=8, lr=1e-2, lr_decay_style="constant",
+        weight_decay=CONSTANT.weight_decay, clip_grad=CONSTANT.clip, adam_eps=CONSTANT.eps,
     )  # fmt: skip
     return replace(
         config,
@@ -72,7 +82,7 @@ TOKENIZER = SimpleNamespace(encode=lambda text, add_special_tokens: [11, 12, 13]
 ENDS = EndIds(stop=(0,), taught=0)
 
 
-def cast(layout, config, pair, dtype=torch.float32) -> MethodInputs:
+def cast(layout, config, pair, dtype=torch.float32, total_iters=TOTAL_ITERS) -> MethodInputs:
     """Student and teacher from the same seeds that the oracle takes."""
     specs = [tiny_config(**spec) for spec in pair]
     width = padded_vocab_size([spec.vocab_size for spec in specs], layout.tp_size)
@@ -82,84 +92,109 @@ def cast(layout, config, pair, dtype=torch.float32) -> MethodInputs:
     load_weights(teacher, StateDictSource(tiny_model(specs[1], seed=2)))
     teacher.eval().requires_grad_(False)
     distributed = config.parallel.use_distributed_optimizer
-    optimizer = StudentOptimizer(student, config.training, total_iters=TOTAL_ITERS, distributed=distributed)
+    optimizer = StudentOptimizer(student, config.training, total_iters=total_iters, distributed=distributed)
     return MethodInputs(student, optimizer, LiveTeacher(teacher) if config.needs_teacher else None, TOKENIZER, ENDS)
 
 
 def oracle(pair, dtype=torch.float32) -> Oracle:
-    student, teacher = (tiny_model(tiny_config(**spec), seed=seed).to(dtype) for seed, spec in enumerate(pair, start=1))
-    return Oracle(student, teacher, lr=LR, weight_decay=WEIGHT_DECAY, clip=CLIP)
+    student, teacher = pair_of_models(pair, dtype)
+    return Oracle(student, teacher, CONSTANT, vectors=teacher.get_input_embeddings().weight[PROMPT_INIT].detach(), prompt_rates=CONSTANT.rates)
 
 
-def check_one_iteration(layout, method_name, pairs, micro_batch_size, parallel):
-    config = run_config(method_name, micro_batch_size, parallel)
-    for name, pair in pairs.items():
-        method = METHODS[method_name](cast(layout, config, pair), config, total_iters=TOTAL_ITERS)
-        vectors = method.extra_tensors().get("vectors", torch.empty(0)).clone()
-        got = method.train(deal(samples(), layout.dp_size)[layout.dp_rank], 1)
-        reference = oracle(pair)
-        want = expected(reference, method_name, all_samples(method, layout), vectors)
-        for key in want.keys() - {"gradient", "vectors"}:
-            assert got[key] == pytest.approx(float(want[key]), rel=1e-6, abs=1e-6), (name, key)
-        check_weights(method.student, reference.student, name)
-        if method_name == "promptkd":
-            check_prompt(method, want, name)
+def check_story(layout, case, told: Story, pair, micro_batch_size, parallel):
+    """Every iteration: what is logged, what is written on all replicas, the weights of this rank; then the held-out losses."""
+    config = story_config(case, micro_batch_size, parallel)
+    parts = replace(cast(layout, config, pair, total_iters=stories.TOTAL_ITERS), text=Batches(text_batch, layout) if config.minillm.lm_coef else None)
+    method = METHODS[config.method](parts, config, total_iters=stories.TOTAL_ITERS)
+    extra = method.extra_tensors()
+    if "vectors" in extra:
+        assert torch.equal(extra["vectors"], pair_of_models(pair)[1].get_input_embeddings().weight[PROMPT_INIT])
+    if "threshold" in extra:
+        extra["threshold"].fill_(stories.PHI)
+    for iteration, step in enumerate(told.steps, start=1):
+        method.rollouts = ()
+        got, where = method.train_iteration(Batches(global_batch, layout), iteration), (case, pair, iteration)
+        assert {s.sample_id: s.response for s in method.all_gather_samples(method.rollouts)} == step.written, where
+        numbers = {name: value for name, value in step.metrics.items() if not torch.is_tensor(value)}
+        assert {name: got[name] for name in numbers} == pytest.approx(numbers, rel=3e-6, abs=1e-6), where
+        check_weights(method.student, step.weights, where)
+        if "vectors" in step.metrics:
+            check_prompt(method, step.metrics, where)
+    *valid, tokens = told.valid
+    means = dict(zip(("valid/lm", "valid/reverse_kl"), (total / tokens for total in valid)))
+    assert held_out_losses(method, global_batch(0), layout) == pytest.approx(means, rel=1e-5), (case, pair)
 
 
-def expected(reference, method_name, rows, vectors):
-    if method_name in ("sft", "seqkd"):
-        return reference.sft(rows)
-    if method_name == "kd":
-        return reference.kd(rows, kd_ratio=0.5)
-    return reference.promptkd(rows, vectors, base_coef=1 - 1 / TOTAL_ITERS)
+def check_stories(layout, told, micro_batch_size, parallel):
+    for case, pair, run in told:
+        check_story(layout, case, run, PAIRS[pair], micro_batch_size, parallel)
 
 
-def all_samples(method, layout):
-    """(prompt, response) of the global batch: the data's, or what the student wrote on all replicas."""
-    if not method.on_policy:
-        return [(s.prompt, s.response) for s in samples()]
-    rows = [None] * layout.dp_size
-    torch.distributed.all_gather_object(rows, [(s.prompt, s.response) for s in method.rollouts], group=layout.dp_group)
-    return [row for part in rows for row in part]
-
-
-def check_weights(student, reference, name):
+def check_weights(student, reference, where):
     """Every updated weight of this rank against the float64 update, through the same name table as a checkpoint."""
     source = StateDictSource(reference)
     for param, mapping in parameter_mappings(student):
         want = mapping.read_shard(source, student.layout.tp_rank, student.layout.tp_size)
-        assert (param.double() - want).abs().max() <= 2e-6, (name, mapping)
+        assert (param.double() - want).abs().max() <= 3e-6, (where, mapping)
 
 
-def check_prompt(method, want, name):
-    clipped = want["gradient"] * min(1.0, CLIP / want["gradient"].norm())
+def check_prompt(method, want, where):
+    clipped = want["gradient"] * min(1.0, ADAM.clip / want["gradient"].norm())
     gradient = method.prompt.vectors.grad
-    assert (gradient.double() - clipped).abs().max() <= 1e-6 * max(1.0, clipped.abs().max()), name
-    assert (method.prompt.vectors.double() - want["vectors"]).abs().max() <= 2e-6, name
+    assert (gradient.double() - clipped).abs().max() <= 1e-6 * max(1.0, clipped.abs().max()), where
+    assert (method.prompt.vectors.double() - want["vectors"]).abs().max() <= 3e-6, where
     assert all(param.grad is None and not hasattr(param, "main_grad") for param in method.teacher.model.parameters()), (
         "the teacher is frozen"
     )
 
 
-@pytest.mark.parametrize("method_name", ["sft", "kd", "promptkd"])
-@pytest.mark.parametrize("tp, pp, dp, sp, zero, micro_batch_size", LAYOUTS)
-def test_one_iteration_equals_float64_transformers(method_name, tp, pp, dp, sp, zero, micro_batch_size):
+GROUPS = {"sft and kd": ["sft", "kd"], "promptkd": ["promptkd"]}
+GROUPS["the others"] = [case for case in CASES if case not in ("sft", "kd", "promptkd")]
+
+
+@pytest.mark.parametrize("cases", GROUPS)
+@pytest.mark.parametrize("tp, pp, dp, sp, zero, micro_batch_size, pairs", LAYOUTS)
+def test_iterations_equal_float64_transformers(cases, tp, pp, dp, sp, zero, micro_batch_size, pairs):
     parallel = {
         "tensor_model_parallel_size": tp,
         "pipeline_model_parallel_size": pp,
         "sequence_parallel": sp,
         "use_distributed_optimizer": zero,
     }
-    run_distributed(check_one_iteration, tp * pp * dp, method_name, PAIRS, micro_batch_size, parallel, tp=tp, pp=pp)
+    pairs = pairs[-1:] if cases == "the others" else pairs
+    told = [(case, pair, story(case, pair, dp if "minillm" in case else 1)) for case in GROUPS[cases] for pair in pairs]
+    run_distributed(check_stories, tp * pp * dp, told, micro_batch_size, parallel, tp=tp, pp=pp)
+
+
+@pytest.mark.parametrize("case", ["minillm", "promptkd"])
+def test_minillm_and_promptkd_equal_float64_transformers_for_every_pair(case):
+    told = [(case, pair, story(case, pair)) for pair in PAIRS]
+    run_distributed(check_stories, 1, told, 4, {})
+
+
+def test_a_story_shows_what_one_iteration_hides():
+    """The padding id is written, the student's and the prompt's gradients are clipped, and once they are not."""
+    told = story("promptkd", "opt").steps
+    assert any(1 in response for step in told for response in step.written.values())
+    for name in ("grad_norm", "grad_norm/prompt"):
+        assert {step.metrics[name] > ADAM.clip for step in told} == {True, False}
+
+
+def one_iteration(reference, method, method_name):
+    """The same iteration by the oracle, on what the method has written or the data say."""
+    rows = [(s.prompt, s.response) for s in (method.all_gather_samples(method.rollouts) if method.on_policy else samples())]
+    if method_name == "promptkd":
+        return reference.promptkd(rows, base_coef=1 - 1 / TOTAL_ITERS)
+    return reference.sft(rows) if method_name == "sft" else reference.kd(rows, kd_ratio=0.5)
 
 
 def check_bfloat16(layout, method_name, parallel):
     for name, pair in [("tied llama", PAIRS["llama student of a gpt2"]), ("opt", PAIRS["opt"])][: 3 - layout.tp_size]:
         config = run_config(method_name, 2, parallel)
         method = METHODS[method_name](cast(layout, config, pair, torch.bfloat16), config, total_iters=TOTAL_ITERS)
-        vectors = method.extra_tensors().get("vectors", torch.empty(0)).clone()
         got = method.train(deal(samples(), layout.dp_size)[layout.dp_rank], 1)
-        want = expected(oracle(pair, torch.bfloat16), method_name, all_samples(method, layout), vectors)
+        assert all(param.main_grad.dtype == torch.float32 for param in method.student.parameters()), "gradients are summed in float32"
+        want = one_iteration(oracle(pair, torch.bfloat16), method, method_name)
         for key in want.keys() - {"gradient", "vectors"}:
             assert got[key] == pytest.approx(float(want[key]), rel=2e-2, abs=1e-3), (name, key)
         loss = {"sft": "loss/lm", "kd": "loss/total", "promptkd": "loss/reverse_kl"}[method_name]
@@ -198,9 +233,9 @@ def test_the_heads_gradient_is_never_rounded_to_bfloat16():
 def check_no_shape_travels(layout):
     """Micro-batches of unlike width, with a soft prompt, in unlike numbers of micro-batches and stages."""
     P2PCommunicator._communicate_shapes = lambda *args: pytest.fail("a shape was sent")
+    pair = {"family": "gpt2", "layers": 3}, {"family": "gpt2", "layers": 4, "hidden": 96}
     parallel = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": layout.pp_size}
-    pairs = {"gpt2": ({"family": "gpt2", "layers": 3}, {"family": "gpt2", "layers": 4, "hidden": 96})}
-    check_one_iteration(layout, "promptkd", pairs, 1, parallel)
+    check_story(layout, "promptkd", tell("promptkd", pair, iterations=1), pair, 1, parallel)
 
 
 def test_every_stage_knows_the_shapes_that_it_is_sent():
@@ -235,12 +270,6 @@ def check_divergences(layout, parallel):
 def test_every_divergence_equals_float64_transformers(tp, pp, dp):
     parallel = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
     run_distributed(check_divergences, tp * pp * dp, parallel, tp=tp, pp=pp)
-
-
-@pytest.mark.parametrize("tp, pp, dp", FEWER_LAYOUTS)
-def test_seqkd_is_sft_on_what_the_teacher_wrote(tp, pp, dp):
-    parallel = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
-    run_distributed(check_one_iteration, tp * pp * dp, "seqkd", {"gpt2": PAIRS["gpt2"]}, 2, parallel, tp=tp, pp=pp)
 
 
 def check_seqkd_writes_once(layout):
@@ -330,24 +359,9 @@ def test_training_with_the_kernels_equals_training_with_the_reference(method_nam
             )
 
 
-def check_unequal_widths(layout, method_name, widths, hidden):
-    """Models of unequal width, either way round: the loss is that of the ids they share, dense, in float64."""
-    pair = [{"family": "llama", "layers": 2, "hidden": hidden, "vocab_size": width} for width in widths]
-    shared = min(widths)
-    for student, teacher in (pair, pair[::-1]):
-        config = run_config(method_name, 4, {})
-        method = METHODS[method_name](cast(layout, config, (student, teacher)), config, total_iters=TOTAL_ITERS)
-        assert method.student.real_vocab_size == method.teacher.model.real_vocab_size == shared
-        vectors = method.extra_tensors().get("vectors", torch.empty(0)).clone()
-        got = method.train(samples(), 1)
-        reference = oracle((student, teacher))
-        reference.vocab_size = shared
-        want = expected(reference, method_name, all_samples(method, layout), vectors)
-        for key in got.keys() & want.keys():
-            rel = 1e-5 if "grad_norm" in key else 1e-6  # float32 sums of millions of squares
-            assert got[key] == pytest.approx(float(want[key]), rel=rel, abs=1e-6), key
-        assert all(token < shared for _, response in all_samples(method, layout) for token in response)
-        check_weights(method.student, reference.student, "unequal widths")
+def check_unequal_widths(layout, told):
+    for case, pair, run in told:
+        check_story(layout, case, run, pair, 4, {})
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -357,56 +371,11 @@ def check_unequal_widths(layout, method_name, widths, hidden):
     ids=["97 and 160", "151,936 and 152,064"],
 )
 def test_vocabularies_of_unequal_width_are_aligned_by_token_id(tp, method_name, widths, hidden):
-    run_distributed(check_unequal_widths, tp, method_name, widths, hidden, tp=tp)
-
-
-def text_rows() -> list[Sample]:
-    generator = torch.Generator().manual_seed(9)
-    draw = lambda n: tuple(torch.randint(2, 90, (n,), generator=generator).tolist())
-    return [Sample(i, draw(2 + i % 3), draw(3 + i)) for i in range(8)]
-
-
-class OneBatch:
-    """A loader whose every global batch is the same samples."""
-
-    def __init__(self, rows, layout):
-        self.rows, self.layout = rows, layout
-
-    def samples(self, iteration):
-        return deal(self.rows, self.layout.dp_size)[self.layout.dp_rank]
-
-
-def check_minillm(layout, pairs, micro_batch_size, parallel):
-    """Two iterations of one phase: in the second the student is no longer the one that wrote."""
-    for name, pair in pairs.items():
-        config = run_config("minillm", micro_batch_size, parallel)
-        settings = replace(config.minillm, num_rollouts=8, ppo_epochs=2, lm_coef=0.7, cliprange_reward=3.0)
-        config = replace(config, minillm=settings)
-        parts = replace(cast(layout, config, pair), text=OneBatch(text_rows(), layout))
-        method = MiniLLM(parts, config, total_iters=TOTAL_ITERS)
-        reference, writer = oracle(pair), oracle(pair).student
-        arguments = {"alpha": 0.2, "gamma": 0.95, "scale": 0.5, "limit": 3.0, "clip": 0.2, "lm_coef": 0.7, "kd_ratio": 0.5}
-        got = method.train_iteration(OneBatch(samples(), layout), 1)
-        rows = all_samples(method, layout)
-        want = reference.minillm(rows, [(s.prompt, s.response) for s in text_rows()], old_student=writer, **arguments)
-        for key, value in want.items():
-            assert got[key] == pytest.approx(float(value), rel=1e-5, abs=2e-6), (name, key)
-        check_weights(method.student, reference.student, name)
-        got = method.train_iteration(OneBatch(samples(), layout), 2)
-        assert got["loss/policy"] == pytest.approx(float(policy_of(reference, rows, writer, arguments)), rel=1e-4, abs=1e-5), name
-
-
-def policy_of(reference, rows, writer, arguments):
-    """The policy loss of the updated student on the same responses."""
-    fresh = Oracle(reference.student, reference.teacher, lr=0.0, weight_decay=0.0, clip=CLIP)
-    return fresh.minillm(rows, [(s.prompt, s.response) for s in text_rows()], old_student=writer, **arguments)["loss/policy"]
-
-
-@pytest.mark.parametrize("tp, pp, dp", FEWER_LAYOUTS)
-def test_minillm_equals_float64_transformers(tp, pp, dp):
-    parallel = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
-    pairs = {name: PAIRS[name] for name in ("gpt2", "llama")}
-    run_distributed(check_minillm, tp * pp * dp, pairs, 2, parallel, tp=tp, pp=pp)
+    """Either way round: losses and rollouts are those of the ids that both share, dense, in float64."""
+    models = [{"family": "llama", "layers": 2, "hidden": hidden, "vocab_size": width} for width in widths]
+    pairs = [tuple(models), tuple(models[::-1])]
+    told = [(method_name, pair, tell(method_name, pair, vocab_size=min(widths), iterations=1)) for pair in pairs]
+    run_distributed(check_unequal_widths, tp, told, tp=tp)
 
 
 def test_advantages_of_the_hand_example():
@@ -418,6 +387,75 @@ def test_advantages_of_the_hand_example():
 def test_without_the_teacher_in_the_mixture_the_importance_weight_is_one():
     log_p, log_q = torch.tensor([-3.0, -80.0, -1.0]), torch.tensor([-1.0, -2.0, -60.0])
     assert importance_weights(log_p, log_q, alpha=0.0).tolist() == [1.0, 1.0, 1.0]
+
+
+def positions_of(layout):
+    config = run_config("sft", 8, {})
+    method = METHODS["sft"](cast(layout, config, PAIRS["gpt2"]), config, total_iters=TOTAL_ITERS)
+    return method.train(deal(samples(), layout.dp_size)[layout.dp_rank], 1)
+
+
+def test_positions_and_tokens_of_the_global_batch_are_counted():
+    """A replica has one micro-batch: rows short enough for one are not parted."""
+    read = [len(s.prompt) + len(s.response) - 1 for s in samples()]
+    for replicas in (1, 2):
+        (logged, *_) = run_distributed(positions_of, replicas)
+        hands = [[s.num_positions for s in hand] for hand in deal(samples(), replicas)]
+        computed = sum(len(hand) * max(hand) for hand in hands)
+        assert (logged["positions"], logged["tokens"]) == (sum(read), sum(len(s.response) for s in samples()))
+        assert logged["real_share"] == pytest.approx(sum(read) / computed) and sum(read) < computed
+
+
+def random_prompts(layout):
+    prompts = []
+    for seed in (1, 1, 2):
+        config = run_config("promptkd", 4, {})
+        config = replace(config, training=replace(config.training, seed=seed), promptkd=replace(config.promptkd, prompt_init="random"))
+        method = METHODS["promptkd"](cast(layout, config, PAIRS["llama"]), config, total_iters=TOTAL_ITERS)
+        prompts.append(method.prompt.vectors.tolist())
+    return prompts
+
+
+def test_a_random_prompt_is_the_seeds():
+    """At every layout, and as large as the teacher's words."""
+    ((one, again, other),) = run_distributed(random_prompts, 1)
+    assert one == again and one != other
+    words = pair_of_models(PAIRS["llama"])[1].get_input_embeddings().weight
+    assert torch.tensor(one).std().item() == pytest.approx(words.std().item(), rel=0.15)
+    for ranks, sizes in ((2, {"tp": 2}), (2, {"pp": 2})):
+        for prompts in run_distributed(random_prompts, ranks, **sizes):
+            torch.testing.assert_close(torch.tensor(prompts[0]), torch.tensor(one))
+
+
+def test_a_rollout_is_drawn_as_the_flags_say(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(rollout_module, "generate", lambda *_, **options: asked.update(options, sampling=_[3]) or [[5, 0]] * 8)
+    config = run_config("promptkd", 4, {})
+    flags = {"temperature": 0.7, "top_k": 9, "top_p": 0.8, "max_new_tokens": 5, "rollout_batch_size": 3}
+    config = replace(config, generation=replace(config.generation, **flags))
+    rollout_module.rollout(None, samples(), config, ENDS, 4)
+    given = {name: getattr(asked["sampling"], name) for name in list(flags)[:-1]} | {"rollout_batch_size": asked["batch_size"]}
+    assert given == flags and not asked["sampling"].greedy and asked["sampling"].seed == 1234 * 1_000_003 + 4
+
+
+def texts_of_minillm(layout):
+    opened = []
+    minillm.open_responses = lambda path, tokenizer, data, **options: opened.append((path, options["full_rows"])) or list(global_batch(0)) * 2
+    config = run_config("minillm", 4, {})
+    config = replace(config, data=replace(config.data, train_data="prompts"), minillm=replace(config.minillm, num_rollouts=8))
+    loaders = []
+    for lm_data in ("", "text"):
+        changed = replace(config, minillm=replace(config.minillm, lm_data=lm_data))
+        loaders.append([s.sample_id for s in MiniLLM.open_text(changed, TOKENIZER, layout).samples(0)])
+    prompts = DataLoader(list(global_batch(0)) * 2, global_batch_size=8, seed=1234)
+    return opened, loaders, [s.sample_id for s in prompts.samples(0)]
+
+
+def test_minillms_text_comes_in_an_order_of_its_own():
+    """And from where --lm-data says, in rows of full length."""
+    ((opened, (first, second), prompts),) = run_distributed(texts_of_minillm, 1)
+    assert opened == [("prompts", True), ("text", True)]
+    assert first == second != prompts
 
 
 def check_frozen_prompt(layout):
@@ -452,14 +490,14 @@ def flags_read(layout, method_name):
 
     for group in (DistillationConfig, PromptKDConfig, MiniLLMConfig, GenerationConfig):
         group.__getattribute__ = get
-    minillm.open_responses = lambda *args, **options: text_rows()
+    minillm.open_responses = lambda *args, **options: text_batch()
     parts.student.method_parts.update(METHODS[method_name].modules(parts.student, parts.teacher, config))
     parts.text = METHODS[method_name].open_text(config, TOKENIZER, layout)
     method = METHODS[method_name](parts, config, total_iters=TOTAL_ITERS)
     for name, tensor in method.extra_tensors().items():
         if name == "threshold":
             tensor.fill_(1.0)  # DistiLLM's student writes
-    method.train_iteration(OneBatch(samples(), layout), 1)
+    method.train_iteration(Batches(global_batch, layout), 1)
     return read
 
 

@@ -337,7 +337,7 @@ FILES = {
     "a cache of the hub": (hub_cache, r"no config.json; give \S+/snapshots/0a1b2c$"),
     "an adapter": (adapter, r"holds an adapter of org/base, not a model; merge the two with peft's merge_and_unload\(\)"),
     "an adapter with a config": (adapter_with_config, r"holds an adapter of org/base, not a model; merge"),
-    "adapted layers": (lora_instead_of_weights, r"'model.layers.0.self_attn.q_proj.weight' is missing; .*LoRA tensors; merge them"),
+    "adapted layers": (lora_instead_of_weights, r"'model.layers.0.self_attn.q_proj.weight' is missing beside LoRA tensors; merge them with peft's"),
     "a pickle": (pickled, r"pytorch_model.bin is a pickle, which can run code .* give the folder that save_pretrained writes"),
     "another dtype": (lambda f: change_weights(f, lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int64)})), r"model.norm.weight is stored as I64, which is no number here; save the model with one of F64, F32, BF16, F16"),
     "bare FP8": (lambda f: change_weights(f, lambda t: t.update({n: x.to(torch.float8_e4m3fn) for n, x in t.items()})), r"embed_tokens.weight is stored as F8_E4M3, which is no number here"),
@@ -579,6 +579,15 @@ def test_a_pad_token_of_ones_own_has_a_way_out_that_works(tokenizer_folder, tmp_
     shutil.rmtree(tmp_path / "teacher")
     shutil.copytree(tokenizer_folder, tmp_path / "teacher")
     check_same_tokenizer(plain, load_tokenizer(tmp_path / "teacher"))
+
+
+def test_equal_ids_that_split_text_otherwise_are_no_matter_of_added_tokens(tokenizer_folder, tmp_path):
+    folder = Path(shutil.copytree(tokenizer_folder, tmp_path / "teacher"))
+    fields = json.loads((folder / "tokenizer.json").read_text())
+    fields["model"]["merges"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=r"have the same ids but split .* differently; distil between models that share a tokenizer"):
+        check_same_tokenizer(load_tokenizer(tokenizer_folder), load_tokenizer(folder))
 
 
 def newer(folder: Path) -> None:

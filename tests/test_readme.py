@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import re
 import shlex
@@ -50,6 +52,29 @@ def test_a_command_of_the_readme_runs(checkout, command):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     done = subprocess.run(words_of(command), cwd=checkout, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def table(text: str) -> list[list[float]]:
+    """Numbers of the README's table of the quick start: exact match in %, Rouge-L, KL."""
+    rows = re.findall(r"^\| [^|]*\| \**([\d.]+) %\** \| \**([\d.]+)\** \| \**([\d.]+)\** \|$", text, re.MULTILINE)
+    return [list(map(float, row)) for row in rows]
+
+
+def test_the_quick_start_gives_the_table_of_the_readme(checkout):
+    """Of the run that the README's first command has just made; another CPU rounds otherwise, and training spreads that a little."""
+    names = ("teacher", "student", "student-longer", "promptkd")
+    files = [checkout / "quickstart" / "evaluation" / name / "results.json" for name in names]
+    if not all(file.is_file() for file in files):
+        pytest.skip("the quick start has not run: run this file as a whole")
+    got = [json.loads(file.read_text())["sets"]["test"] for file in files]
+    shown = table((ROOT / "README.md").read_text())
+    assert len(shown) == 4
+    for row, (exact_match, rouge_l, kl) in zip(got, shown):
+        assert row["exact_match"] == pytest.approx(exact_match, abs=5) and row["rouge_l"] == pytest.approx(rouge_l, abs=3)
+        assert row["reverse_kl"] == pytest.approx(kl, rel=0.2, abs=0.02)
+    with (checkout / "quickstart" / "comparison.csv").open() as file:
+        drawn = list(csv.reader(file))
+    assert len(drawn) >= 5
 
 
 def test_make_quickstart_is_what_was_run_here():

@@ -6,6 +6,7 @@ import logging
 import pytest
 
 from megakd.config import ResponseConfig
+from megakd.data.end_ids import EndIds
 from megakd.data.prompt_dataset import PromptDataset
 from megakd.data.rows import read_rows
 from megakd.data.sft_dataset import SFTDataset
@@ -143,10 +144,14 @@ FORMS = {
 }
 
 
+def ends(tokenizer):
+    return EndIds((tokenizer.eos_token_id,), tokenizer.eos_token_id)
+
+
 def generated(tmp_path, tokenizer, row, response, *, token_ids):
     """The ids of the prompt, and the file that is written for them and this response."""
     settings = ResponseConfig(max_prompt_length=256)
-    prompts = Prompts(str(written(tmp_path / "asked.jsonl", row)), tokenizer, settings)
+    prompts = Prompts(str(written(tmp_path / "asked.jsonl", row)), tokenizer, ends(tokenizer), settings)
     answered = prompts.row(0, response, token_ids=token_ids)
     assert set(row) - {"response", "output", "answer", "completion", "prompt_ids", "response_ids"} <= set(answered)
     return prompts[0].prompt, written(tmp_path / "answered.jsonl", answered)
@@ -201,7 +206,7 @@ def test_ids_that_are_not_the_rows_text_are_refused(tmp_path, tokenizer, change,
 def test_plain_text_is_no_prompt_to_answer(tmp_path, tokenizer):
     for row in ({"text": "one two three"}, {"prompt": "", "response": "one two three"}):
         with pytest.raises(ValueError, match=r"line 1 is plain text; --data needs rows with prompt, or with instruction and"):
-            Prompts(str(written(tmp_path / "text.jsonl", row)), tokenizer, ResponseConfig())
+            Prompts(str(written(tmp_path / "text.jsonl", row)), tokenizer, ends(tokenizer), ResponseConfig())
 
 
 # ---- prompts

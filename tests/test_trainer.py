@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megakd import trainer
 from megakd.config import Config, OutputConfig, from_yaml, parse
+from megakd.data.batch import Sample
+from megakd.data.end_ids import EndIds
 from megakd.data.tasks import make_rows
 from megakd.data.train_tokenizer import train_tokenizer
 from megakd.reporting.jsonl import read_jsonl
@@ -151,12 +155,55 @@ def test_a_run_cut_off_while_it_writes_its_settings_keeps_the_old_ones(tmp_path,
     assert from_yaml(tmp_path / "config.yaml") == unfinished.config
 
 
+def bare_trainer(**output) -> trainer.Trainer:
+    """Settings, and nothing loaded."""
+    bare, config = trainer.Trainer.__new__(trainer.Trainer), Config()
+    bare.config = replace(config, output=replace(config.output, **output), training=replace(config.training, global_batch_size=3))
+    bare.total_iters = 10
+    return bare
+
+
+def test_evaluations_and_saves_are_due_when_the_flags_say():
+    """Every so many iterations, and after the last."""
+
+    def due(interval):
+        bare = bare_trainer()
+        return [bare.iteration for bare.iteration in range(1, 11) if bare._due(interval)]
+
+    assert (due(4), due(None), due(1)) == ([4, 8, 10], [10], list(range(1, 11)))
+
+
+def test_an_evaluation_is_as_long_as_the_flag_says(monkeypatch):
+    """--eval-iters counts global batches; answers to look at are greedy."""
+    for iters, rows in ((2, 6), (None, 20), (50, 20)):
+        bare = bare_trainer(eval_iters=iters)
+        bare.valid = [Sample(i, (1, 2), (3, 0)) for i in range(20)]
+        assert [s.sample_id for s in bare._valid_samples()] == list(range(rows))
+    asked, bare.iteration = [], 0
+    bare.method, bare.logger = SimpleNamespace(student=None), SimpleNamespace(log_samples=lambda *rows: asked.append(rows))
+    bare.ends, bare.tokenizer = EndIds(stop=(0,), taught=0), SimpleNamespace(decode=lambda ids, **_: str(list(ids)))
+    monkeypatch.setattr(trainer, "generate", lambda *given, **_: asked.append(given) or [[7, 0]] * 4)
+    bare._show_samples()
+    (_, prompts, ids, sampling), (_, rows) = asked
+    assert sampling.greedy and (prompts, ids) == ([(1, 2)] * 4, [0, 1, 2, 3])
+    assert rows[0] == {"prompt": "[1, 2]", "student": "[7, 0]", "reference": "[3, 0]"}
+
+
 def test_rollouts_recompute_a_step(inputs):
-    """Prompt and response ids with their mask are all that a loss needs: the first iteration's tokens are counted alike."""
-    rows = [row for row in read_jsonl(inputs / "kept" / "rollouts.jsonl") if row["iteration"] == 1]
-    logged = read_jsonl(inputs / "kept" / "metrics.jsonl")[1]
-    assert len(rows) == 8 and sum(sum(row["loss_mask"]) for row in rows) == logged["tokens"]
-    assert all(len(row["loss_mask"]) == len(row["prompt"]) + len(row["response"]) - 1 for row in rows)
+    """Prompt and response ids with their mask are all that a loss needs: transformers finds the first iteration's loss from them."""
+    flags = {"on-policy-ratio": 1, "kd-objective": "reverse_kl", "hidden-dropout": 0, "save-rollouts": True, "train-iters": 1}
+    run_distributed(run, 2, command(inputs, "recomputed", "kd", **flags))
+    student, teacher = (AutoModelForCausalLM.from_pretrained(inputs / name).eval() for name in ("student", "teacher"))
+    rows = [row for row in read_jsonl(inputs / "recomputed" / "rollouts.jsonl") if row["iteration"] == 1]
+    distance, tokens = 0.0, 0
+    for row in rows:
+        ids = torch.tensor([row["prompt"] + row["response"]])
+        with torch.no_grad():
+            log_q, log_p = (model(ids).logits[0, :-1].double().log_softmax(-1) for model in (student, teacher))
+        distance += ((log_q.exp() * (log_q - log_p)).sum(-1) * torch.tensor(row["loss_mask"])).sum().item()
+        tokens += sum(row["loss_mask"])
+    logged = read_jsonl(inputs / "recomputed" / "metrics.jsonl")[1]
+    assert (len(rows), logged["tokens"]) == (8, tokens) and logged["loss/reverse_kl"] == pytest.approx(distance / tokens, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -172,3 +219,16 @@ def test_a_rollout_is_written_down_in_its_own_iteration_alone(inputs, method, fl
 def test_minillm_saves_between_phases_only(inputs):
     with pytest.raises(AssertionError, match=r"--save-interval 2 is no multiple of MiniLLM.s phase of 4"):
         run_distributed(run, 1, command(inputs, "phase", "minillm", **{"num-rollouts": 16, "ppo-epochs": 2}))
+
+
+PROMPTS_ALONE = {"kd": {"on-policy-ratio": 1.0}, "minillm": {"lm-coef": 0.0, "num-rollouts": 8, "ppo-epochs": 1}}
+
+
+@pytest.mark.parametrize("method", PROMPTS_ALONE)
+def test_prompts_alone_suffice_where_no_response_is_learnt(inputs, method):
+    rows = [json.loads(line) for line in (inputs / "train.jsonl").read_text().splitlines()]
+    (inputs / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    for data in ("train", "prompts"):
+        flags = PROMPTS_ALONE[method] | {"train-data": inputs / f"{data}.jsonl", "train-iters": 2}
+        run_distributed(run, 1, command(inputs, f"{method}-{data}", method, **flags))
+    assert numbers(inputs / f"{method}-prompts") == numbers(inputs / f"{method}-train")

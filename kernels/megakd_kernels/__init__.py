@@ -1,18 +1,26 @@
 """Vocabulary-parallel distillation losses, from logits or straight from hidden states. Knows torch and Triton only."""
 
-from .cross_entropy import cross_entropy
-from .fused_linear_kl import fused_linear_cross_entropy, fused_linear_kl, fused_linear_promptkd_loss
-from .kl_div import kl_div
-from .prompt_embedding import prompt_embedding
-from .promptkd_loss import promptkd_loss
-from .reference import OBJECTIVES
+from .cross_entropy.loss import cross_entropy
+from .divergence import OBJECTIVES
+from .divergence.kl_div import kl_div
+from .heads.fused_linear import (
+    fused_linear_cross_entropy,
+    fused_linear_kl,
+    fused_linear_promptkd_loss,
+    fused_linear_topk_kl,
+)
+from .kl.promptkd_loss import promptkd_loss
+from .prompt_embedding.operator import prompt_embedding
+from .topk import TopKRows
 
 __all__ = [
     "OBJECTIVES",
+    "TopKRows",
     "cross_entropy",
     "fused_linear_cross_entropy",
     "fused_linear_kl",
     "fused_linear_promptkd_loss",
+    "fused_linear_topk_kl",
     "kl_div",
     "prompt_embedding",
     "promptkd_loss",

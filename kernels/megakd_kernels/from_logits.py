@@ -1,6 +1,6 @@
 """The autograd functions of every loss whose gradient is written out: forward makes the statistics, backward the gradient.
 
-A `RowLoss` says what a row costs and what its gradient is; `LossFromLogits` here and `LossFromHidden` in `fused_linear_kl` carry
+A `RowLoss` says what a row costs and what its gradient is; `LossFromLogits` here and `LossFromHidden` in `heads` carry
 it out. Forward keeps the logits and a few numbers a row, nothing of the logits' size; backward writes one gradient a tensor, or
 writes over the logits where it may. `LossAndGradient` is for kernels that make both in one reading.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .kl_rows import accumulation_dtype
+from .row_chunks import accumulation_dtype
 from .shards import VocabShard
 
 
@@ -24,6 +24,7 @@ class RowLoss(Protocol):
     outputs: int  # the loss and its parts
     shard: VocabShard
     reads_once: bool  # whether `at_once`, which reads the logits once for loss and gradient, can be called
+    gradient_in_forward: bool  # whether a loss of given logits calls it too, and keeps the gradient until backward
 
     def of_rows(self, rows: slice | Tensor) -> RowLoss:
         """The same loss for some of the rows, where it holds something of each row (labels)."""
@@ -96,7 +97,7 @@ class LossAndGradient(torch.autograd.Function):
 
 def loss_from_logits(loss: RowLoss, weights_N: Tensor | None, inplace: bool, *logits_NV: Tensor) -> tuple[Tensor, ...]:
     """(loss_N, *parts_N) with gradient to the logits that require one."""
-    if loss.reads_once and torch.is_grad_enabled() and any(x.requires_grad for x in logits_NV):
+    if loss.gradient_in_forward and torch.is_grad_enabled() and any(x.requires_grad for x in logits_NV):
         return LossAndGradient.apply(loss, weights_N, *logits_NV)
     return LossFromLogits.apply(loss, weights_N, inplace, *logits_NV)
 

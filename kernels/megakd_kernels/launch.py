@@ -8,11 +8,11 @@ so are the two options reached, which exist for the divergences: `compiled`, tor
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
 
@@ -22,36 +22,36 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 IMPLEMENTATIONS = ("rows", "compiled", "triton", "single_launch", "reference")
 OPTIONS = {"compiled": "rows", "single_launch": "triton"}  # of the divergences, and what other operators run in their place
-_chosen: str | None = None
+_chosen: ContextVar[str | None] = ContextVar("implementation", default=None)
 
 
 @contextmanager
 def use(implementation: str) -> Iterator[None]:
     """Run the block's calls with one implementation, on any device: tests and benchmarks compare them so."""
-    global _chosen
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {implementation!r} is unknown; use one of {', '.join(IMPLEMENTATIONS)}")
-    before, _chosen = _chosen, implementation
+    token = _chosen.set(implementation)
     try:
         yield
     finally:
-        _chosen = before
+        _chosen.reset(token)
 
 
 def implementation(x: Tensor, operator: str = "kl") -> str:
     """The implementation of an operator for tensors like x."""
-    if _chosen in OPTIONS and operator != "kl":
-        return OPTIONS[_chosen]
-    if _chosen is not None and not (_chosen in OPTIONS and x.dtype == torch.float64):  # the options are for float32 and less
-        return _chosen
+    chosen = _chosen.get()
+    if chosen in OPTIONS and operator != "kl":
+        return OPTIONS[chosen]
+    if chosen is not None and not (chosen in OPTIONS and x.dtype == torch.float64):  # the options are for float32 and less
+        return chosen
     if x.device.type == "cpu":
         return "rows"
     return "triton" if x.dtype != torch.float64 and _triton_found() else "reference"
 
 
 def kernels(x: Tensor, operator: str) -> ModuleType:
-    """The module that holds an operator's functions for tensors like x: megakd_kernels.<operator>_<implementation>."""
-    return importlib.import_module(f".{operator}_{implementation(x, operator)}", __package__)
+    """The module that holds an operator's functions for tensors like x."""
+    return KERNELS[operator][implementation(x, operator)]()
 
 
 @cache
@@ -60,3 +60,74 @@ def _triton_found() -> bool:
         return True
     log.warning("Triton is not installed: the distillation losses run in plain torch, with several tensors of the logits' size")
     return False
+
+
+# Modules are imported when they are asked for, by statements that every tool can follow.
+
+
+def _kl_rows() -> ModuleType:
+    from .kl import rows
+
+    return rows
+
+
+def _kl_compiled() -> ModuleType:
+    from .kl import compiled
+
+    return compiled
+
+
+def _kl_triton() -> ModuleType:
+    from .kl import triton
+
+    return triton
+
+
+def _kl_single_launch() -> ModuleType:
+    from .experimental import single_launch
+
+    return single_launch
+
+
+def _mixture_rows() -> ModuleType:
+    from .mixture import rows
+
+    return rows
+
+
+def _mixture_triton() -> ModuleType:
+    from .mixture import triton
+
+    return triton
+
+
+def _cross_entropy_rows() -> ModuleType:
+    from .cross_entropy import rows
+
+    return rows
+
+
+def _cross_entropy_triton() -> ModuleType:
+    from .cross_entropy import triton
+
+    return triton
+
+
+def _prompt_embedding_rows() -> ModuleType:
+    from .prompt_embedding import rows
+
+    return rows
+
+
+def _prompt_embedding_triton() -> ModuleType:
+    from .prompt_embedding import triton
+
+    return triton
+
+
+KERNELS: dict[str, dict[str, Callable[[], ModuleType]]] = {
+    "kl": {"rows": _kl_rows, "compiled": _kl_compiled, "triton": _kl_triton, "single_launch": _kl_single_launch},
+    "mixture": {"rows": _mixture_rows, "triton": _mixture_triton},
+    "cross_entropy": {"rows": _cross_entropy_rows, "triton": _cross_entropy_triton},
+    "prompt_embedding": {"rows": _prompt_embedding_rows, "triton": _prompt_embedding_triton},
+}

@@ -6,6 +6,7 @@ N rows (tokens), Vp columns on this rank, K statistics a row, P partial statisti
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -93,3 +94,45 @@ class CopyToShards(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         return ctx.shard.all_reduce(grad.clone(memory_format=torch.contiguous_format)), None
+
+
+class LogSoftmax(torch.autograd.Function):
+    """log_softmax over all shards, with dz = dy - softmax(z) * (sum of dy over all shards)."""
+
+    @staticmethod
+    def forward(ctx, z_NV: Tensor, shard: VocabShard) -> Tensor:
+        floor_N1 = z_NV.new_full((z_NV.shape[0], 1), FLOOR)  # a shard may be empty, or hold -inf only
+        z_NV = z_NV - shard.all_reduce(torch.cat([z_NV, floor_N1], dim=-1).amax(-1, keepdim=True), "max")
+        log_probs_NV = (z_NV - shard.all_reduce(z_NV.exp().sum(-1, keepdim=True)).log()).clamp_min(FLOOR)
+        ctx.save_for_backward(log_probs_NV)
+        ctx.shard = shard
+        return log_probs_NV
+
+    @staticmethod
+    def backward(ctx, grad_NV: Tensor):
+        (log_probs_NV,) = ctx.saved_tensors
+        return grad_NV - log_probs_NV.exp() * ctx.shard.all_reduce(grad_NV.sum(-1, keepdim=True)), None
+
+
+def log_probs(logits_NV: Tensor, temperature: float, weights_N: Tensor | None, shard: VocabShard) -> Tensor:
+    """[N, Vp] float32 (float64 of float64) log-probabilities, differentiable; a row of weight 0 is not read."""
+    z_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    if weights_N is not None:
+        z_NV = torch.where((weights_N != 0)[:, None], z_NV, 0.0)  # what a masked row holds, NaN included, stays there
+    return LogSoftmax.apply(z_NV / temperature, shard)
+
+
+def total(shard: VocabShard) -> Callable[[Tensor], Tensor]:
+    """The function that sums [N, Vp] over the whole vocabulary, to [N] on every rank, differentiable."""
+    return lambda x_NV: SumOverShards.apply(x_NV.sum(-1), shard)
+
+
+def weighted(loss_N: Tensor, weights_N: Tensor | None) -> Tensor:
+    """The rows' losses times their weights."""
+    return loss_N if weights_N is None else loss_N * weights_N.to(loss_N.dtype)
+
+
+def check_temperature(temperature: float) -> None:
+    """ValueError unless logits can be divided by it."""
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be positive")

@@ -17,7 +17,7 @@ from megakd.data.templates import open_template
 from megakd.data.values import FORMS
 from megakd.errors import UserError
 
-PART = 2**18  # characters of the rows that are worked on at once
+PART = 2**16  # characters of the rows that are worked on at once
 
 
 def read_rows(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, *, template: str = "alpaca") -> "Rows":

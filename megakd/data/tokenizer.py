@@ -31,13 +31,13 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions, transformers whatever comes of odd fields
-        raise UserError(f"{folder}: its tokenizer does not load ({said(error)}); {_way_out(folder, error)}") from error
+        raise UserError(f"{folder}: its tokenizer does not load ({said(error)}); {_way_out(error)}") from error
     tokenizer.eos_token_id = end_ids(folder, tokenizer).taught
     tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _way_out(folder: Path, error: Exception) -> str:
+def _way_out(error: Exception) -> str:
     """tokenizers' own words for a kind of model, normaliser, ... that it does not know yet, or for a damaged file."""
     if "untagged enum" in str(error) or "unknown variant" in str(error):
         return f"tokenizer.json was written by a newer tokenizers than {version('tokenizers')}: install a newer one, or it is damaged"
@@ -78,7 +78,7 @@ def _way_out_of_added_tokens(
     more, fewer, flag = (theirs, ours, "--teacher-model") if len(theirs) > len(ours) else (ours, theirs, "--model")
     added = {index for index in more if index not in fewer}
     tokenizer, other = (teacher, student) if more is theirs else (student, teacher)
-    if any(more.get(index) != token for index, token in fewer.items()) or not added <= tokenizer.added_tokens_decoder.keys():
+    if not added or any(more.get(index) != token for index, token in fewer.items()) or not added <= tokenizer.added_tokens_decoder.keys():
         return None
     return (
         f"only added tokens differ, and rows are padded with EOS: copy the tokenizer files of {other.name_or_path} into a copy of {flag}"

@@ -43,6 +43,7 @@ class EvaluationSet(PromptDataset):
         scores: ScoreConfig = USUAL_RULES,
     ) -> None:
         self.name, self.path, self.max_response_length = name, str(path), max_response_length
+        self.rules, self.rouge_tokenizer = scores, metrics.rouge_tokenizer(scores.rouge_tokenizer_of(name), tokenizer)
         self._bos = tokenizer("")["input_ids"] if add_bos else []
         super().__init__(path, tokenizer, max_prompt_length=max_prompt_length, template=template)
         self.rules = scores

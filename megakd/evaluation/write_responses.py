@@ -69,10 +69,10 @@ class Prompts(PromptDataset):
         """What is written for one prompt: training reads it as this prompt and this response, and no other."""
         prompt = self[index].prompt
         fields = unanswered(self._rows.fields(self._row_of[index]))
-        ended = len(self.ends.without_end(response)) < len(response)
+        said = self.ends.without_end(response)
         ids = {"prompt_ids": prompt, "response_ids": response} if token_ids else {}
-        text = response_text(self.tokenizer, prompt, self.ends.without_end(response))
-        return {**fields, "response": text, "finish_reason": "stop" if ended else "length", **ids}
+        text = response_text(self.tokenizer, prompt, said)
+        return {**fields, "response": text, "finish_reason": "stop" if len(said) < len(response) else "length", **ids}
 
 
 class ResponseFile:

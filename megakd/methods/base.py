@@ -41,6 +41,7 @@ class Method:
     """One method. A subclass says what an iteration is; on-policy methods are given prompts, the others prompts and responses."""
 
     on_policy = False
+    has_dropout = True  # the student, while it learns
     rollouts: Sequence[Sample] = ()  # what was written in the last iteration, by whomever
 
     def __init__(self, inputs: MethodInputs, config: Config, *, total_iters: int):

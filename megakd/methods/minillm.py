@@ -46,6 +46,7 @@ class MiniLLM(Method):
     """Phases of `steps_per_phase` iterations; `experience` is of the phase in hand and is never saved."""
 
     on_policy = True
+    has_dropout = False  # ρ compares q with the q that wrote: a dropout mask would be read as a change of policy
 
     def __init__(self, inputs, config, *, total_iters):
         super().__init__(inputs, config, total_iters=total_iters)

@@ -24,6 +24,13 @@ class Family:
     table: Callable[[PretrainedConfig, int], Table]  # (config, padded vocabulary size) -> names and mappings
     skipped_rows: dict[str, int]  # Hugging Face tensors with leading rows that no Megatron parameter holds
     layer_spec: Callable[[PretrainedConfig], ModuleSpec] = lambda _: LAYER  # the modules of a layer, in training as in decoding
+    freezes_pad_input: bool = True  # transformers gives nn.Embedding `padding_idx`, the config's pad_token_id
+
+    def padding_idx(self, hf: PretrainedConfig) -> int | None:
+        """The id whose row of the embedding gets no gradient from the input in transformers; a negative one counts from the end."""
+        if not self.freezes_pad_input or hf.pad_token_id is None:
+            return None
+        return hf.pad_token_id % hf.vocab_size
 
 
 def linear(megatron: str, hf: str, *, axis: int, transposed: bool = False, bias: bool = True) -> Table:

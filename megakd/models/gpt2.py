@@ -61,4 +61,4 @@ def table(hf: GPT2Config, padded_vocab_size: int) -> Table:
     }
 
 
-FAMILY = Family("gpt2", unsupported, transformer_config, model_arguments, table, skipped_rows={})
+FAMILY = Family("gpt2", unsupported, transformer_config, model_arguments, table, skipped_rows={}, freezes_pad_input=False)

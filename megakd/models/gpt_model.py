@@ -29,7 +29,17 @@ class HiddenStateGPTModel(GPTModel):
     `method_parts` are modules that a method trains with the model: they share its optimizer and its checkpoints, and no export.
     """
 
-    def __init__(self, config, block_spec, *, layout: ParallelLayout, real_vocab_size: int, padded_vocab_size: int, **kwargs):
+    def __init__(
+        self,
+        config,
+        block_spec,
+        *,
+        layout: ParallelLayout,
+        real_vocab_size: int,
+        padded_vocab_size: int,
+        padding_idx: int | None = None,
+        **kwargs,
+    ):
         super().__init__(
             config,
             block_spec,
@@ -41,7 +51,7 @@ class HiddenStateGPTModel(GPTModel):
             pg_collection=layout.groups,
             **kwargs,
         )
-        self.layout, self.real_vocab_size = layout, real_vocab_size
+        self.layout, self.real_vocab_size, self.padding_idx = layout, real_vocab_size, padding_idx
         self.method_parts = torch.nn.ModuleDict()
 
     def forward(
@@ -96,7 +106,7 @@ class HiddenStateGPTModel(GPTModel):
     def _embed(self, tokens_BS: Tensor, position_ids_BS: Tensor, soft_prompt_PH: Tensor | None, decodes: bool) -> Tensor:
         """[P + S, B, H], this rank's part of it under sequence parallelism."""
         if soft_prompt_PH is None or decodes:
-            x = self.embedding.word_embeddings(tokens_BS)
+            x = self._word_embeddings(tokens_BS)
             if soft_prompt_PH is not None:
                 x = torch.cat([soft_prompt_PH.to(x.dtype).expand(len(x), -1, -1), x], 1)
             if self.embedding.add_position_embedding:
@@ -108,6 +118,13 @@ class HiddenStateGPTModel(GPTModel):
             x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[0] % self.tp_group.size()))  # equal parts; nothing real sees what comes last
             x = scatter_to_sequence_parallel_region(x, group=self.tp_group)
         return x
+
+    def _word_embeddings(self, tokens_BS: Tensor) -> Tensor:
+        """[B, S, H]. As with torch's `padding_idx`, that id's row learns nothing from being read; a tied head still teaches it."""
+        x = self.embedding.word_embeddings(tokens_BS)
+        if self.padding_idx is None or not torch.is_grad_enabled():
+            return x
+        return torch.where((tokens_BS == self.padding_idx)[..., None], x.detach(), x)
 
     def _embed_behind(self, soft_prompt_PH: Tensor, tokens_BS: Tensor) -> Tensor:
         """[B, P + S, H]: the prompt takes positions 0..P-1 and moves the tokens P to the right, as in the reference. The model is

@@ -126,6 +126,7 @@ def build_model(
         layout=layout,
         real_vocab_size=hf.vocab_size,
         padded_vocab_size=padded_vocab_size,
+        padding_idx=family.padding_idx(hf),
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
         **family.model_arguments(hf),
     ).to(device=torch.cuda.current_device(), dtype=dtype)

@@ -115,13 +115,13 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def seed_everything(seed: int, layout: ParallelLayout) -> None:
+def seed_everything(seed: int, layout: ParallelLayout, *, iteration: int = 0) -> None:
     """Random numbers for dropout: tensor-parallel ranks agree outside parallel regions (inside, megatron's tracker adds the rank);
-    stages and replicas differ."""
+    stages, replicas and iterations differ."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     place = layout.pp_rank * layout.dp_size + layout.dp_rank
-    mixed = random.Random(f"{seed}/{place}").getrandbits(31)  # neighbours in seed or place share nothing
+    mixed = random.Random(f"{seed}/{iteration}/{place}").getrandbits(31)  # neighbours in seed, iteration or place share nothing
     random.seed(mixed)
     np.random.seed(mixed)
     torch.manual_seed(mixed)

@@ -14,7 +14,11 @@ from collections import Counter
 from pathlib import Path
 
 import triton
-from megakd_kernels import cross_entropy_triton, kl_single_launch, kl_triton, prompt_embedding_triton
+from megakd_kernels.cross_entropy import triton as cross_entropy_triton
+from megakd_kernels.experimental import single_launch as kl_single_launch
+from megakd_kernels.kl import triton as kl_triton
+from megakd_kernels.mixture import triton as mixture_triton
+from megakd_kernels.prompt_embedding import triton as prompt_embedding_triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -77,12 +81,12 @@ def variants():
     yield ("scale rows", kl_single_launch.scale_rows_kernel, {"ALIGNED": True, "BLOCK": kl_single_launch.SCALE_BLOCK},
            kl_single_launch.SCALE_WARPS)
     yield "merge", kl_triton.merge_kernel, {"HAS_C": True, "BLOCK": 128}, 4
-    mixture = {"ALIGNED": True, "BLOCK": kl_triton.MIXTURE_BLOCK}
+    mixture = {"ALIGNED": True, "BLOCK": mixture_triton.BLOCK}
     for op, name in enumerate(("skew", "jsd", "tvd")):
         constants = {**mixture, "OP": op, "HAS_WEIGHTS": True}
-        yield f"mixture sums, {name}", kl_triton.mixture_sums_kernel, constants, kl_triton.MIXTURE_WARPS
+        yield f"mixture sums, {name}", mixture_triton.mixture_sums_kernel, constants, mixture_triton.WARPS
         constants = {**mixture, "OP": op, "WANT_Q": True, "WANT_P": False}
-        yield f"mixture gradient, {name}", kl_triton.mixture_gradient_kernel, constants, kl_triton.MIXTURE_WARPS
+        yield f"mixture gradient, {name}", mixture_triton.mixture_gradient_kernel, constants, mixture_triton.WARPS
     label = {"ALIGNED": True, "BLOCK": cross_entropy_triton.BLOCK}
     yield ("label statistics", cross_entropy_triton.label_statistics_kernel, {**label, "HAS_WEIGHTS": True},
            cross_entropy_triton.WARPS)

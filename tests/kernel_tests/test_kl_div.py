@@ -19,7 +19,7 @@ from cases import (
     roundings,
     upstream,
 )
-from megakd_kernels import OBJECTIVES, kl_div, kl_rows, launch, reference
+from megakd_kernels import OBJECTIVES, kl_div, launch, reference, row_chunks
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
@@ -29,6 +29,8 @@ def plain(objective: str, s, t, T=1.0, beta=0.5, alpha=0.1):
     log_q, log_p = torch.log_softmax(s.double() / T, -1), torch.log_softmax(t.double() / T, -1)
     kl = lambda a, log_b: (a.exp() * (a - log_b)).sum(-1)
     mix = lambda share, a, b: (share * a.exp() + (1 - share) * b.exp()).log()
+    s = alpha + beta
+    ab = lambda a, b: (alpha / s * (s * a).exp() + beta / s * (s * b).exp() - (alpha * a + beta * b).exp()).sum(-1) / alpha / beta
     return {
         "reverse_kl": lambda: kl(log_q, log_p),
         "forward_kl": lambda: kl(log_p, log_q),
@@ -36,6 +38,7 @@ def plain(objective: str, s, t, T=1.0, beta=0.5, alpha=0.1):
         "skew_forward_kl": lambda: kl(log_p, mix(alpha, log_p, log_q)),
         "skew_reverse_kl": lambda: kl(log_q, mix(alpha, log_q, log_p)),
         "tvd": lambda: 0.5 * (log_q.exp() - log_p.exp()).abs().sum(-1),
+        "alpha_beta": lambda: ab(log_p, log_q),
     }[objective]()
 
 
@@ -101,7 +104,7 @@ def test_disjoint_supports_at_logits_of_30000(objective, implementation):
     s, t = (torch.zeros(5, 300, device=device_of(implementation)) for _ in range(2))
     s[:, 7], t[:, 250] = 3e4, 3e4
     expected = {"reverse_kl": 3e4, "forward_kl": 3e4, "jsd": math.log(2), "skew_forward_kl": -math.log(0.1),
-                "skew_reverse_kl": -math.log(0.1), "tvd": 1.0}[objective]
+                "skew_reverse_kl": -math.log(0.1), "tvd": 1.0, "alpha_beta": 1 / (0.1 * 0.5)}[objective]
     with launch.use(implementation):
         loss_N, ds, dt = run(kl_div, s, t, upstream(), objective=objective)
     torch.testing.assert_close(loss_N.cpu(), torch.full((5,), expected), rtol=1e-5, atol=0)
@@ -166,7 +169,7 @@ def test_close_models_with_far_offsets_keep_their_digits(implementation):
 def test_a_cpu_makes_nothing_of_the_logits_size(monkeypatch):
     from test_fused_linear_kl import Watch
 
-    monkeypatch.setattr(kl_rows, "CHUNK_NUMBERS", 2000)
+    monkeypatch.setattr(row_chunks, "CHUNK_NUMBERS", 2000)
     for objective in ("reverse_kl", "jsd"):
         s, t = torch.randn(400, 500).requires_grad_(), torch.randn(400, 500)
         z = s * 1

@@ -1,4 +1,4 @@
-"""Cross-entropy statistics and gradient on a GPU. The mathematics are in `cross_entropy`, the walk over a row in `kl_triton`.
+"""Cross-entropy statistics and gradient on a GPU. The mathematics are in `loss`, the walk over a row in `triton_rows`.
 
 N rows, V columns here, P partial statistics. `labels` count from this shard's first column; another rank's label is out of range.
 """
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kl_triton import NEG, aligned, clear, load_columns, row_start, slice_bounds, split_over, store_columns
+from ..triton_rows import NEG, aligned, clear, load_columns, on_device_of, row_start, slice_bounds, split_over, store_columns
 
 BLOCK, WARPS = 4096, 8
 _LOG2E = tl.constexpr(math.log2(math.e))
@@ -101,7 +101,7 @@ def label_gradient_kernel(
 
 
 def statistics(logits_NV: Tensor, labels_N: Tensor, weights: Tensor | None) -> Tensor:
-    """[P, 3, N] statistics of this shard's splits; see `cross_entropy_rows.statistics`."""
+    """[P, 3, N] statistics of this shard's splits; see `rows.statistics`."""
     return _statistics_op(logits_NV, labels_N, weights)
 
 
@@ -110,9 +110,10 @@ def _statistics_op(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Te
     rows, columns = logits.shape
     splits, split_columns = split_over(rows, columns, BLOCK)
     out = logits.new_empty(splits, 3, rows, dtype=torch.float32)
-    label_statistics_kernel[(rows, splits)](
-        logits, labels, out if weights is None else weights, out, logits.stride(0), rows, columns, split_columns,
-        HAS_WEIGHTS=weights is not None, ALIGNED=aligned(logits), BLOCK=BLOCK, num_warps=WARPS)
+    with on_device_of(logits):
+        label_statistics_kernel[(rows, splits)](
+            logits, labels, out if weights is None else weights, out, logits.stride(0), rows, columns, split_columns,
+            HAS_WEIGHTS=weights is not None, ALIGNED=aligned(logits), BLOCK=BLOCK, num_warps=WARPS)
     return out
 
 
@@ -123,7 +124,7 @@ def _(logits, labels, weights):
 
 
 def gradient(logits_NV: Tensor, labels_N: Tensor, top_N: Tensor, sum_N: Tensor, scale_N: Tensor, grad_NV: Tensor) -> None:
-    """Write scale (softmax - one-hot) into grad_NV; see `cross_entropy_rows.gradient`."""
+    """Write scale (softmax - one-hot) into grad_NV; see `rows.gradient`."""
     _gradient_op(logits_NV, labels_N, top_N, sum_N, scale_N.float().contiguous(), grad_NV)
 
 
@@ -131,9 +132,10 @@ def gradient(logits_NV: Tensor, labels_N: Tensor, top_N: Tensor, sum_N: Tensor, 
 def _gradient_op(logits: Tensor, labels: Tensor, top: Tensor, total: Tensor, scale: Tensor, grad: Tensor) -> None:
     rows, columns = logits.shape
     splits, split_columns = split_over(rows, columns, BLOCK)
-    label_gradient_kernel[(rows, splits)](
-        logits, labels, top, total, scale, grad, logits.stride(0), grad.stride(0), columns, split_columns,
-        ALIGNED=aligned(logits, grad), BLOCK=BLOCK, num_warps=WARPS)
+    with on_device_of(logits):
+        label_gradient_kernel[(rows, splits)](
+            logits, labels, top, total, scale, grad, logits.stride(0), grad.stride(0), columns, split_columns,
+            ALIGNED=aligned(logits, grad), BLOCK=BLOCK, num_warps=WARPS)
 
 
 @_gradient_op.register_fake

@@ -1,6 +1,6 @@
 """Reverse and forward KL and the prompt loss on one GPU, loss and gradient in one launch: each logit is read once from memory.
 
-The two passes of `kl_triton` read every logit twice. Here persistent programs draw tickets in order. Ticket t stands for the
+The two passes of `kl.triton` read every logit twice. Here persistent programs draw tickets in order. Ticket t stands for the
 statistics of slice t of the logits and then for the gradient of slice t - lag, which should still be in the second-level cache:
 
     tickets    0 ... lag - 1       lag ... items - 1               items ... items + lag - 1
@@ -27,27 +27,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import kl_triton
-from .kl_triton import (
+from ..kl import triton as kl_triton
+from ..kl.triton import gradient, merge, statistics, store_gradient, store_statistics
+from ..triton_rows import (
     LN2,
     LOG2E,
     NEG,
     aligned,
     clear,
-    gradient,
     load_columns,
-    merge,
-    mixture_gradient,
-    mixture_sums,
+    on_device_of,
     row_start,
     slice_bounds,
-    statistics,
     store_columns,
-    store_gradient,
-    store_statistics,
 )
 
-__all__ = ["gradient", "loss_and_gradient", "merge", "mixture_gradient", "mixture_sums", "scale_rows", "statistics"]
+__all__ = ["gradient", "loss_and_gradient", "merge", "scale_rows", "statistics"]
 READS_ONCE = True
 BLOCK, WARPS = 1024, 4  # of the gradient: as many warps as the statistics' tile has
 SCALE_BLOCK, SCALE_WARPS = 2048, 8
@@ -87,7 +82,7 @@ def _merged_row(stats, stride, parts, slices, HAS_C: tl.constexpr):
 
 @triton.jit
 def loss_and_gradient_kernel(
-    a_ptr, b_ptr, c_ptr,       # [N, V] as in kl_triton.statistics_kernel
+    a_ptr, b_ptr, c_ptr,       # [N, V] as in kl.triton.statistics_kernel
     scale_ptr,                 # [N] float32, weight / temperature; a row of scale 0 is not read and gets zeros
     coef_ptr,                  # one float32: the factor of KL_ac
     stats_ptr,                 # [S, K, N] float32, scratch
@@ -171,7 +166,7 @@ def loss_and_gradient(a_NV: Tensor, b_NV: Tensor, c_NV: Tensor | None, scale_N: 
                       grad_b: Tensor | None = None) -> Tensor:
     """[2, N] KL(a || b) and KL(a || c) in nats; the gradients of KL_ab + coef KL_ac times scale_N go into grad_a and grad_b.
 
-    The arguments are those of `kl_rows.gradient`. Rows of scale 0 are not read: their divergences are 0.
+    The arguments are those of `kl.rows.gradient`. Rows of scale 0 are not read: their divergences are 0.
     """
     if not isinstance(coef, Tensor):
         coef = torch.full((), coef, dtype=torch.float32, device=a_NV.device)
@@ -193,12 +188,13 @@ def _loss_and_gradient_op(a: Tensor, b: Tensor, c: Tensor | None, scale: Tensor,
     ga, gb = (a if g is None else g for g in (grad_a, grad_b))
     out = a.new_zeros(2, rows, dtype=torch.float32)
     counters = a.new_zeros(1 + rows, dtype=torch.int32)
-    loss_and_gradient_kernel[(programs,)](
-        a, b, third, scale, coef, a.new_empty(slices, K, rows, dtype=torch.float32), counters, counters[1:], out, ga, gb,
-        a.stride(0), b.stride(0), third.stride(0), ga.stride(0), gb.stride(0), rows, columns, slices, R * L, lag,
-        LOG2E / temperature, HAS_C=c is not None, DIFFERENCE=difference, WANT_A=grad_a is not None, WANT_B=grad_b is not None,
-        ALIGNED=aligned(a, b, c, grad_a, grad_b), R=R, L=L, BLOCK=BLOCK, PARTS=max(2, triton.next_power_of_2(slices)),
-        num_warps=WARPS)
+    with on_device_of(a):
+        loss_and_gradient_kernel[(programs,)](
+            a, b, third, scale, coef, a.new_empty(slices, K, rows, dtype=torch.float32), counters, counters[1:], out, ga, gb,
+            a.stride(0), b.stride(0), third.stride(0), ga.stride(0), gb.stride(0), rows, columns, slices, R * L, lag,
+            LOG2E / temperature, HAS_C=c is not None, DIFFERENCE=difference, WANT_A=grad_a is not None, WANT_B=grad_b is not None,
+            ALIGNED=aligned(a, b, c, grad_a, grad_b), R=R, L=L, BLOCK=BLOCK, PARTS=max(2, triton.next_power_of_2(slices)),
+            num_warps=WARPS)
     return out
 
 
@@ -221,7 +217,8 @@ def scale_rows(x_NV: Tensor, scale_N: Tensor) -> None:
 
 @torch.library.custom_op("megakd_kernels::scale_rows", mutates_args=("x",))
 def _scale_rows_op(x: Tensor, scale: Tensor) -> None:
-    scale_rows_kernel[(x.shape[0],)](x, scale, x.stride(0), x.shape[1], ALIGNED=aligned(x), BLOCK=SCALE_BLOCK, num_warps=SCALE_WARPS)
+    with on_device_of(x):
+        scale_rows_kernel[(x.shape[0],)](x, scale, x.stride(0), x.shape[1], ALIGNED=aligned(x), BLOCK=SCALE_BLOCK, num_warps=SCALE_WARPS)
 
 
 @_scale_rows_op.register_fake

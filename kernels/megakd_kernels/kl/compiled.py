@@ -1,7 +1,7 @@
-"""The divergences of `kl_rows` with torch.compile making two loops of each: an option for CPUs with a C++ compiler.
+"""The divergences of `rows` with torch.compile making two loops of each: an option for CPUs with a C++ compiler.
 
 The formulas are written in two explicit passes, the form that the compiler fuses; log_softmax would make it read a row six times.
-The first call compiles for a second or two. Mixtures are those of `kl_rows`.
+The first call compiles for a second or two.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
-from . import kl_rows
-from .kl_rows import Merged, accumulation_dtype, clear_inactive, merge, mixture_gradient, mixture_sums, row_chunks
-from .shards import FLOOR
+from ..row_chunks import accumulation_dtype, clear_inactive, row_chunks
+from ..shards import FLOOR
+from . import rows as rows_
+from .rows import Merged, merge
 
 READS_ONCE = False
 VERSIONS = torch._dynamo.config.patch(recompile_limit=64)  # dtypes, sides, a third tensor, single rows: past 8, torch gives up compiling
-__all__ = ["gradient", "merge", "mixture_gradient", "mixture_sums", "statistics"]
+__all__ = ["gradient", "merge", "statistics"]
 
 
 @VERSIONS
 def statistics(a_NV: Tensor, b_NV: Tensor, c_NV: Tensor | None = None, *, weights: Tensor | None = None,
                temperature: float = 1.0, difference: bool = False) -> Tensor:
-    """[1, K, N]; see `kl_rows.statistics`."""
+    """[1, K, N]; see `rows.statistics`."""
     if not a_NV.shape[1]:  # an empty shard has no maximum to compile
-        return kl_rows.statistics(a_NV, b_NV, c_NV, weights=weights, temperature=temperature, difference=difference)
+        return rows_.statistics(a_NV, b_NV, c_NV, weights=weights, temperature=temperature, difference=difference)
     stats_KN = a_NV.new_zeros(5 if c_NV is None else 8, a_NV.shape[0], dtype=accumulation_dtype(a_NV))
     stats_KN[1::3] = 1.0
     for rows in _parts(a_NV, None if weights is None else weights != 0):
@@ -39,7 +40,7 @@ def statistics(a_NV: Tensor, b_NV: Tensor, c_NV: Tensor | None = None, *, weight
 def gradient(a_NV: Tensor, b_NV: Tensor, c_NV: Tensor | None, merged: Merged, scale_N: Tensor, *, temperature: float = 1.0,
              coef: float | Tensor = 0.0, difference: bool = False, grad_a: Tensor | None = None,
              grad_b: Tensor | None = None) -> None:
-    """Write the gradients into grad_a and grad_b; see `kl_rows.gradient`."""
+    """Write the gradients into grad_a and grad_b; see `rows.gradient`."""
     active_N = scale_N != 0
     constant_N, coef = merged.row_constant(coef), torch.as_tensor(coef, dtype=scale_N.dtype)
     tops_N = merged.top_a, merged.top_b, merged.top_c

@@ -1,4 +1,4 @@
-"""Embedding lookup, soft prompt and positions in one pass over the output; the mathematics are in `prompt_embedding`.
+"""Embedding lookup, soft prompt and positions in one pass over the output; the mathematics are in `operator`.
 
 B batch, S tokens, P prompt rows, T = P + S, H hidden size, Vp rows of the word table on this rank.
 """
@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .shards import VocabShard
+from ..shards import VocabShard
+from ..triton_rows import on_device_of
 
 BLOCK, WARPS = 1024, 4
 
@@ -80,10 +81,11 @@ def _embed_op(tokens: Tensor, word: Tensor, prompt: Tensor, position: Tensor | N
               owns_prompt: bool) -> Tensor:
     (B, S), (P, H) = tokens.shape, prompt.shape
     out = word.new_empty(B, P + S, H)
-    embed_kernel[(B * (P + S), triton.cdiv(H, BLOCK))](
-        tokens, word, prompt, word if position is None else position, tokens if ids is None else ids, out, S, P, H, first_row,
-        first_row + len(word), tokens.stride(0), 0 if ids is None else ids.stride(0), HAS_POSITIONS=position is not None,
-        HAS_IDS=ids is not None, OWNS_PROMPT=owns_prompt, BLOCK=BLOCK, num_warps=WARPS)
+    with on_device_of(word):
+        embed_kernel[(B * (P + S), triton.cdiv(H, BLOCK))](
+            tokens, word, prompt, word if position is None else position, tokens if ids is None else ids, out, S, P, H, first_row,
+            first_row + len(word), tokens.stride(0), 0 if ids is None else ids.stride(0), HAS_POSITIONS=position is not None,
+            HAS_IDS=ids is not None, OWNS_PROMPT=owns_prompt, BLOCK=BLOCK, num_warps=WARPS)
     return out
 
 
@@ -102,7 +104,8 @@ def _prompt_gradient_op(grad: Tensor, rows: int) -> Tensor:
     B, T, H = grad.shape
     out = grad.new_empty(rows, H, dtype=torch.float32)
     if rows:
-        prompt_gradient_kernel[(rows, triton.cdiv(H, BLOCK))](grad, out, B, T, H, BLOCK=BLOCK, num_warps=WARPS)
+        with on_device_of(grad):
+            prompt_gradient_kernel[(rows, triton.cdiv(H, BLOCK))](grad, out, B, T, H, BLOCK=BLOCK, num_warps=WARPS)
     return out
 
 

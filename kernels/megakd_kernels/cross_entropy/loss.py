@@ -15,9 +15,10 @@ from typing import ClassVar
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import launch, reference
-from .from_logits import loss_from_logits
-from .shards import VocabShard
+from .. import launch
+from ..from_logits import loss_from_logits
+from ..shards import VocabShard
+from . import reference
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class LabelLoss:
 
     outputs: ClassVar[int] = 1
     reads_once: ClassVar[bool] = False
+    gradient_in_forward: ClassVar[bool] = False
     labels_N: Tensor
     shard: VocabShard
     kernels: ModuleType

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import launch, reference
-from .from_logits import loss_from_logits
-from .kl_rows import Merged
-from .reference import check_objective
-from .shards import VocabShard
+from .. import launch
+from ..from_logits import loss_from_logits
+from ..shards import VocabShard, check_temperature
+from . import reference
+from .rows import Merged
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class PromptLoss:
     def reads_once(self) -> bool:
         """Whole rows on this rank, and an implementation that has the single launch."""
         return self.kernels.READS_ONCE and self.shard.ranks == 1
+
+    @property
+    def gradient_in_forward(self) -> bool:
+        """With the single launch."""
+        return self.reads_once
 
     def of_rows(self, rows: slice | Tensor) -> PromptLoss:
         return self
@@ -69,7 +74,7 @@ class PromptLoss:
 
 def prompt_loss(x: Tensor, coef: float | Tensor, difference: bool, temperature: float, shard: VocabShard) -> PromptLoss:
     """The loss for tensors like x."""
-    check_objective("reverse_kl", 0.5, 0.5, temperature)
+    check_temperature(temperature)
     return PromptLoss(coef, difference, temperature, shard, launch.kernels(x, "kl"))
 
 

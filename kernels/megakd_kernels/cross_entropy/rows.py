@@ -1,4 +1,4 @@
-"""Cross-entropy statistics and gradient in plain torch, a few rows at a time. The mathematics are in `cross_entropy`.
+"""Cross-entropy statistics and gradient in plain torch, a few rows at a time. The mathematics are in `loss`.
 
 N rows, V columns here, P partial statistics. `labels_N` count from the first column here; another rank's label is out of range.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kl_rows import accumulation_dtype, centred, clear_inactive, row_chunks, scaled, scratch, write_rows
-from .shards import FLOOR
+from ..row_chunks import accumulation_dtype, centred, clear_inactive, row_chunks, scaled, scratch, write_rows
+from ..shards import FLOOR
 
 
 def statistics(logits_NV: Tensor, labels_N: Tensor, weights: Tensor | None) -> Tensor:

@@ -20,13 +20,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from . import launch, reference
-from .cross_entropy import label_loss
-from .from_logits import RowLoss, value_and_gradient, weights_for
-from .kl_div import divergence
-from .kl_rows import accumulation_dtype
-from .promptkd_loss import prompt_loss
-from .shards import VocabShard
+from .. import launch
+from ..cross_entropy.loss import label_loss
+from ..divergence import Objective
+from ..divergence.kl_div import divergence
+from ..from_logits import RowLoss, value_and_gradient, weights_for
+from ..kl.promptkd_loss import prompt_loss
+from ..row_chunks import accumulation_dtype
+from ..shards import VocabShard
+from ..topk import TopKRows
+from ..topk import reference as topk_reference
+from ..topk.loss import topk_loss
+from . import reference
 
 CHUNK_ROWS, CPU_CHUNK_ROWS = 2048, 256  # by rows and not by memory: every rank must make as many chunks, whatever its width
 
@@ -130,7 +135,7 @@ def _apply(loss: RowLoss, weights: Tensor | None, chunk_rows: int | None, into_m
 
 
 def fused_linear_kl(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *,
-                    objective: str = "reverse_kl", beta: float = 0.5, alpha: float = 0.1, temperature: float = 1.0,
+                    objective: Objective = "reverse_kl", beta: float = 0.5, alpha: float = 0.1, temperature: float = 1.0,
                     weights: Tensor | None = None, valid_vocab: int | None = None, vocab_start: int | None = None,
                     tp_group: ProcessGroup | None = None, chunk_rows: int | None = None,
                     accumulate_into_main_grad: bool = False) -> Tensor:
@@ -177,4 +182,21 @@ def fused_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels_N: Tensor,
         return reference.fused_linear_cross_entropy(hidden, weight, labels_N, weights=weights, valid_vocab=valid_vocab,
                                                     vocab_start=vocab_start, tp_group=tp_group)
     loss = label_loss(hidden, labels_N, len(weight), VocabShard(valid_vocab, vocab_start, tp_group))
+    return _apply(loss, weights, chunk_rows, accumulate_into_main_grad, hidden, weight)[0]
+
+
+def fused_linear_topk_kl(hidden: Tensor, weight: Tensor, rows: TopKRows, *, objective: Objective = "forward_kl", beta: float = 0.5,
+                         alpha: float = 0.1, temperature: float = 1.0, weights: Tensor | None = None,
+                         valid_vocab: int | None = None, vocab_start: int | None = None, tp_group: ProcessGroup | None = None,
+                         chunk_rows: int | None = None, accumulate_into_main_grad: bool = False) -> Tensor:
+    """[N] float32 divergence of a student's hidden states [N, H] through its head from a truncated teacher, as `topk` defines it.
+
+    Gradient to the student. The other options are those of `fused_linear_kl`. ValueError for rows that are not what they say.
+    """
+    if launch.implementation(hidden) == "reference":
+        return topk_reference.fused_linear_topk_kl(
+            hidden, weight, rows, objective=objective, beta=beta, alpha=alpha, temperature=temperature, weights=weights,
+            valid_vocab=valid_vocab, vocab_start=vocab_start, tp_group=tp_group)
+    shard = VocabShard(valid_vocab, vocab_start, tp_group)
+    loss = topk_loss(hidden, rows, objective, beta, alpha, temperature, shard, width=len(weight))
     return _apply(loss, weights, chunk_rows, accumulate_into_main_grad, hidden, weight)[0]

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from . import launch, reference
-from .shards import VocabShard
+from .. import launch
+from ..shards import VocabShard
+from . import reference
 
 
 class _PromptEmbedding(torch.autograd.Function):

@@ -1,11 +1,11 @@
-"""The prompt embedding on a CPU: every row gathered straight into its place. The mathematics are in `prompt_embedding`."""
+"""The prompt embedding on a CPU: every row gathered straight into its place. The mathematics are in `operator`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .shards import VocabShard
+from ..shards import VocabShard
 
 
 def embed(tokens_BS: Tensor, word_VH: Tensor, prompt_PH: Tensor, position_weight: Tensor | None, position_ids: Tensor | None, *,

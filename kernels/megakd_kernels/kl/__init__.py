@@ -1,0 +1,1 @@
+"""Kullback-Leibler divergences, and the prompt loss, which is two of them."""

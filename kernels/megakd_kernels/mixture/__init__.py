@@ -1,0 +1,1 @@
+"""Divergences from a mixture of both models: JSD, skewed KLs, total variation."""

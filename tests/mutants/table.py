@@ -1,0 +1,348 @@
+"""One-line mistakes, by the tests that should notice them: (file, instead of, this). Whatever a flag, a seed, a schedule, a mode, a
+share or a process group decides should be decided otherwise here."""
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """`old` stands once in `file`; `tests` are pytest's node ids, several apart by |."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+def story(layout: str, cases: str) -> str:
+    return f"tests/test_methods.py::test_iterations_equal_float64_transformers[{layout}-{cases}]"
+
+
+def of(file: str, *names: str) -> str:
+    return "|".join(f"tests/{file}.py::test_{name}" for name in names)
+
+
+ONE, TP2, PP2 = "one rank, 4 micro-batches", "TP2, 2 micro-batches", "PP2, 4 micro-batches"
+SP, DP2 = "TP2 PP2 SP, 4 micro-batches", "DP2 distributed optimizer, 4 micro-batches"
+OPTIMIZER, SCHEDULES, TRAINER = "megakd/optimizer.py", "megakd/schedules.py", "megakd/trainer.py"
+METHODS, LOSSES, MODELS, DATA = "megakd/methods/", "megakd/losses/", "megakd/models/", "megakd/data/"
+RUNTIME, GENERATION, CHECKPOINTS = "megakd/runtime/", "megakd/generation/", "megakd/checkpointing/"
+EVALUATION, REPORTING, KERNELS = "megakd/evaluation/", "megakd/reporting/", "kernels/megakd_kernels/"
+
+GROUPS: dict[str, list[tuple[str, str, str]]] = {
+    story(ONE, "sft and kd"): [
+        (OPTIMIZER, "lr = learning_rate(iteration, lr=self.config.lr,", "lr = learning_rate(1, lr=self.config.lr,"),
+        (OPTIMIZER, "adam_beta2=config.adam_beta2,", "adam_beta2=config.adam_beta1,"),
+        (OPTIMIZER, "adam_beta1=config.adam_beta1,", "adam_beta1=0.9,"),
+        (OPTIMIZER, "adam_eps=config.adam_eps,", "adam_eps=1e-8,"),
+        (OPTIMIZER, "clip_grad=config.clip_grad,", "clip_grad=1.0,"),
+        (OPTIMIZER, '= lr, self.config.weight_decay * group["wd_mult"]', "= lr, self.config.weight_decay"),
+        (OPTIMIZER, '= lr, self.config.weight_decay * group["wd_mult"]', '= lr, 0.0 * group["wd_mult"]'),
+        (OPTIMIZER, 'return {"grad_norm": float(grad_norm), "lr": lr}', 'return {"grad_norm": float(grad_norm), "lr": self.config.lr}'),
+        (OPTIMIZER, 'group["lr"], group["weight_decay"] = lr,', 'group["lr"], group["weight_decay"] = self.config.lr,'),
+        (OPTIMIZER, "0.5 * (1 + math.cos(math.pi * progress))", "1 - progress"),
+        (OPTIMIZER, "return lr * iteration / config.lr_warmup_iters", "return lr"),
+        (OPTIMIZER, "lowest = min(config.min_lr, lr)", "lowest = 0.0"),
+        (METHODS + "kd.py", "kd_ratio=1.0 if on_policy else ratio", "kd_ratio=ratio"),
+        (METHODS + "kd.py", 'random.Random(f"{self.config.training.seed}/{iteration}")', "random.Random(self.config.training.seed)"),
+        (METHODS + "kd.py", "ratio = settings.ratio(USUAL_RATIO)", "ratio = USUAL_RATIO"),
+        (METHODS + "kd.py", "settings.kd_temperature, settings.beta,", "1.0, settings.beta,"),
+        (METHODS + "kd.py", "settings.beta, settings.skew_alpha", "0.5, settings.skew_alpha"),
+        (METHODS + "rollout.py", "config.training.seed * SEED_STRIDE + iteration", "config.training.seed * SEED_STRIDE"),
+        (METHODS + "rollout.py", "config.training.seed * SEED_STRIDE + iteration", "SEED_STRIDE + iteration"),
+        (METHODS + "rollout.py", "temperature=settings.temperature", "temperature=1.0"),
+        (METHODS + "rollout.py", "max_new_tokens=config.max_new_tokens", "max_new_tokens=256"),
+        (METHODS + "base.py", "kl = reverse_kl_loss(q, p, self.vocabulary).logs", "kl = reverse_kl_loss(p, q, self.vocabulary).logs"),
+        (LOSSES + "distillation.py", "total = (1 - kd_ratio) * lm + kd_ratio * distance", "total = kd_ratio * lm + (1 - kd_ratio) * distance"),
+        (LOSSES + "distillation.py", "temperature=self.temperature,", "temperature=1.0,"),
+        (LOSSES + "distillation.py", "beta=self.beta,", "beta=1 - self.beta,"),
+        (SCHEDULES, "total / tokens.clamp(min=1)", "total"),
+        (MODELS + "gpt_model.py", "if self.padding_idx is None:", "if True:"),
+        (MODELS + "family.py", "return hf.pad_token_id % hf.vocab_size", "return hf.pad_token_id"),
+        (MODELS + "gpt2.py", "freezes_pad_input=False", "freezes_pad_input=True"),
+        (TRAINER, "total / max(1, tokens)", "total"),
+    ],
+    story(ONE, "promptkd"): [
+        (OPTIMIZER, "betas = (config.adam_beta1, config.adam_beta2)", "betas = (config.adam_beta2, config.adam_beta1)"),
+        (OPTIMIZER, "learning_rate(iteration, lr=self.lr,", "learning_rate(1, lr=self.lr,"),
+        (OPTIMIZER, "learning_rate(iteration, lr=self.lr,", "learning_rate(iteration, lr=self.config.lr,"),
+        (OPTIMIZER, "eps=config.adam_eps, weight_decay=config.weight_decay", "eps=1e-8, weight_decay=config.weight_decay"),
+        (OPTIMIZER, "eps=config.adam_eps, weight_decay=config.weight_decay", "eps=config.adam_eps, weight_decay=0.0"),
+        (OPTIMIZER, "limit = self.config.clip_grad or math.inf", "limit = math.inf"),
+        (OPTIMIZER, "self.prompt.synchronize_gradient(tokens)", "self.prompt.synchronize_gradient(torch.ones_like(tokens))"),
+        (METHODS + "promptkd.py", "self.config.promptkd.base_coef * (1 - iteration / self.total_iters)", "self.config.promptkd.base_coef"),
+        (METHODS + "promptkd.py", "self.config.promptkd.base_coef * (1 - iteration / self.total_iters)", "1 - iteration / self.total_iters"),
+        (METHODS + "promptkd.py", "if config.promptkd.teacher_lr is None else config.promptkd.teacher_lr", "if True else None"),
+        (METHODS + "promptkd.py", "prompted = self.prompted_teacher.read(", "prompted = self.teacher.read("),
+        (METHODS + "promptkd.py", "list(zip(student, base))", "list(zip(base, student))"),
+        (METHODS + "promptkd.py", "self.prompt_optimizer.zero_grad()", "pass"),
+        (MODELS + "gpt_model.py", "first = 0 if soft_prompt_PH is None else soft_prompt_PH.shape[0]", "first = 0"),
+        (MODELS + "soft_prompt.py", "(list(token_ids) * length)[:length]", "(list(token_ids) * length)[-length:]"),
+    ],
+    story(ONE, "the others"): [
+        (METHODS + "promptkd.py", "(config.promptkd.teacher_kld_type, config.promptkd.base_kld_type)", "(config.promptkd.base_kld_type, config.promptkd.teacher_kld_type)"),
+        (LOSSES + "distillation.py", "loss = kd + base_coef * base", "loss = kd - base_coef * base"),
+        (LOSSES + "distillation.py", "alpha=self.alpha,", "alpha=0.1,"),
+        (LOSSES + "distillation.py", "weights_N=-slope", "weights_N=slope"),
+        (METHODS + "minillm.py", "[Voice(self.teacher.model, settings.teacher_mixed_alpha)]", "[Voice(self.teacher.model, 1 - settings.teacher_mixed_alpha)]"),
+        (METHODS + "minillm.py", "first = phase * self.batches_per_phase", "first = iteration - 1"),
+        (METHODS + "minillm.py", "(self.config.training.seed, phase, epoch)", "(self.config.training.seed, phase)"),
+        (METHODS + "minillm.py", "(self.config.training.seed, phase, epoch)", "(self.config.training.seed, 0, epoch)"),
+        (METHODS + "minillm.py", "(self.config.training.seed, phase, epoch)", "(1234, phase, epoch)"),
+        (METHODS + "minillm.py", "scale=settings.reward_scaling", "scale=0.5"),
+        (METHODS + "minillm.py", "limit=settings.cliprange_reward", "limit=100.0"),
+        (METHODS + "minillm.py", "clip=self.settings.cliprange", "clip=0.2"),
+        (METHODS + "minillm.py", "gamma=self.settings.gamma", "gamma=0.95"),
+        (METHODS + "minillm.py", "length_norm=self.settings.length_norm", "length_norm=True"),
+        (METHODS + "minillm.py", "alpha=settings.teacher_mixed_alpha)", "alpha=0.2)"),
+        (METHODS + "minillm.py", "self.settings.lm_coef * text", "text"),
+        (METHODS + "minillm.py", "self.config.distillation.ratio(USUAL_RATIO)", "USUAL_RATIO"),
+        (METHODS + "minillm.py", 'Divergence("forward_kl")', 'Divergence("reverse_kl")'),
+        (METHODS + "minillm.py", "if not self.settings.single_step_reg:", "if False:"),
+        (METHODS + "minillm.py", "[sum(counts) / max(1, count) for count in counts]", "[1.0 for count in counts]"),
+        (METHODS + "minillm.py", "self.text.samples(iteration - 1)", "self.text.samples(0)"),
+        (METHODS + "minillm.py", "* self.settings.ppo_epochs", "* 4"),
+        (LOSSES + "policy_gradient.py", "alpha * (log_p - log_q).exp()", "alpha * (log_q - log_p).exp()"),
+        (LOSSES + "policy_gradient.py", "later = rewards_RT[:, t] + gamma * later", "later = rewards_RT[:, t] + later"),
+        (LOSSES + "policy_gradient.py", "clamp(1 - clip, 1 + clip)", "clamp(1 - 2 * clip, 1 + clip)"),
+        (LOSSES + "policy_gradient.py", "ratio_N = (log_q_N - old_log_q_N).exp() * weights_N", "ratio_N = (log_q_N - old_log_q_N).exp()"),
+        (LOSSES + "policy_gradient.py", ".clamp(-limit, limit)", ".clamp(-1e9, limit)"),
+        (METHODS + "distillm.py", "threshold * (1 - iteration / self.total_iters)", "threshold"),
+        (METHODS + "distillm.py", 'random.Random(f"{self.config.training.seed}/{iteration}")', 'random.Random(f"{self.config.training.seed}")'),
+        (METHODS + "distillm.py", "self.config.distillation.ratio(1.0)", "self.config.distillation.ratio(0.5)"),
+        (METHODS + "seqkd.py", "ONCE = 0", "ONCE = 1"),
+        (METHODS + "seqkd.py", "self.ends, ONCE)", "self.ends, len(self.written))"),
+        (METHODS + "seqkd.py", "else 0.0", "else USUAL_RATIO"),
+        (GENERATION + "generate.py", "Voice(model, 1 - sum(voice.share for voice in mix_with), soft_prompt)", "Voice(model, 1.0, soft_prompt)"),
+    ],
+    story(DP2, "sft and kd"): [
+        (TRAINER, "mine = deal(samples, layout.dp_size)[layout.dp_rank]", "mine = deal(samples, layout.dp_size)[0]"),
+        (SCHEDULES, "    layout.sum_over_data_parallel(sums)\n    *totals", "    *totals"),
+        (RUNTIME + "parallel_layout.py", "dist.all_reduce(tensor, group=self.dp_group)", "dist.all_reduce(tensor, group=self.tp_group)"),
+        (OPTIMIZER, "use_distributed_optimizer=distributed)\n", "use_distributed_optimizer=False)\n"),
+    ],
+    story(DP2, "the others"): [
+        (METHODS + "minillm.py", "group=self.layout.dp_group, count=count", "group=None, count=count"),
+        (METHODS + "minillm.py", "counts = self.layout.sum_over_data_parallel(torch.tensor(tokens, device=self.layout.device)).tolist()", "counts = tokens"),
+        (METHODS + "distillm.py", "samples = deal(drawn, self.layout.dp_size)[self.layout.dp_rank]", "samples = deal(drawn, self.layout.dp_size)[0]"),
+        (METHODS + "distillm.py", "self.buffer.add(self.all_gather_samples(samples))", "self.buffer.add(list(samples))"),
+        (METHODS + "distillm.py", "in sorted(samples, key=lambda sample: sample.sample_id)", "in samples"),
+        (MODELS + "soft_prompt.py", "self.layout.sum_over_data_parallel(gradient).div_(", "gradient.div_("),
+    ],
+    story(TP2, "sft and kd"): [
+        (LOSSES + "token_loss.py", 'return {"valid_vocab": self.size,', 'return {"valid_vocab": None,'),
+        (GENERATION + "sampling.py", "max(self.size - self.first, 0)", "max(self.size, 0)"),
+        (GENERATION + "sampling.py", "winner = pairs[..., 0].argmax(0)", "winner = pairs[..., 0].argmin(0)"),
+        (GENERATION + "generate.py", "layout.tp_rank * columns", "0"),
+    ],
+    story(TP2, "the others"): [
+        (GENERATION + "sampling.py", "self.tp_group).logsumexp(0)", "self.tp_group).amax(0)"),
+        (KERNELS + "fused_linear_kl.py", "                loss.shard.all_reduce(gradient)", "                pass"),
+    ],
+    story(PP2, "promptkd"): [
+        (MODELS + "soft_prompt.py", "self.layout.broadcast_from_first_stage(self.vectors.grad)", "self.vectors.grad"),
+        (SCHEDULES, "self.activations, self.gradients = iter(shapes), iter(shapes)", "self.activations, self.gradients = iter(shapes), iter(shapes[::-1])"),
+        (RUNTIME + "parallel_layout.py", "return self.broadcast_from_stage(tensor, self.pp_size - 1)", "return self.broadcast_from_stage(tensor, 0)"),
+        (MODELS + "gpt_model.py", "positions += 0 if soft_prompt_PH is None else soft_prompt_PH.shape[0]", "positions += 0"),
+    ],
+    story(SP, "sft and kd"): [
+        (MODELS + "layer_specs.py", "param.sequence_parallel = config.sequence_parallel", "param.sequence_parallel = False"),
+        (MODELS + "gpt_model.py", "tensor_parallel_output_grad=False", "tensor_parallel_output_grad=True"),
+        (MODELS + "gpt_model.py", "return math.ceil(positions / parts), rows", "return positions, rows"),
+    ],
+    of("test_methods", "bfloat16_weights_train_as_float64_does[1-1-1-sft]"): [
+        (OPTIMIZER, "grad_reduce_in_fp32=True", "grad_reduce_in_fp32=False"),
+    ],
+    of("test_methods", "the_heads_gradient_is_never_rounded_to_bfloat16"): [
+        (LOSSES + "distillation.py", 'return hasattr(rows.head_VpH, "main_grad")', "return False"),
+        (KERNELS + "fused_linear_kl.py", "dW = [torch.zeros_like(W, dtype=accumulation_dtype(W)) if w", "dW = [torch.zeros_like(W) if w"),
+    ],
+    of("test_methods", "vocabularies_of_unequal_width_are_aligned_by_token_id[97 and 160-1]"): [
+        (MODELS + "model_provider.py", "        model.real_vocab_size = min(widths)", "        pass"),
+    ],
+    of("test_methods", "the_prompts_learning_rate_never_rises_towards_the_students_lowest"): [
+        (OPTIMIZER, "lowest = min(config.min_lr, lr)", "lowest = config.min_lr"),
+    ],
+    of("test_methods", "distillm_takes_its_batches_where_the_paper_does"): [
+        (METHODS + "distillm.py", "STEP, TOLERANCE = 0.1, 0.1", "STEP, TOLERANCE = 0.1, 0.0"),
+        (METHODS + "distillm.py", "STEP, TOLERANCE = 0.1, 0.1", "STEP, TOLERANCE = 0.2, 0.1"),
+        (METHODS + "distillm.py", '"last_loss": self.last_loss, **self.buffer.tensors', '"last_loss": self.last_loss'),
+        (METHODS + "distillm.py", "or (u < threshold and not self.buffer.is_full)", "or False"),
+    ],
+    of("test_methods", "a_response_of_the_teacher_is_written_once_for_all_replicas"): [
+        (METHODS + "seqkd.py", "if sample.sample_id not in self.written", "if sample"),
+        (METHODS + "seqkd.py", "in self.all_gather_samples(answers)}", "in answers}"),
+    ],
+    of("test_methods", "positions_and_tokens_of_the_global_batch_are_counted"): [
+        (METHODS + "base.py", 'return {"positions": real,', 'return {"positions": computed,'),
+        (METHODS + "base.py", '"real_share": real / computed}', '"real_share": computed / computed}'),
+        (METHODS + "base.py", "_, real, computed = self.layout.sum_over_data_parallel(counts).tolist()", "_, real, computed = counts.tolist()"),
+    ],
+    of("test_methods", "a_random_prompt_is_the_seeds"): [
+        (METHODS + "promptkd.py", "SoftPrompt.random(teacher, length, config.training.seed)", "SoftPrompt.random(teacher, length, 0)"),
+        (MODELS + "soft_prompt.py", "noise * sample.float().std()", "noise"),
+    ],
+    of("test_methods", "a_rollout_is_drawn_as_the_flags_say"): [
+        (METHODS + "rollout.py", "top_k=settings.top_k", "top_k=0"),
+        (METHODS + "rollout.py", "top_p=settings.top_p", "top_p=1.0"),
+        (METHODS + "rollout.py", "batch_size=settings.rollout_batch_size", "batch_size=None"),
+    ],
+    of("test_methods", "minillms_text_comes_in_an_order_of_its_own"): [
+        (METHODS + "minillm.py", "config.training.seed + 1", "config.training.seed"),
+        (METHODS + "minillm.py", "settings.lm_data or data.train_data", "data.train_data"),
+        (METHODS + "minillm.py", "full_rows=True", "full_rows=False"),
+    ],
+    of("test_dropout", "the_student_learns_with_dropout_and_is_read_without"): [
+        (SCHEDULES, "    with torch.no_grad(), evaluation_mode(model):\n        return run_schedule", "    with torch.no_grad():\n        return run_schedule"),
+        (SCHEDULES, "    with torch.no_grad(), evaluation_mode(model):\n        sums = _run_loss", "    with torch.no_grad():\n        sums = _run_loss"),
+        (SCHEDULES, "model.train(was_training)", "model.train(False)"),
+        (METHODS + "base.py", "self.student.train()", "self.student.eval()"),
+        (MODELS + "attention.py", "dropout = self.dropout if self.training else 0.0", "dropout = self.dropout"),
+    ],
+    of("test_dropout", "tensor_parallel_ranks_agree_outside_parallel_regions_all_else_differs"): [
+        (RUNTIME + "initialize.py", "place = layout.pp_rank * layout.dp_size + layout.dp_rank", "place = layout.pp_rank * layout.dp_size + layout.dp_rank + 97 * layout.tp_rank"),
+        (RUNTIME + "initialize.py", "place = layout.pp_rank * layout.dp_size + layout.dp_rank", "place = layout.dp_rank"),
+        (RUNTIME + "initialize.py", "place = layout.pp_rank * layout.dp_size + layout.dp_rank", "place = layout.pp_rank"),
+        (RUNTIME + "initialize.py", 'f"{seed}/{iteration}/{place}"', 'f"{seed + iteration}/{place}"'),
+        (RUNTIME + "initialize.py", 'f"{seed}/{iteration}/{place}"', 'f"{iteration}/{place}"'),
+        (RUNTIME + "initialize.py", "model_parallel_cuda_manual_seed(mixed, tp_rank=layout.tp_rank,", "model_parallel_cuda_manual_seed(mixed, tp_rank=0,"),
+        (RUNTIME + "initialize.py", "model_parallel_cuda_manual_seed(mixed, tp_rank=layout.tp_rank,", "model_parallel_cuda_manual_seed(seed, tp_rank=layout.tp_rank,"),
+    ],
+    of("test_dropout", "masks_differ_from_iteration_to_iteration_and_from_seed_to_seed"): [
+        (TRAINER, "self.layout, iteration=self.iteration)", "self.layout)"),
+        (TRAINER, "seed_everything(self.config.training.seed, self.layout, iter", "seed_everything(1234, self.layout, iter"),
+    ],
+    of("test_dropout", "minillm_learns_without_dropout_whatever_the_folder_says"): [
+        (METHODS + "minillm.py", "has_dropout = False", "has_dropout = True"),
+        (TRAINER, "if not METHODS[self.config.method].has_dropout:", "if True:"),
+    ],
+    of("test_dropout", "recomputing_activations_changes_no_number[sft-flags0]"): [
+        (TRAINER, "if self.config.training.recompute:", "if False:"),
+    ],
+    of("test_reference_behaviour", "warm_up_begins_above_zero_and_the_reference_at_zero"): [
+        (OPTIMIZER, 'iteration -= config.quirk("zero-lr-start")', "iteration -= 1"),
+    ],
+    of("test_reference_behaviour", "the_mean_over_tokens_is_no_mean_of_means"): [
+        (SCHEDULES, "scaled(tokens / (count * batch.num_supervised))", "scaled(1.0)"),
+    ],
+    of("test_reference_behaviour", "the_last_step_is_lost_only_where_gradients_accumulate"): [
+        (TRAINER, "training.micro_batch_size * dp_size", "training.micro_batch_size"),
+    ],
+    of("test_reference_behaviour", "the_teacher_has_no_dropout_while_the_prompt_learns"): [
+        (METHODS + "promptkd.py", 'self.config.training.quirk("teacher-dropout")', "True"),
+        (METHODS + "promptkd.py", "        teacher.eval()\n", ""),
+    ],
+    of("test_reference_behaviour", "norms_are_kept_from_decay_and_the_reference_decays_those_it_does_not_name"): [
+        (OPTIMIZER, "return get_standard_config_overrides(settings)", "return {}"),
+    ],
+    of("test_trainer", "rollouts_recompute_a_step"): [
+        (TRAINER, "mask = [0] * (len(sample.prompt) - 1)", "mask = [0] * len(sample.prompt)"),
+    ],
+    of("test_trainer", "a_run_cut_off_and_continued_logs_the_same_numbers[promptkd-flags1]"): [
+        (TRAINER, "            tensor.copy_(saved[name])", "            pass"),
+        (CHECKPOINTS + "training.py", '        optimizer.load_state_dict(loaded["optimizer"])', "        pass"),
+        (CHECKPOINTS + "training.py", '    model.load_state_dict(loaded["model"])', "    pass"),
+        (OPTIMIZER, 'return {"vectors": vectors.detach(), **state}', 'return {"vectors": vectors.detach()}'),
+    ],
+    of("test_trainer", "evaluations_and_saves_are_due_when_the_flags_say", "an_evaluation_is_as_long_as_the_flag_says"): [
+        (TRAINER, "return self.iteration == self.total_iters or bool", "return bool"),
+        (TRAINER, "bool(interval and self.iteration % interval == 0)", "bool(interval)"),
+        (TRAINER, "iters * self.config.training.global_batch_size) if iters", "iters) if iters"),
+        (TRAINER, "Sampling(max_new_tokens=self.config.max_new_tokens, greedy=True)", "Sampling(max_new_tokens=self.config.max_new_tokens)"),
+    ],
+    of("test_runtime", "ranks_share_the_cores_they_may_use_unless_told_otherwise"): [
+        (RUNTIME + "initialize.py", "usable_cores() // local_ranks", "usable_cores()"),
+        (RUNTIME + "initialize.py", "return len(os.sched_getaffinity(0)) if", "return os.cpu_count() if"),
+    ],
+    of("test_runtime", "a_rank_takes_the_gpu_of_its_number_or_the_only_one_it_sees"): [
+        (RUNTIME + "initialize.py", "return local_rank % visible", "return 0"),
+    ],
+    of("test_checkpointing", "")[: -len("::test_")]: [
+        (RUNTIME + "megatron_repairs.py", 'state["step"] = state["step"].clone()', "pass"),
+        (CHECKPOINTS + "training.py", "weights[HEAD].allow_shape_mismatch = True", "pass"),
+    ],
+    of("test_models", "logits_equal_transformers[2-2-1-False]"): [
+        (MODELS + "opt.py", '"layernorm_epsilon": 1e-5', '"layernorm_epsilon": 1e-3'),
+        (MODELS + "param_mapping.py", "return [(tp_rank * step, (tp_rank + 1) * step)]", "return [(0, step)]"),
+        (MODELS + "model_provider.py", "layer + offset)", "layer)"),
+    ],
+    of("test_models", "llama3_rope_scaling_equals_transformers"): [
+        (MODELS + "model_provider.py", "model.rotary_pos_emb.inv_freq = rotary_frequencies(hf)", "pass"),
+    ],
+    "tests/test_data_loader.py": [
+        (DATA + "dataloader.py", "np.random.default_rng((self.seed, epoch))", "np.random.default_rng(self.seed)"),
+        (DATA + "dataloader.py", "np.random.default_rng((self.seed, epoch))", "np.random.default_rng((1234, epoch))"),
+        (DATA + "dataloader.py", "first = batch * self.global_batch_size", "first = 0"),
+        (DATA + "dataloader.py", "self.dp_size)[self.dp_rank]", "self.dp_size)[0]"),
+        (DATA + "dataloader.py", "[*range(ranks), *reversed(range(ranks))]", "[*range(ranks), *range(ranks)]"),
+    ],
+    "tests/test_data_batch.py": [
+        (DATA + "batch.py", "max(len(sample.prompt) - 1, 0)", "len(sample.prompt)"),
+        (DATA + "batch.py", "most_tokens is None or size <= most_tokens", "most_tokens is None or size <= 2 * most_tokens"),
+        (DATA + "batch.py", "MICRO_BATCH_COST = 128", "MICRO_BATCH_COST = 0"),
+    ],
+    "tests/test_data_forms.py|tests/test_data_minillm.py|tests/test_data_errors.py": [
+        (DATA + "sft_dataset.py", "return [response[: max_length - len(prompt)]]", "return [response[:max_length]]"),
+        (DATA + "sft_dataset.py", "if len(prompt) <= self.max_prompt_length:", "if True:"),
+        (DATA + "sft_dataset.py", "whole = len(self._stream) // self.max_length * self.max_length", "whole = len(self._stream)"),
+    ],
+    of("test_generation", "noise_is_uniform_over_tokens_rows_positions_and_seeds"): [
+        (GENERATION + "sampling.py", "mix64(mix64(torch.full_like(ids_B, seed)) + ids_B * GOLDEN_GAMMA)", "mix64(ids_B * GOLDEN_GAMMA)"),
+        (GENERATION + "sampling.py", "mix64(mix64(torch.full_like(ids_B, seed)) + ids_B * GOLDEN_GAMMA)", "mix64(torch.full_like(ids_B, seed))"),
+        (GENERATION + "sampling.py", "mix64(streams_B + (position + 1) * GOLDEN_GAMMA)", "mix64(streams_B + GOLDEN_GAMMA + 0 * position)"),
+    ],
+    of("test_generation", "samples_follow_the_softmax_with_temperature_top_k_and_top_p", "mixed_samples_follow_the_mixture"): [
+        (GENERATION + "sampling.py", "z = keep_top_k(z, self.sampling.top_k)", "z = keep_top_k(z, self.sampling.top_k + 1)"),
+        (GENERATION + "sampling.py", "z = keep_top_p(z, self.sampling.top_p)", "pass"),
+        (GENERATION + "sampling.py", ".add_(math.log(share))", ".add_(0.0)"),
+        (GENERATION + "sampling.py", "else z / self.sampling.temperature", "else z * self.sampling.temperature"),
+    ],
+    of("test_generation", "repetition_limits_are_those_of_transformers"): [
+        (GENERATION + "sampling.py", "logits_BV < 0, logits_BV * penalty, logits_BV / penalty", "logits_BV < 0, logits_BV / penalty, logits_BV / penalty"),
+    ],
+    of("test_evaluation", "scores_are_those_of_the_saved_answers"): [
+        (EVALUATION + "evaluator.py", "range(dist.get_rank(), len(answers), dist.get_world_size())", "range(dist.get_rank(), 1, dist.get_world_size())"),
+    ],
+    of("test_evaluation", "a_response_that_has_ended_adds_nothing_and_samples_are_averaged", "exposure_bias_has_the_spread_of_its_ratio_and_none_where_it_is_undefined"): [
+        (EVALUATION + "exposure_bias.py", "padded.cumsum(1).mean(0)", "padded.cumsum(1).sum(0)"),
+        (EVALUATION + "exposure_bias.py", "row[first : first + length]", "row[:length]"),
+        (EVALUATION + "exposure_bias.py", "(100 * (ratio - 1), 100 * residuals)", "(100 * ratio, 100 * residuals)"),
+    ],
+    of("test_evaluation", "held_out_losses_are_those_of_transformers_in_float64"): [
+        (EVALUATION + "held_out.py", "Divergence(name)(q, p, vocabulary)", "Divergence(name)(p, q, vocabulary)"),
+    ],
+    "tests/test_metrics.py": [
+        (EVALUATION + "metrics.py", "use_stemmer=True", "use_stemmer=False"),
+        (EVALUATION + "metrics.py", "100.0 * any(", "100.0 * all("),
+    ],
+    "tests/test_reporting.py": [
+        (REPORTING + "flops.py", "attention = 2 * seq_length * attention_width", "attention = 4 * seq_length * attention_width"),
+        (REPORTING + "flops.py", "(6 if sizes.gated else 4)", "4"),
+        (REPORTING + "jsonl.py", '<= resumed_iteration]', "< resumed_iteration]"),
+        (REPORTING + "logger.py", "return due if evaluated else due + 1", "return due"),
+        (REPORTING + "stopwatch.py", "self._seconds.clear()", "pass"),
+    ],
+    "tests/test_bad_inputs.py|tests/test_config.py": [
+        ("megakd/config.py", "if self.method not in methods and given[name] != usual[name]:", "if False:"),
+        ("megakd/config.py", "if training.min_lr > training.lr:", "if False:"),
+        ("megakd/config.py", 'self.method == "minillm" and getattr(models, name)', "False"),
+        ("megakd/preflight.py", "if whole % (micro * dp):", "if False:"),
+        ("megakd/preflight.py", "context_length(folder.config), config.data.max_length + soft", "context_length(folder.config), config.data.max_length"),
+        ("megakd/preflight.py", "name not in MAY_CHANGE - fixed and given[name] != value", "False"),
+    ],
+    "tests/kernel_tests/test_kl_div.py": [
+        (KERNELS + "kl_rows.py", "coef * (self.kl_ac + (log_a - self.sum_c.log()))", "coef * self.kl_ac"),
+        (KERNELS + "kl_rows.py", "ratio += u.sub_(w).mul_(coef)", "ratio += u.sub_(w)"),
+        (KERNELS + "kl_rows.py", "scale_a = (A - top_a).exp()", "scale_a = torch.ones_like(A)"),
+        (KERNELS + "shards.py", "min(width, max(0, self.valid_vocab - self.start(width)))", "min(width, max(0, self.valid_vocab))"),
+    ],
+    "tests/kernel_tests/test_fused_linear_kl.py": [
+        (KERNELS + "fused_linear_kl.py", "torch.mul(dW, upstream, out=torch.empty_like(W))", "dW.to(W.dtype)"),
+        (KERNELS + "fused_linear_kl.py", "(dh[i] * grad_N[:, None])", "(dh[i])"),
+    ],
+    "tests/kernel_tests/test_prompt_embedding.py": [
+        (KERNELS + "prompt_embedding_rows.py", "prompt_PH if shard.rank == 0 else 0", "prompt_PH"),
+        (KERNELS + "prompt_embedding_rows.py", "out_BTH[:, P:] += positions_TH[..., P:, :]", "out_BTH[:, P:] += positions_TH[..., :-P, :]"),
+    ],
+}  # fmt: skip
+
+MUTANTS = [Mutant(*change, tests) for tests, changes in GROUPS.items() for change in changes]
