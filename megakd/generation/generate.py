@@ -2,8 +2,8 @@
 
 Prompts are sorted by length and cut into groups of like lengths, so that little of a group is padding. A group's prompts are read
 at once (prefill), then it grows by one token a step; rows that have ended leave it. Under pipeline parallelism as many groups are
-under way as there are stages (ring.py). Weights are those of training, not a copy, and nothing of the model is changed:
-neither its mode nor its sequence parallelism.
+under way as there are stages (ring.py). The model is that of training, its weights and its forward pass; its mode and its sequence
+parallelism are put back at the end.
 
 A response ends with an EOS, after `max_new_tokens`, or where its row reaches the model's context (`max_position_embeddings`).
 """
@@ -22,10 +22,11 @@ from megakd.errors import UserError
 from megakd.generation.ring import turn
 from megakd.generation.rows import Row, RowGroup, Voice
 from megakd.generation.sampling import NO_TOKEN, Sampler, Sampling, Vocabulary
+from megakd.models.decoding import decoding
 from megakd.models.gpt_model import HiddenStateGPTModel
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     model: HiddenStateGPTModel,
     prompts: Sequence[Sequence[int]],
@@ -66,7 +67,8 @@ def generate(
     ]
     sampler = make_sampler(sampling, voices)
     groups = split_by_length(rows, model.layout.pp_size, batch_size)
-    turn(iter([partial(RowGroup, group, voices, sampler) for group in groups]), model.layout)
+    with decoding([voice.model for voice in voices]):
+        turn(iter([partial(RowGroup, group, voices, sampler) for group in groups]), model.layout)
     check_chosen(rows)
     return [row.response for row in rows]
 

@@ -1,8 +1,9 @@
-"""Core attention in megatron-core's shapes: flash-attn's kernels where it is installed, else torch's scaled_dot_product_attention.
+"""Core attention in megatron-core's shapes, for training and for decoding on a cache, and rotary positions.
 
-s sequence, b batch, n heads, g key/value heads (GQA: g divides n), d head size.
+s sequence, b batch, n query heads, g key/value heads (GQA: g divides n), r = n / g, d head size, l filled columns of the cache.
 
-Training batches are right-padded and pass no mask: under causal attention a real position never sees the padding behind it.
+Training batches are right-padded and have no mask: under causal attention a real position never sees the padding behind it. flash-attn's
+kernels attend where it is installed, else torch's scaled_dot_product_attention.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+
+from megakd.models.kv_cache import CacheStep
 
 try:
     from flash_attn import flash_attn_func
@@ -29,12 +32,16 @@ class SDPACoreAttention(MegatronModule):
     ):
         super().__init__(config=config)
         assert config.context_parallel_size == 1, "context parallelism is not built"
-        self.softmax_scale = softmax_scale
+        self.layer_number, self.softmax_scale = layer_number, softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
-    def forward(self, query_sbnd: Tensor, key_sbgd: Tensor, value_sbgd: Tensor, attention_mask=None, **_) -> Tensor:
-        """[s, b, n, d] and twice [s, b, g, d] to [s, b, n·d]."""
-        assert attention_mask is None, "right-padded batches need no mask; left-padded prompts are decoded by megakd.generation"
+    def forward(
+        self, query_sbnd: Tensor, key_sbgd: Tensor, value_sbgd: Tensor, *, inference_context: CacheStep | None = None
+    ) -> Tensor:
+        """[s, b, n, d] and twice [s, b, g, d] to [s, b, n·d]; decoding attends to what the cache holds of earlier columns too."""
+        if inference_context is not None:
+            keys_bgld, values_bgld = inference_context.store(self.layer_number, key_sbgd, value_sbgd)
+            return masked_attention(query_sbnd, keys_bgld, values_bgld, inference_context.mask_b1sl, self.softmax_scale)
         attend = flash_attention if can_flash(query_sbnd) else sdpa_attention
         dropout = self.dropout if self.training else 0.0
         with tensor_parallel.get_cuda_rng_tracker().fork() if dropout else nullcontext():
@@ -58,3 +65,33 @@ def sdpa_attention(query_sbnd: Tensor, key_sbgd: Tensor, value_sbgd: Tensor, dro
     gqa = query.shape[1] != key.shape[1]
     out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=gqa)
     return out.permute(2, 0, 1, 3)
+
+
+def masked_attention(query_sbnd: Tensor, key_bgld: Tensor, value_bgld: Tensor, mask_b1sl: Tensor, scale: float | None) -> Tensor:
+    """[s, b, n·d]; the mask is added to the scores. The r query heads of a group are r more queries: one kernel for MHA and GQA."""
+    s, b, n, d = query_sbnd.shape
+    g = key_bgld.shape[1]
+    r = n // g
+    if s == 1:
+        query = query_sbnd.reshape(b, g, r, d)
+        return F.scaled_dot_product_attention(query, key_bgld, value_bgld, mask_b1sl, scale=scale).reshape(1, b, n * d)
+    query = query_sbnd.reshape(s, b, g, r, d).permute(1, 2, 3, 0, 4).reshape(b, g, r * s, d)
+    out = F.scaled_dot_product_attention(query, key_bgld, value_bgld, mask_b1sl.repeat(1, 1, r, 1), scale=scale)
+    return out.view(b, g, r, s, d).permute(3, 0, 1, 2, 4).reshape(s, b, n * d)
+
+
+def rotary_table(inverse_frequencies: Tensor, positions: int, dtype: torch.dtype) -> Tensor:
+    """What `rotate` multiplies channels by at every position, [2, positions, 1, d]: cos, and sin with the sign of its channel."""
+    steps = torch.arange(positions, device=inverse_frequencies.device, dtype=torch.float32)
+    angle = torch.outer(steps, inverse_frequencies)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)]).to(dtype)[:, :, None]
+
+
+def rotate(query_sbnd: Tensor, key_sbgd: Tensor, rotary_2sb1d: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding; channel i turns with channel i + d/2. Of the table, b may be 1: the same positions in every row."""
+    x = torch.cat([query_sbnd, key_sbgd], 2)
+    cos, sin = rotary_2sb1d.unbind()
+    x = x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+    n = query_sbnd.shape[2]
+    return x[:, :, :n], x[:, :, n:]

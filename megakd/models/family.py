@@ -1,4 +1,4 @@
-"""What a model family is: how its Hugging Face config becomes a TransformerConfig, and its name table."""
+"""What a model family is: how its Hugging Face config becomes a TransformerConfig and layers, and its name table."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.core.transformer.spec_utils import ModuleSpec
 from transformers import PretrainedConfig
 
+from megakd.models.layer_specs import LAYER
 from megakd.models.param_mapping import Cut, HFTensor, Table, Whole
 
 
@@ -21,6 +23,7 @@ class Family:
     model_arguments: Callable[[PretrainedConfig], dict[str, Any]]  # arguments of megatron's GPTModel
     table: Callable[[PretrainedConfig, int], Table]  # (config, padded vocabulary size) -> names and mappings
     skipped_rows: dict[str, int]  # Hugging Face tensors with leading rows that no Megatron parameter holds
+    layer_spec: Callable[[PretrainedConfig], ModuleSpec] = lambda _: LAYER  # the modules of a layer, in training as in decoding
     freezes_pad_input: bool = True  # transformers gives nn.Embedding `padding_idx`, the config's pad_token_id
 
     def padding_idx(self, hf: PretrainedConfig) -> int | None:

@@ -16,6 +16,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
 from torch import Tensor
 
+from megakd.models.attention import rotary_table
+from megakd.models.kv_cache import CacheStep
 from megakd.runtime.parallel_layout import ParallelLayout
 
 METHOD_PARTS = "method_parts."  # what begins the names of parameters that are no part of the model
@@ -52,11 +54,29 @@ class HiddenStateGPTModel(GPTModel):
         self.layout, self.real_vocab_size, self.padding_idx = layout, real_vocab_size, padding_idx
         self.method_parts = torch.nn.ModuleDict()
 
-    def forward(self, tokens_BS: Tensor, position_ids_BS: Tensor, soft_prompt_PH: Tensor | None = None) -> Tensor:
-        """Hidden states of the S real positions, [S, B, H], whole on every TP rank of the last stage; else the next stage's input."""
-        embedded = self._embed(tokens_BS, position_ids_BS, soft_prompt_PH) if self.pre_process else None
-        hidden = super().forward(tokens_BS, position_ids_BS, attention_mask=None, decoder_input=embedded)
-        if not self.post_process:
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        position_ids_BS: Tensor,
+        soft_prompt_PH: Tensor | None = None,
+        *,
+        rotary: Tensor | None = None,
+        step: CacheStep | None = None,
+    ) -> Tensor:
+        """Hidden states of the S real positions, [S, B, H], whole on every TP rank of the last stage; else the next stage's input.
+
+        Decoding (`step`) says where columns stand: it passes position ids and rotary table of all P + S columns, and gets hidden
+        states of as many.
+        """
+        decodes = step is not None
+        embedded = self._embed(tokens_BS, position_ids_BS, soft_prompt_PH, decodes) if self.pre_process else None
+        hidden = self.decoder(
+            hidden_states=embedded,
+            attention_mask=None,
+            rotary_pos_emb=rotary if decodes else self._rotary(embedded),
+            inference_context=step,
+        )
+        if not self.post_process or decodes:
             return hidden
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=self.tp_group)
@@ -70,10 +90,25 @@ class HiddenStateGPTModel(GPTModel):
         parts = self.tp_group.size() if self.config.sequence_parallel else 1
         return math.ceil(positions / parts), rows, self.config.hidden_size
 
-    def _embed(self, tokens_BS: Tensor, position_ids_BS: Tensor, soft_prompt_PH: Tensor | None) -> Tensor:
+    def rotary_table(self, positions: int) -> Tensor | None:
+        """[2, positions, 1, d], for `attention.rotate`; None for a model with learned positions."""
+        if self.position_embedding_type != "rope":
+            return None
+        return rotary_table(self.rotary_pos_emb.inv_freq, positions, self.config.params_dtype)
+
+    def _rotary(self, embedded: Tensor | None) -> Tensor | None:
+        """That of positions 0, 1, ... of every row, [2, S, 1, 1, d]; embedded None: on later stages."""
+        received = self.decoder.input_tensor if embedded is None else embedded
+        parts = self.tp_group.size() if self.config.sequence_parallel else 1
+        table = self.rotary_table(received.shape[0] * parts)
+        return table if table is None else table[:, :, None]
+
+    def _embed(self, tokens_BS: Tensor, position_ids_BS: Tensor, soft_prompt_PH: Tensor | None, decodes: bool) -> Tensor:
         """[P + S, B, H], this rank's part of it under sequence parallelism."""
-        if soft_prompt_PH is None:
+        if soft_prompt_PH is None or decodes:
             x = self._word_embeddings(tokens_BS)
+            if soft_prompt_PH is not None:
+                x = torch.cat([soft_prompt_PH.to(x.dtype).expand(len(x), -1, -1), x], 1)
             if self.embedding.add_position_embedding:
                 x = x + self.embedding.position_embeddings(position_ids_BS)
         else:
@@ -87,7 +122,7 @@ class HiddenStateGPTModel(GPTModel):
     def _word_embeddings(self, tokens_BS: Tensor) -> Tensor:
         """[B, S, H]. As with torch's `padding_idx`, that id's row learns nothing from being read; a tied head still teaches it."""
         x = self.embedding.word_embeddings(tokens_BS)
-        if self.padding_idx is None:
+        if self.padding_idx is None or not torch.is_grad_enabled():
             return x
         return torch.where((tokens_BS == self.padding_idx)[..., None], x.detach(), x)
 
@@ -97,9 +132,6 @@ class HiddenStateGPTModel(GPTModel):
         positions = self.embedding.position_embeddings.weight if self.embedding.add_position_embedding else None
         words, group = self.embedding.word_embeddings.weight, self.tp_group if self.tp_group.size() > 1 else None
         return megakd_kernels.prompt_embedding(tokens_BS, words, soft_prompt_PH, positions, tp_group=group)
-
-    def _postprocess(self, hidden_states, **_):
-        return hidden_states
 
     def output_weight(self) -> Tensor:
         """This rank's rows of the output layer, [V_padded / tp, H]; only on the last stage."""

@@ -1,23 +1,25 @@
-"""The project's own layer spec for megatron-core's GPTModel: SDPA attention, and a norm that works under sequence parallelism.
+"""The project's own layer spec for megatron-core's GPTModel: attention that decodes too, and a norm that works under sequence parallelism.
 
 megatron-core's stock local spec refuses sequence parallelism and materialises the attention scores. Parameter names are those of
-its Transformer Engine spec's map, so checkpoints move between the two.
+its Transformer Engine spec's map, so checkpoints move between the two. A family whose layers differ names its own (`Family.layer_spec`).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megakd.models.attention import SDPACoreAttention
+from megakd.models.linear import ColumnLinear, RowLinear
+from megakd.models.transformer_layer import SelfAttention, TransformerLayer
 
 
 class Norm:
@@ -31,13 +33,6 @@ class Norm:
         return norm
 
 
-class OwnGroupRowParallelLinear(RowParallelLinear):
-    """megatron-core's, which asks the global state for a group that its matrix product then does not use."""
-
-    def _forward_impl(self, *args, **options):
-        return super()._forward_impl(*args, **options | {"tp_group": self.tp_group})
-
-
 LAYER = ModuleSpec(
     module=TransformerLayer,
     submodules=TransformerLayerSubmodules(
@@ -46,17 +41,22 @@ LAYER = ModuleSpec(
             module=SelfAttention,
             params={"attn_mask_type": AttnMaskType.causal},
             submodules=SelfAttentionSubmodules(
-                linear_qkv=ColumnParallelLinear, core_attention=SDPACoreAttention, linear_proj=OwnGroupRowParallelLinear
+                linear_qkv=ColumnLinear, core_attention=SDPACoreAttention, linear_proj=RowLinear
             ),
         ),
-        self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=Norm,
-        mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=OwnGroupRowParallelLinear)),
-        mlp_bda=get_bias_dropout_add,
+        mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)),
     ),
 )
 
 
-def block_spec(config: TransformerConfig, pp_rank: int) -> TransformerBlockSubmodules:
+def with_attention(**submodules) -> ModuleSpec:
+    """LAYER with these submodules in its self-attention, beside the common ones or instead."""
+    attention = LAYER.submodules.self_attention
+    attention = replace(attention, submodules=replace(attention.submodules, **submodules))
+    return replace(LAYER, submodules=replace(LAYER.submodules, self_attention=attention))
+
+
+def block_spec(layer: ModuleSpec, config: TransformerConfig, pp_rank: int) -> TransformerBlockSubmodules:
     """This stage's layers and the final norm. A bare layer spec would give the final norm megatron's own, which refuses SP."""
-    return TransformerBlockSubmodules(layer_specs=[LAYER] * get_num_layers_to_build(config, pp_rank=pp_rank), layer_norm=Norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, pp_rank=pp_rank), layer_norm=Norm)

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megakd.errors import UserError
 from megakd.models import gpt2, llama, mistral, opt, qwen2
+from megakd.models.decoding import check_layers
 from megakd.models.family import Family
 from megakd.models.gpt_model import METHOD_PARTS, HiddenStateGPTModel
 from megakd.models.layer_specs import block_spec
@@ -121,7 +122,7 @@ def build_model(
     config = transformer_config(hf, family, layout, dtype, sequence_parallel, overrides)
     model = HiddenStateGPTModel(
         config,
-        block_spec(config, layout.pp_rank),
+        block_spec(family.layer_spec(hf), config, layout.pp_rank),
         layout=layout,
         real_vocab_size=hf.vocab_size,
         padded_vocab_size=padded_vocab_size,
@@ -129,6 +130,7 @@ def build_model(
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
         **family.model_arguments(hf),
     ).to(device=torch.cuda.current_device(), dtype=dtype)
+    check_layers(model)
     if hasattr(model, "rotary_pos_emb"):
         model.rotary_pos_emb.inv_freq = rotary_frequencies(hf)
     model.hf_config = hf

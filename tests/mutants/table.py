@@ -56,7 +56,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (LOSSES + "distillation.py", "temperature=self.temperature,", "temperature=1.0,"),
         (LOSSES + "distillation.py", "beta=self.beta,", "beta=1 - self.beta,"),
         (SCHEDULES, "total / tokens.clamp(min=1)", "total"),
-        (MODELS + "gpt_model.py", "if self.padding_idx is None:", "if True:"),
+        (MODELS + "gpt_model.py", "if self.padding_idx is None or not torch.is_grad_enabled():", "if True:"),
         (MODELS + "family.py", "return hf.pad_token_id % hf.vocab_size", "return hf.pad_token_id"),
         (MODELS + "gpt2.py", "freezes_pad_input=False", "freezes_pad_input=True"),
         (TRAINER, "total / max(1, tokens)", "total"),

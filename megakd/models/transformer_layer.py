@@ -1,0 +1,74 @@
+"""A transformer layer that computes the same way in training and in decoding, out of megatron-core's modules.
+
+megatron-core's own layer and attention ask at every call for what this project never switches on (cross-attention, offloading,
+selective recomputation, its own CUDA graphs): in a small model that decodes a few rows, a quarter of the time.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
+from megatron.core.transformer import attention, transformer_layer
+from torch import Tensor, nn
+
+from megakd.models.attention import rotate
+from megakd.models.kv_cache import CacheStep
+
+WithBias = tuple[Tensor, Tensor | None]  # megatron's linear layers leave it to the layer to add their bias
+
+
+class TransformerLayer(transformer_layer.TransformerLayer):
+    """x + attention(norm(x)), then x + mlp(norm(x)), [s, b, h]."""
+
+    __call__ = nn.Module.__call__  # megatron's looks for a captured graph of the layer
+
+    def forward(
+        self, hidden_states: Tensor, rotary_pos_emb: Tensor | None = None, inference_context: CacheStep | None = None, **_
+    ) -> tuple[Tensor, None]:
+        x = hidden_states
+        x = self._add(x, self.self_attention(self.input_layernorm(x), rotary_pos_emb, inference_context))
+        x = self._add(x, self.mlp(self.pre_mlp_layernorm(x)))
+        return x, None
+
+    def _add(self, residual: Tensor, output_with_bias: WithBias) -> Tensor:
+        output, bias = output_with_bias
+        if bias is not None:
+            output = output + bias
+        if self.training:
+            output = F.dropout(output, self.hidden_dropout)
+        return residual + output
+
+
+class SelfAttention(attention.SelfAttention):
+    """A rotary table turns queries and keys, core attention has the cache."""
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        unknown = [name for name in ("attention_output_gate", "no_rope_freq", "rotary_interleaved") if getattr(config, name)]
+        assert not unknown and not self.checkpoint_core_attention, f"{unknown or 'selective recomputation'} is not built"
+        self.sharers = max(1, self.tp_group.size() // config.num_query_groups)  # ranks that share one key/value head
+        self.shared_group, self.member = divmod(self.tp_group.rank(), self.sharers)
+
+    def forward(self, hidden_states: Tensor, rotary_pos_emb: Tensor | None, inference_context: CacheStep | None) -> WithBias:
+        query, key, value = self.get_query_key_value_tensors(hidden_states)
+        if rotary_pos_emb is not None:
+            query, key = rotate(query, key, rotary_pos_emb)
+        return self.linear_proj(self.core_attention(query, key, value, inference_context=inference_context))
+
+    def get_query_key_value_tensors(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[s, b, n, d] and twice [s, b, g, d], as megatron's, whose own asks global state for the tensor-parallel group.
+
+        With fewer key/value heads than ranks, a rank's rows end inside a group: its ranks put it together, each takes its own queries.
+        """
+        qkv, _ = self.linear_qkv(hidden_states)  # for each group its r query heads, then its key, then its value
+        if self.sharers > 1:
+            whole = all_gather_last_dim_from_tensor_parallel_region(qkv, group=self.tp_group)
+            qkv = whole.chunk(self.config.num_query_groups, -1)[self.shared_group]
+        qkv = qkv.view(*qkv.shape[:2], self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head)
+        query, key, value = qkv.split((qkv.shape[-2] - 2, 1, 1), -2)
+        query, key, value = query.flatten(2, 3), key.squeeze(-2), value.squeeze(-2)
+        if self.sharers > 1:
+            query = query.chunk(self.sharers, 2)[self.member]
+        if self.q_layernorm is not None:
+            query = self.q_layernorm(query)
+        return query, key if self.k_layernorm is None else self.k_layernorm(key), value
