@@ -18,6 +18,7 @@ from typing import NoReturn
 
 LFS_POINTER = b"version https://git-lfs"  # what git leaves in place of a large file that it did not fetch
 GRACE_SECONDS = 3.0  # the launcher ends all ranks a moment after the first has ended
+LONGEST = 1600  # characters of a message; the way out stands at its end
 INTERRUPTED = 130  # the exit code that shells give to Ctrl-C
 WAYS_OUT = {  # of what the system says about a file
     errno.ENOSPC: "free some space",
@@ -32,7 +33,11 @@ WAYS_OUT = {  # of what the system says about a file
 
 
 class UserError(ValueError):
-    """What a user can mend: the one exception that becomes one line."""
+    """What a user can mend: the one exception that becomes one line, whatever stands in the names that it quotes."""
+
+    def __init__(self, message: str):
+        line = message.replace("\n", "\\n")
+        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}")
 
 
 @contextmanager

@@ -55,6 +55,8 @@ def jinja_template(path: Path) -> Callable[[str, str], str]:
         template = environment.from_string(text)
     except TemplateSyntaxError as error:
         raise UserError(f"--prompt-template {path} line {error.lineno}: {failure(error)}; correct it") from error
+    except Exception as error:  # Python compiles what Jinja makes of it, and has limits of its own
+        raise UserError(f"--prompt-template {path}: {failure(error)}; correct it") from error
 
     def render(instruction: str, input: str) -> str:
         try:

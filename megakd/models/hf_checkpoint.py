@@ -182,7 +182,9 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     Raises:
         UserError: the file is missing, shorter than its header says, or not a safetensors file.
     """
-    if not file.is_file():
+    with file_errors(file):  # a name from an index may be no file's
+        there = file.is_file()
+    if not there:
         raise UserError(f"{file}: the index names this file, but it is not there; download it again")
     refuse_lfs_pointer(file)
     try:

@@ -1,0 +1,267 @@
+"""Files that nobody would write on purpose: whatever stands in them, they are read, or refused in one line that names the file.
+
+Each example damages one good file (its bytes, or one value of its JSON) and opens it as a command would, before any weight. Nothing
+but a UserError may come of it, with the file's name or a flag in its one line, and no file may change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import tiny_folder
+
+from megakd import preflight
+from megakd.checkpointing.model_folder import ModelFolder
+from megakd.config import Config, EvaluateConfig, GenerateConfig, from_yaml, parse
+from megakd.data.rows import read_rows
+from megakd.data.tasks import make_rows
+from megakd.data.tokenizer import load_tokenizer
+from megakd.data.train_tokenizer import train_tokenizer
+from megakd.errors import UserError
+
+EXAMPLES = {"flags": 60, "yaml": 60, "jsonl": 160, "config": 70, "tokenizer": 50, "index": 50, "header": 70}  # 520
+GOOD_FLAGS = {
+    "model": "MODEL", "teacher-model": "MODEL", "train-data": "rows.jsonl", "method": "kd", "train-iters": "3", "lr": "1e-3", "save": "run",
+    "global-batch-size": "8", "micro-batch-size": "2", "max-length": "32", "max-prompt-length": "16",
+}  # fmt: skip
+FLAGS = sorted(Config().flat())
+
+odd_text = st.text(max_size=12) | st.sampled_from(["", "NaN", "-1", "1e999", "0", "~", "\x00", "\ud83d", "None", "[]", "9" * 5000, "💥", "../x"])
+odd_value = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | odd_text | st.just(10**400) | st.just(-1),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(odd_text, inner, max_size=3),
+    max_leaves=4,
+)
+
+
+def places(value, path=()):
+    """Every place in a JSON document."""
+    yield path
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places(inner, (*path, key))
+
+
+def with_value(document, path, value):
+    """The document with another value at one place."""
+    if not path:
+        return value
+    copy = dict(document) if isinstance(document, dict) else list(document)
+    copy[path[0]] = with_value(document[path[0]], path[1:], value)
+    return copy
+
+
+def without(document, path):
+    """The document with the last key of `path` taken away."""
+    holder = document
+    for key in path[:-1]:
+        holder = holder[key]
+    rest = {k: v for k, v in holder.items() if k != path[-1]} if isinstance(holder, dict) else [v for i, v in enumerate(holder) if i != path[-1]]
+    return with_value(document, path[:-1], rest)
+
+
+def dumped(document) -> bytes:
+    return json.dumps(document).encode("utf-8", "surrogatepass")
+
+
+@st.composite
+def damaged_json(draw, document, most_places=200):
+    """Bytes of the document with one value changed, one key gone, or its bytes damaged."""
+    every = list(places(document))[:most_places]
+    path = draw(st.sampled_from(every))
+    how = draw(st.sampled_from(["value", "value", "value", "without", "bytes"]))
+    if how == "value" or not path:
+        return dumped(with_value(document, path, draw(odd_value)))
+    return dumped(without(document, path)) if how == "without" else draw(damaged_bytes(dumped(document)))
+
+
+@st.composite
+def damaged_bytes(draw, good):
+    """The bytes cut off, with some replaced, or with others put in."""
+    lo = draw(st.integers(0, len(good)))
+    hi = draw(st.integers(lo, min(len(good), lo + 20)))
+    patch = draw(st.binary(max_size=8) | st.sampled_from([b"\x00" * 40, b"[" * 100_000, b'"' * 3, b"version https://git-lfs.github.com/spec/v1\n", b"\xff\xfe"]))
+    return good[:lo] + patch + (b"" if draw(st.booleans()) and draw(st.booleans()) else good[hi:])
+
+
+def examples(part):
+    return settings(
+        max_examples=EXAMPLES[part], derandomize=True, deadline=None, database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large, HealthCheck.large_base_example],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> Path:
+    """A good folder of every kind."""
+    root = tmp_path_factory.mktemp("good")
+    rows = make_rows(32, seed=0)
+    tokenizer = train_tokenizer([row["prompt"] + row["response"] for row in rows])
+    tiny_folder(root / "MODEL", "llama", layers=2, vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(root / "MODEL")
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+@pytest.fixture
+def folder(good, tmp_path) -> Path:
+    """A copy to damage one file of."""
+    shutil.copytree(good, tmp_path / "x", dirs_exist_ok=True)
+    return tmp_path / "x"
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@contextlib.contextmanager
+def refused_in_one_line(folder: Path, *names: str):
+    """Only a UserError may leave the block: one line with one of the names. Nothing in the folder changes."""
+    before, said = contents(folder), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    except (UserError, SystemExit) as error:
+        line = str(error) if isinstance(error, UserError) else said.getvalue().strip()
+        assert "\n" not in line and len(line) < 2000, line
+        assert any(name in line for name in names), (names, line)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("kind", [Config, EvaluateConfig, GenerateConfig], ids=lambda kind: kind.__name__)
+def test_any_command_line_is_read_or_refused_in_one_line(kind, folder):
+    names = sorted(kind().flat())
+
+    @examples("flags")
+    @given(flag=st.sampled_from(names), value=odd_text, more=st.lists(odd_text, max_size=2))
+    def check(flag, value, more):
+        words = [word for name, good in GOOD_FLAGS.items() if name.replace("-", "_") in names for word in (f"--{name}", good)]
+        with refused_in_one_line(folder, "--", "nrecognized", "arguments"):
+            parse([*words, "--" + flag.replace("_", "-"), value, *more], kind)
+
+    check()
+
+
+def test_any_yaml_is_read_or_refused_in_one_line(folder):
+    text = yaml.safe_dump(GOOD_FLAGS).encode()
+    entries = st.dictionaries(st.sampled_from(FLAGS) | odd_text, odd_value, max_size=3)
+    written = entries.map(lambda entries: text + "".join(f"{json.dumps(k)}: {json.dumps(v)}\n" for k, v in entries.items()).encode("utf-8", "surrogatepass"))
+
+    @examples("yaml")
+    @given(data=written | damaged_bytes(text))
+    def check(data):
+        (folder / "run.yaml").write_bytes(data)
+        with refused_in_one_line(folder, "run.yaml", "--"):
+            from_yaml(folder / "run.yaml").check()
+
+    check()
+
+
+FORMS = [
+    {"prompt": "a b", "response": "c"},
+    {"instruction": "Say", "input": "x", "output": ["one", "two"]},
+    {"question": "1+1?", "answer": "2 #### 2", "kept": {"a": [1.5, None]}},
+    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
+    {"text": "a text"},
+]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".txt", ".jinja"])
+def test_any_data_file_is_read_or_refused_in_one_line(suffix, good, folder):
+    tokenizer = load_tokenizer(good / "MODEL")
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    line = st.sampled_from(FORMS).flatmap(damaged_json)
+    plain = b"prompt,response\na b,c\n" if suffix == ".csv" else b"{{ instruction }}\n{% if input %}{{ input }}{% endif %}"
+    file = st.lists(line, min_size=1, max_size=3).map(b"\n".join) if suffix.startswith(".json") else damaged_bytes(plain)
+
+    @settings(examples("jsonl"), max_examples=EXAMPLES["jsonl"] // 5)
+    @given(data=file)
+    def check(data):
+        path = folder / f"data{suffix}"
+        path.write_bytes(data)
+        with refused_in_one_line(folder, path.name):
+            if suffix == ".jinja":
+                read_rows(folder / "rows.jsonl", tokenizer, template=str(path))
+            else:
+                read_rows(path, tokenizer)
+
+    check()
+
+
+def open_as_a_command_does(folder: Path) -> None:
+    """What training looks at before it loads a weight."""
+    student = ModelFolder.open(folder / "MODEL")
+    config = parse([word for name, value in GOOD_FLAGS.items() for word in (f"--{name}", value)])
+    preflight.check(config, student, None)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_any_config_json_is_read_or_refused_in_one_line(name, folder):
+    document = json.loads((folder / "MODEL" / name).read_text())
+
+    @settings(examples("config"), max_examples=EXAMPLES["config"] // 2)
+    @given(data=damaged_json(document))
+    def check(data):
+        (folder / "MODEL" / name).write_bytes(data)
+        with refused_in_one_line(folder, "MODEL", "--"):
+            open_as_a_command_does(folder)
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_any_tokenizer_file_is_read_or_refused_in_one_line(name, folder):
+    document = json.loads((folder / "MODEL" / name).read_text())
+
+    @settings(examples("tokenizer"), max_examples=EXAMPLES["tokenizer"] // 2)
+    @given(data=damaged_json(document))
+    def check(data):
+        (folder / "MODEL" / name).write_bytes(data)
+        with refused_in_one_line(folder, "MODEL", "--"):
+            open_as_a_command_does(folder)
+
+    check()
+
+
+def test_any_index_is_read_or_refused_in_one_line(folder):
+    weights = folder / "MODEL" / "model.safetensors"
+    shard = weights.rename(weights.with_name("model-00001-of-00001.safetensors"))
+    (length,) = struct.unpack("<Q", shard.read_bytes()[:8])
+    names = [name for name in json.loads(shard.read_bytes()[8 : 8 + length]) if name != "__metadata__"]
+    document = {"metadata": {"total_size": 1}, "weight_map": {name: shard.name for name in names}}
+
+    @examples("index")
+    @given(data=damaged_json(document))
+    def check(data):
+        (folder / "MODEL" / "model.safetensors.index.json").write_bytes(data)
+        with refused_in_one_line(folder, "MODEL", "--"):
+            open_as_a_command_does(folder)
+
+    check()
+
+
+def test_any_safetensors_header_is_read_or_refused_in_one_line(folder):
+    weights = folder / "MODEL" / "model.safetensors"
+    whole = weights.read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    header, tensors = json.loads(whole[8 : 8 + length]), whole[8 + length :]
+    framed = damaged_json(header).map(lambda data: struct.pack("<Q", len(data)) + data + tensors)
+
+    @examples("header")
+    @given(data=framed | damaged_bytes(whole))
+    def check(data):
+        weights.write_bytes(data)
+        with refused_in_one_line(folder, "MODEL", "--"):
+            open_as_a_command_does(folder)
+
+    check()
