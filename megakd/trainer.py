@@ -286,8 +286,8 @@ class Trainer:
 
 def no_response(config: Config) -> str:
     """What is said of a row without one that the method learns."""
-    if config.distillation.on_policy_ratio:
-        return f"--on-policy-ratio {config.distillation.on_policy_ratio:g} learns it in the other batches; give one, or --on-policy-ratio 1"
+    if config.kd.on_policy_ratio:
+        return f"--on-policy-ratio {config.kd.on_policy_ratio:g} learns it in the other batches; give one, or --on-policy-ratio 1"
     if config.method == "kd":
         return f"{NO_RESPONSE}, or --on-policy-ratio 1, with which the student writes it"
     return NO_RESPONSE
@@ -315,8 +315,8 @@ def total_iterations(config: Config, loader: DataLoader, dp_size: int) -> int:
 
 
 def evaluation_interval(config: Config, loader: DataLoader, total_iters: int) -> int | None:
-    """--eval-interval. DistiLLM, which learns from its evaluations, has one an epoch as its code does, and ten a run at least."""
-    if config.output.eval_interval or config.method != "distillm":
+    """--eval-interval. A method that learns from evaluations has one an epoch, as DistiLLM's code does, and ten a run at least."""
+    if config.output.eval_interval or not config.page.learns_from_evaluations:
         return config.output.eval_interval
     return min(loader.iterations_per_epoch, max(1, total_iters // 10))
 
