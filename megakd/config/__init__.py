@@ -17,14 +17,14 @@ from megakd.config.methods.kd import KDConfig
 from megakd.config.methods.minillm import MiniLLMConfig
 from megakd.config.methods.promptkd import PromptKDConfig
 from megakd.config.parallel import LayoutConfig, ParallelConfig
-from megakd.config.parse import from_flags, from_yaml, parse
+from megakd.config.parse import AnyConfig, alike, from_flags, from_values, from_yaml, parse
 from megakd.config.sampling import GenerationConfig, ResponseConfig, SamplingConfig
 from megakd.config.train import METHODS, Config, DataConfig, ModelConfig, OutputConfig
 from megakd.config.training import TrainingConfig
 
 __all__ = [
-    "METHODS", "AnsweringConfig", "BaseConfig", "BenchmarkConfig", "Config", "DataConfig", "DistiLLMConfig", "DistillationConfig",
-    "EvaluateConfig", "GenerateConfig", "GenerationConfig", "KDConfig", "LayoutConfig", "MethodConfig", "MiniLLMConfig", "ModelConfig",
-    "OutputConfig", "ParallelConfig", "PromptKDConfig", "ResponseConfig", "SamplingConfig", "ScoreConfig", "TrainingConfig",
-    "flag_name", "from_flags", "from_yaml", "parse",
+    "METHODS", "AnsweringConfig", "AnyConfig", "BaseConfig", "BenchmarkConfig", "Config", "DataConfig", "DistiLLMConfig",
+    "DistillationConfig", "EvaluateConfig", "GenerateConfig", "GenerationConfig", "KDConfig", "LayoutConfig", "MethodConfig",
+    "MiniLLMConfig", "ModelConfig", "OutputConfig", "ParallelConfig", "PromptKDConfig", "ResponseConfig", "SamplingConfig",
+    "ScoreConfig", "TrainingConfig", "alike", "flag_name", "from_flags", "from_values", "from_yaml", "parse",
 ]  # fmt: skip

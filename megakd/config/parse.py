@@ -9,7 +9,7 @@ import inspect
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,10 +69,23 @@ def from_yaml(file: str | Path, kind: type[AnyConfig] = Config) -> AnyConfig:
         raise UserError(f"--config {file}: holds a {type(values).__name__}; write one `flag-name: value` a line")
     values = {str(name).lstrip("-").replace("-", "_"): value for name, value in values.items()}
     if unknown := sorted(values.keys() - kind().flat().keys()):
-        alike = difflib.get_close_matches(unknown[0], kind().flat(), n=1)
-        raise UserError(f"--config {file}: unknown key {unknown[0]!r}; {suggestion(*alike or [None])}")
+        raise UserError(f"--config {file}: unknown key {unknown[0]!r}; {suggestion(alike(unknown[0], kind().flat()))}")
+    return from_values(values, kind, where=f"--config {file}: ")
+
+
+def from_values(values: Mapping[str, Any], kind: type[AnyConfig] = Config, *, where: str = "") -> AnyConfig:
+    """A configuration from values by flag name; None is as if it were not given.
+
+    Raises:
+        UserError: a value of the wrong type, in one line that begins with `where`.
+    """
     words = [word for name, value in values.items() if value is not None for word in as_words(name, value)]
-    return from_flags(words, kind(), where=f"--config {file}: ")
+    return from_flags(words, kind(), where=where)
+
+
+def alike(name: str, names: Iterable[str]) -> str | None:
+    """The name that was probably meant."""
+    return next(iter(difflib.get_close_matches(name, names, n=1)), None)
 
 
 def description_of(kind: type[BaseConfig]) -> str:
@@ -101,13 +114,13 @@ def from_flags(arguments: list[str], default: AnyConfig, *, where: str = "", pro
 def one_line(box: str) -> str:
     """tyro's complaint without its frame, with the spellings of the flag that it finds most alike."""
     _title, body, *rest = re.split("─{3,}|-{9,}", re.sub("[│╭╮╰╯]", " ", box))  # where the terminal is ASCII, so is the frame
-    alike = re.search(r"(?:similar to \S+|you meant):\s+(--[\w-]+(?:, --[\w-]+)*)", "".join(rest))
-    return " ".join(body.split()).rstrip(".") + "; " + suggestion(alike and alike[1])
+    meant = re.search(r"(?:similar to \S+|you meant):\s+(--[\w-]+(?:, --[\w-]+)*)", "".join(rest))
+    return " ".join(body.split()).rstrip(".") + "; " + suggestion(meant and meant[1])
 
 
-def suggestion(alike: str | None) -> str:
+def suggestion(meant: str | None) -> str:
     """How a message about an unknown name ends."""
-    return f"did you mean {alike}? --help lists the flags" if alike else "--help lists the flags"
+    return f"did you mean {meant}? --help lists the flags" if meant else "--help lists the flags"
 
 
 def with_home(config: AnyConfig) -> AnyConfig:
