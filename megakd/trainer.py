@@ -311,7 +311,7 @@ def total_iterations(config: Config, loader: DataLoader, dp_size: int) -> int:
     training = config.training
     steps = training.train_iters or training.epochs * loader.iterations_per_epoch
     accumulates = training.global_batch_size > training.micro_batch_size * dp_size
-    return steps - (accumulates and training.quirk("lost-last-step"))
+    return steps - (accumulates and training.reference_compat.lost_last_step)
 
 
 def evaluation_interval(config: Config, loader: DataLoader, total_iters: int) -> int | None:

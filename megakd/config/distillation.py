@@ -70,7 +70,7 @@ class DistillationConfig(HiddenMatchingConfig, DivergenceConfig, RatioConfig):
             yield f"{flag_name(share)} {getattr(self, share)} leaves {self.kd_objective} no mixture; use a number between 0 and 1"
         if self.hidden_coef and config.training.recompute:
             yield "--hidden-coef with --recompute: a layer that runs twice would be matched twice; leave one of them out"
-        if self.hidden_coef and config.training.quirk("mean-of-means"):
+        if self.hidden_coef and config.training.reference_compat.mean_of_means:
             yield "--hidden-coef is a token mean, which --reference-behaviour mean-of-means is not; leave one of them out"
 
     def unless(self) -> dict[str, tuple[Any, str]]:

@@ -1,25 +1,18 @@
-"""Batch, length of the run, optimizer, and what of the reference's behaviour was asked for."""
+"""How the student is trained, whatever it learns."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Literal
 
 from megakd.config.fields import NOT_NEGATIVE, POSITIVE, SEED, SHARE_BELOW_1, alias, flag
-
-Quirk = Literal[
-    "all", "mean-of-means", "zero-lr-start", "lost-last-step", "decay-norms", "teacher-dropout", "special-tokens-in-prompt", "forced-eos",
-    "whiten-padding", "seqkd-with-kd",
-]  # fmt: skip
+from megakd.config.reference_compat import ReferenceBehaviour, ReferenceCompat
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """Batch, length of the run, optimizer."""
-
-    def quirk(self, name: Quirk) -> bool:
-        """Whether the reference's behaviour of this name was asked for."""
-        return name in self.reference_behaviour or "all" in self.reference_behaviour
 
     micro_batch_size: Annotated[int, alias("--mbs")] = flag(2, "rows of one forward pass on one rank", range=POSITIVE)
     micro_batch_tokens: int | None = flag(
@@ -40,7 +33,14 @@ class TrainingConfig:
     adam_eps: float = flag(1e-8, "AdamW's epsilon", range=POSITIVE)
     clip_grad: float = flag(1.0, "largest global gradient norm; 0: no clipping", range=NOT_NEGATIVE)
     recompute: bool = flag(False, "recompute each layer's activations in the backward pass: less memory, a third more work")
-    reference_behaviour: tuple[Quirk, ...] = flag((), "do as PromptKD's code does, by name or all; docs/fidelity.md explains each")
+    reference_behaviour: tuple[ReferenceBehaviour, ...] = flag(
+        (), "do as PromptKD's code does, by name or all; docs/fidelity.md explains each"
+    )
     seed: int = flag(
         1234, "of data order, dropout, prompt and sampling; of these the layout changes dropout's masks alone", range=SEED
     )
+
+    @cached_property
+    def reference_compat(self) -> ReferenceCompat:
+        """--reference-behaviour, resolved."""
+        return ReferenceCompat.asked_for(self.reference_behaviour)

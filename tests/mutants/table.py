@@ -219,7 +219,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (TRAINER, "if self.config.training.recompute:", "if False:"),
     ],
     of("test_reference_behaviour", "warm_up_begins_above_zero_and_the_reference_at_zero"): [
-        (OPTIMIZER, 'iteration -= config.quirk("zero-lr-start")', "iteration -= 1"),
+        (OPTIMIZER, "iteration -= config.reference_compat.zero_lr_start", "iteration -= 1"),
     ],
     of("test_reference_behaviour", "the_mean_over_tokens_is_no_mean_of_means"): [
         (SCHEDULES, "scaled(tokens / (count * batch.num_supervised))", "scaled(1.0)"),
@@ -228,7 +228,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (TRAINER, "training.micro_batch_size * dp_size", "training.micro_batch_size"),
     ],
     of("test_reference_behaviour", "the_teacher_has_no_dropout_while_the_prompt_learns"): [
-        (METHODS + "promptkd.py", 'self.config.training.quirk("teacher-dropout")', "True"),
+        (METHODS + "promptkd.py", "self.config.training.reference_compat.teacher_dropout", "True"),
         (METHODS + "promptkd.py", "        teacher.eval()\n", ""),
     ],
     of("test_reference_behaviour", "norms_are_kept_from_decay_and_the_reference_decays_those_it_does_not_name"): [
