@@ -286,11 +286,7 @@ class Trainer:
 
 def no_response(config: Config) -> str:
     """What is said of a row without one that the method learns."""
-    if config.kd.on_policy_ratio:
-        return f"--on-policy-ratio {config.kd.on_policy_ratio:g} learns it in the other batches; give one, or --on-policy-ratio 1"
-    if config.method == "kd":
-        return f"{NO_RESPONSE}, or --on-policy-ratio 1, with which the student writes it"
-    return NO_RESPONSE
+    return config.page.no_response(NO_RESPONSE)
 
 
 def check_prompts(dataset: Sequence[Sample]) -> None:

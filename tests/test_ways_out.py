@@ -78,7 +78,7 @@ def test_a_command_names_no_flag_that_it_does_not_have(place, command):
             assert not wrong, f"{path.name}: {wrong[0]} in {text!r} is no flag of {command}"
 
 
-SPEAK = ("validation_errors", "_missing", "_contradictions", "unless", "remarks", "unread")
+SPEAK = ("validation_errors", "no_response", "_missing", "_contradictions", "unless", "remarks", "unread")
 
 
 @pytest.mark.parametrize("command, kind", KINDS.items())

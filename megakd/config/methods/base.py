@@ -27,6 +27,10 @@ class MethodConfig:
         """Positions that a soft prompt takes of the teacher's."""
         return 0
 
+    def no_response(self, usual: str) -> str:
+        """What is said of a row without a response, which the method learns."""
+        return usual
+
     def validation_errors(self, config: Config) -> Iterator[str]:
         """What cannot be where this method is chosen, one line each."""
         yield from ()

@@ -24,5 +24,10 @@ class KDConfig(MethodConfig):
         0.0, "kd: share of the batches that the student writes (GKD's lambda)", range=SHARE
     )
 
+    def no_response(self, usual):
+        if self.on_policy_ratio:
+            return f"--on-policy-ratio {self.on_policy_ratio:g} learns it in the other batches; give one, or --on-policy-ratio 1"
+        return f"{usual}, or --on-policy-ratio 1, with which the student writes it"
+
     def unless(self, config):
         return dict.fromkeys(WRITES, (self.on_policy_ratio, "with --method kd unless --on-policy-ratio is above 0"))
