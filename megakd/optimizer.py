@@ -23,7 +23,7 @@ def learning_rate(iteration: int, *, lr: float, total_iters: int, config: Traini
 
     The first iteration already moves, by lr · 1/warm-up; with the reference's `zero-lr-start` its learning rate is 0.
     """
-    iteration -= config.quirk("zero-lr-start")
+    iteration -= config.reference_compat.zero_lr_start
     if iteration < config.lr_warmup_iters:
         return lr * iteration / config.lr_warmup_iters
     if config.lr_decay_style == "constant":
@@ -60,7 +60,7 @@ class StudentOptimizer:
 
     def _weight_decay_overrides(self, model: torch.nn.Module, settings: OptimizerConfig) -> dict:
         """Norms and biases have no decay. The reference names GPT-2's norms alone, and so decays those of other families."""
-        if self.config.quirk("decay-norms") and model.hf_config.model_type != "gpt2":
+        if self.config.reference_compat.decay_norms and model.hf_config.model_type != "gpt2":
             return {ParamKey(name="*.bias"): ParamGroupOverride(wd_mult=0.0)}
         return get_standard_config_overrides(settings)
 

@@ -22,7 +22,7 @@ MAY_CHANGE = {  # between a run and its resumption: the layout, and what is only
 }  # fmt: skip
 
 
-WATCHED = {"eval_interval", "eval_iters"}  # DistiLLM learns from its evaluations
+WATCHED = {"eval_interval", "eval_iters"}  # of a method that learns from its evaluations
 
 
 def check(config: Config, student: ModelFolder, teacher: ModelFolder | None) -> None:
@@ -48,7 +48,7 @@ def check(config: Config, student: ModelFolder, teacher: ModelFolder | None) -> 
 
 def check_context(config: Config, folder: ModelFolder) -> None:
     """Prompt, response and, for a prompted teacher, the soft prompt fit into the model's positions."""
-    soft = config.promptkd.prompt_len if folder.flag == "--teacher-model" and config.method == "promptkd" else 0
+    soft = config.page.soft_prompt_len if folder.flag == "--teacher-model" else 0
     positions, needed = context_length(folder.config), config.data.max_length + soft
     if needed > positions:
         extra = f" + --prompt-len {soft}" if soft else ""
@@ -158,7 +158,7 @@ def check_same_settings(config: Config, before: Config) -> None:
     Raises:
         UserError: the first setting that is not.
     """
-    given, fixed = before.flat(), WATCHED if config.method == "distillm" else set()
+    given, fixed = before.flat(), WATCHED if config.page.learns_from_evaluations else set()
     for name, value in config.flat().items():
         if name not in MAY_CHANGE - fixed and given[name] != value:
             raise UserError(

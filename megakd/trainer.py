@@ -286,11 +286,7 @@ class Trainer:
 
 def no_response(config: Config) -> str:
     """What is said of a row without one that the method learns."""
-    if config.distillation.on_policy_ratio:
-        return f"--on-policy-ratio {config.distillation.on_policy_ratio:g} learns it in the other batches; give one, or --on-policy-ratio 1"
-    if config.method == "kd":
-        return f"{NO_RESPONSE}, or --on-policy-ratio 1, with which the student writes it"
-    return NO_RESPONSE
+    return config.page.no_response(NO_RESPONSE)
 
 
 def check_prompts(dataset: Sequence[Sample]) -> None:
@@ -311,12 +307,12 @@ def total_iterations(config: Config, loader: DataLoader, dp_size: int) -> int:
     training = config.training
     steps = training.train_iters or training.epochs * loader.iterations_per_epoch
     accumulates = training.global_batch_size > training.micro_batch_size * dp_size
-    return steps - (accumulates and training.quirk("lost-last-step"))
+    return steps - (accumulates and training.reference_compat.lost_last_step)
 
 
 def evaluation_interval(config: Config, loader: DataLoader, total_iters: int) -> int | None:
-    """--eval-interval. DistiLLM, which learns from its evaluations, has one an epoch as its code does, and ten a run at least."""
-    if config.output.eval_interval or config.method != "distillm":
+    """--eval-interval. A method that learns from evaluations has one an epoch, as DistiLLM's code does, and ten a run at least."""
+    if config.output.eval_interval or not config.page.learns_from_evaluations:
         return config.output.eval_interval
     return min(loader.iterations_per_epoch, max(1, total_iters // 10))
 

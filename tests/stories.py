@@ -187,14 +187,14 @@ CASES = {
     "kd": Case(
         "kd",
         tell_kd,
-        {"distillation": {"kd_ratio": 0.3, "kd_objective": "jsd", "beta": 0.3, "kd_temperature": 2.0, "on_policy_ratio": 0.5}},
+        {"distillation": {"kd_ratio": 0.3, "kd_objective": "jsd", "beta": 0.3, "kd_temperature": 2.0}, "kd": {"on_policy_ratio": 0.5}},
     ),
     "seqkd": Case("seqkd", tell_seqkd, {"distillation": {"kd_ratio": 0.4}}),
     "seqkd, no divergence": Case("seqkd", lambda oracle, dp: tell_seqkd(oracle, dp, 0.0)),
     "distillm": Case(
         "distillm",
         tell_distillm,
-        {"distillation": {"kd_objective": "skew_reverse_kl", "skew_alpha": 0.2, "replay_capacity": 8}},
+        {"distillation": {"kd_objective": "skew_reverse_kl", "skew_alpha": 0.2}, "distillm": {"replay_capacity": 8}},
     ),
     "minillm": Case("minillm", tell_minillm, {"minillm": MINILLM, "distillation": {"kd_ratio": 0.3}}),
     "minillm, policy gradient alone": Case(

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megakd import config as configuration
 from megakd.config import BenchmarkConfig, Config, EvaluateConfig, GenerateConfig, flag_name, from_yaml, parse
 from megakd.errors import UserError
 
@@ -76,12 +75,10 @@ ZERO_SAYS_SOMETHING = {  # none, off, all, or the first of them
 
 
 def numeric_flags() -> list[tuple[type, str]]:
-    fields = [(kind, name, value) for kind in COMMANDS for name, value in kind().flat().items()]
-    names = {name for names, _, _ in configuration.RANGES for name in names}
-    numbers = [(kind, name) for kind, name, value in fields if name in names]
-    unchecked = [name for kind, name, value in fields if type(value) in (int, float) and name not in names]
-    assert not unchecked and len(names) == sum(len(names) for names, _, _ in configuration.RANGES)
-    return numbers
+    flags = [(kind, line) for kind in COMMANDS for line in kind().flags()]
+    unchecked = [line.name for _, line in flags if re.search(r"\b(int|float)\b", line.type) and not line.metadata["range"]]
+    assert not unchecked, "every number has a range"
+    return [(kind, line.name) for kind, line in flags if line.metadata.get("range")]
 
 
 @functools.cache
@@ -184,10 +181,12 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
     assert config.promptkd.prompt_init_text == "~ is no path here"
     evaluation = parse(["--model=~/m", "--data", "a=~/a.jsonl", "~/b.jsonl", "c~d"], EvaluateConfig)
     assert (evaluation.model, evaluation.data) == (f"{tmp_path}/m", (f"a={tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl", "c~d"))
-    text = [name for kind in COMMANDS for name, value in kind().flat().items() if isinstance(value, (str, tuple))]
+    flags = [(line, value) for kind in COMMANDS for line, value in zip(kind().flags(), kind().flat().values())]
+    text = [line.name for line, value in flags if isinstance(value, (str, tuple))]
+    paths = {line.name for line, _ in flags if line.metadata.get("path")}
     words = {"method", "dtype", "lr_decay_style", "kd_objective", "prompt_init", "prompt_init_text", "teacher_kld_type", "base_kld_type"}
     words |= {"reference_behaviour", "seeds", "preset", "baseline", "measure", "hidden_loss", "hidden_layers", "gsm8k_rule", "exact_match_rule", "rouge_tokenizer"}
-    assert set(text) == words | set(configuration.PATHS), "a flag that may be a path is in PATHS"
+    assert set(text) == words | paths, "a flag that may be a path says so"
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def train_without_global_groups(layout, method_name, parallel):
     config = replace(
         config,
         minillm=replace(config.minillm, num_rollouts=8),
-        distillation=replace(config.distillation, on_policy_ratio=1.0 if method_name == "kd" else 0.0),
+        kd=replace(config.kd, on_policy_ratio=1.0 if method_name == "kd" else 0.0),
     )
     minillm.open_responses = lambda *args, **options: text_batch()
     seed_everything(1234, layout)

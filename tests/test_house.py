@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ ROOMS = [  # a file imports from rooms above its own, or from its own
 WITHOUT_MEGATRON = [
     "kernels/megakd_kernels",
     "megakd/errors.py",
-    "megakd/config.py",
+    "megakd/config",
     "megakd/data",
     "megakd/losses",
     "megakd/evaluation/metrics.py",
@@ -117,6 +118,23 @@ def is_exempt(path: Path, owner: ast.ClassDef | None, node: ast.FunctionDef | as
     named = any(path.is_relative_to(ROOT / folder) and node.name in names for folder, names in SAID_ELSEWHERE.items())
     is_kernel = node.name.endswith("_kernel") and any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
     return named or is_kernel or (owner is not None and inherits_docstring(owner, node.name))
+
+
+CONFIG = sorted((ROOT / "megakd" / "config").rglob("*.py"))
+
+
+def run_at_import(path: Path) -> set[str]:
+    """The modules that a file imports as it is imported itself: not what is for type checkers alone."""
+    nodes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
+    return {node.module for node in nodes}
+
+
+def test_the_pages_of_config_are_short_and_import_each_other_one_way():
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in CONFIG if path.name != "__init__.py"}
+    graph = {name: run_at_import(path) & modules.keys() for name, path in modules.items()}
+    tuple(TopologicalSorter(graph).static_order())  # raises CycleError
+    for path in modules.values():
+        assert "megakd.config" not in run_at_import(path) and len(path.read_text().splitlines()) <= 210, path
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

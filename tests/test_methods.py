@@ -28,7 +28,16 @@ from stories import (
 )  # fmt: skip
 from tiny import tiny_config, tiny_model
 
-from megakd.config import Config, DistillationConfig, GenerationConfig, MiniLLMConfig, PromptKDConfig, TrainingConfig
+from megakd.config import (
+    Config,
+    DistillationConfig,
+    DistiLLMConfig,
+    GenerationConfig,
+    KDConfig,
+    MiniLLMConfig,
+    PromptKDConfig,
+    TrainingConfig,
+)
 from megakd.data.batch import Sample
 from megakd.data.dataloader import DataLoader, deal
 from megakd.data.end_ids import EndIds
@@ -309,7 +318,7 @@ def test_a_token_budget_changes_no_loss():
 def check_distillm(layout):
     """The three sources of a batch, and the buffer that a checkpoint brings back; a function of (seed, iteration) at any layout."""
     config = run_config("distillm", 2, {})
-    config = replace(config, distillation=replace(config.distillation, kd_objective="skew_reverse_kl", replay_capacity=16))
+    config = replace(config, distillation=replace(config.distillation, kd_objective="skew_reverse_kl"), distillm=replace(config.distillm, replay_capacity=16))
     config = replace(config, data=replace(config.data, max_length=32))
     method = METHODS["distillm"](cast(layout, config, PAIRS["gpt2"]), config, total_iters=1000)
     mine = deal(samples(), layout.dp_size)[layout.dp_rank]
@@ -479,16 +488,16 @@ def test_the_prompts_learning_rate_never_rises_towards_the_students_lowest():
 def flags_read(layout, method_name):
     """Settings of these groups that a method looks at when it is made and in one iteration that writes."""
     config = run_config(method_name, 4, {})
-    ratios = {"on_policy_ratio": 1.0} if method_name == "kd" else {"kd_ratio": 0.5} if method_name == "seqkd" else {}
-    settings = replace(config.distillation, hidden_coef=0.5, **ratios)
-    config = replace(config, distillation=settings, minillm=replace(config.minillm, num_rollouts=8))
+    settings = replace(config.distillation, hidden_coef=0.5, kd_ratio=0.5 if method_name == "seqkd" else None)
+    on_policy = replace(config.kd, on_policy_ratio=1.0 if method_name == "kd" else 0.0)
+    config = replace(config, distillation=settings, kd=on_policy, minillm=replace(config.minillm, num_rollouts=8))
     parts, read = cast(layout, config, PAIRS["gpt2"]), set()
 
     def get(self, name):
         read.add(name)
         return object.__getattribute__(self, name)
 
-    for group in (DistillationConfig, PromptKDConfig, MiniLLMConfig, GenerationConfig):
+    for group in (DistillationConfig, KDConfig, DistiLLMConfig, PromptKDConfig, MiniLLMConfig, GenerationConfig):
         group.__getattribute__ = get
     minillm.open_responses = lambda *args, **options: text_batch()
     parts.student.method_parts.update(METHODS[method_name].modules(parts.student, parts.teacher, config))
@@ -504,7 +513,7 @@ def flags_read(layout, method_name):
 @pytest.mark.parametrize("method_name", METHODS)
 def test_a_method_reads_the_flags_that_are_called_its_own_and_no_others(method_name):
     config = Config(method=method_name)
-    groups = (config.distillation, config.promptkd, config.minillm, config.generation)
+    groups = (config.distillation, config.kd, config.distillm, config.promptkd, config.minillm, config.generation)
     flags = {name for group in groups for name in vars(group)} - {"max_new_tokens"}  # which the trainer reads for all
     (read,) = run_distributed(flags_read, 1, method_name)
     assert read & flags == {name for name, methods in config.readers().items() if method_name in methods} & flags

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,14 +19,20 @@ from megakd.methods import rollout as rollout_module
 from megakd.optimizer import learning_rate
 from megakd.trainer import total_iterations
 
+ROOT = Path(__file__).parents[1]
+
 
 def with_quirks(config, *quirks):
     return replace(config, training=replace(config.training, reference_behaviour=quirks))
 
 
-def test_all_means_every_one():
-    training = TrainingConfig(reference_behaviour=("all",))
-    assert training.quirk("forced-eos") and training.quirk("mean-of-means") and not TrainingConfig().quirk("forced-eos")
+def test_all_means_every_one_and_a_name_its_own_alone():
+    asked = lambda *names: vars(TrainingConfig(reference_behaviour=names).reference_compat)
+    assert all(asked("all").values()) and not any(asked().values())
+    names = re.findall(r"\| `([a-z][a-z-]+)`[^|]*\|$", (ROOT / "docs" / "fidelity.md").read_text(), re.MULTILINE)
+    assert {name.replace("-", "_") for name in names} == asked().keys(), "the table of docs/fidelity.md names them all"
+    for name in names:
+        assert asked(name) == asked() | {name.replace("-", "_"): True}
 
 
 def test_warm_up_begins_above_zero_and_the_reference_at_zero():

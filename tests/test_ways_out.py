@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 from functools import cache
 from pathlib import Path
@@ -77,11 +78,17 @@ def test_a_command_names_no_flag_that_it_does_not_have(place, command):
             assert not wrong, f"{path.name}: {wrong[0]} in {text!r} is no flag of {command}"
 
 
+SPEAK = ("validation_errors", "no_response", "_missing", "_contradictions", "unless", "remarks", "unread")
+
+
 @pytest.mark.parametrize("command, kind", KINDS.items())
 def test_the_complaints_of_a_command_name_its_own_flags(command, kind):
-    classes = {node.name: node for node in ast.parse((ROOT / "megakd" / "config.py").read_text()).body if isinstance(node, ast.ClassDef)}
-    for base in (base.__name__ for base in kind.__mro__ if base.__name__ in classes):
-        methods = [node for node in classes[base].body if isinstance(node, ast.FunctionDef) and node.name in ("complaints", "unless", "remarks")]
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "megakd" / "config").rglob("*.py")]
+    classes = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
+    groups = [type(value) for value in vars(kind()).values() if dataclasses.is_dataclass(value)]
+    names = {base.__name__ for group in (kind, *groups) for base in group.__mro__}
+    for base in names & classes.keys():
+        methods = [node for node in classes[base].body if isinstance(node, ast.FunctionDef) and node.name in SPEAK]
         for text in (text for method in methods for text in strings(method)):
             unknown = set(FLAG.findall(text)) - flags_of(kind)
             assert not unknown, f"{unknown} in {text!r} is no flag of {command}"

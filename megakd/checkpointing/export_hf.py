@@ -21,12 +21,13 @@ from megakd.checkpointing.parameters import Grid, Parameter, checkpoint_paramete
 from megakd.checkpointing.publish import check_target, published
 from megakd.checkpointing.verify import compare_blocks, progress
 from megakd.errors import UserError
+from megakd.models.gpt_model import METHOD_PARTS
 from megakd.models.hf_writer import TensorPlan, write_weights
 from megakd.models.inspection import inspect
 from megakd.models.param_mapping import Source, Vocabulary
 
 REPORT = "megakd_export.json"
-NO_WEIGHTS = ("optimizer.", "extra.")  # keys of what a run keeps besides the model
+NO_WEIGHTS = ("optimizer.", "extra.", METHOD_PARTS)  # keys of what a run keeps besides the model
 DTYPE_FIELDS = ("dtype", "torch_dtype")  # transformers 5 writes the first, older ones the second
 
 

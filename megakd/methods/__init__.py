@@ -1,29 +1,34 @@
-"""One method is one page that reads like its paper, and one line here."""
+"""One method is one page that reads like its paper. Which there are, and where, is said by their pages in megakd/config/methods/."""
+
+import pkgutil
+from collections.abc import Iterator, Mapping
 
 from transformers import PreTrainedTokenizerBase
 
+from megakd import config as pages
 from megakd.config import Config
 from megakd.data.dataloader import DataLoader
 from megakd.data.end_ids import EndIds
 from megakd.methods.base import Method, MethodInputs
-from megakd.methods.distillm import DistiLLM
-from megakd.methods.kd import KD
-from megakd.methods.minillm import MiniLLM
-from megakd.methods.promptkd import PromptKD
-from megakd.methods.seqkd import SeqKD
-from megakd.methods.sft import SFT
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.optimizer import StudentOptimizer
 from megakd.teachers.teacher import Teacher
 
-METHODS: dict[str, type[Method]] = {
-    "sft": SFT,
-    "kd": KD,
-    "distillm": DistiLLM,
-    "minillm": MiniLLM,
-    "promptkd": PromptKD,
-    "seqkd": SeqKD,
-}
+
+class Methods(Mapping[str, type[Method]]):
+    """The classes by name; a module is imported when its method is asked for."""
+
+    def __getitem__(self, name: str) -> type[Method]:
+        return pkgutil.resolve_name(pages.METHODS[name].implementation)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(pages.METHODS)
+
+    def __len__(self) -> int:
+        return len(pages.METHODS)
+
+
+METHODS = Methods()
 
 
 def build_method(

@@ -120,7 +120,7 @@ class Method:
 
     def normalised(self, loss: LossFunction, batches: list[Batch]) -> LossFunction:
         """A token mean over the global batch, or the reference's mean of means."""
-        return mean_of_means(loss, batches, self.layout) if self.config.training.quirk("mean-of-means") else loss
+        return mean_of_means(loss, batches, self.layout) if self.config.training.reference_compat.mean_of_means else loss
 
     def positions(self, batches: list[Batch]) -> dict[str, float]:
         """Real input positions of the global batch, and their share of the positions computed."""

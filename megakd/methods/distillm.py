@@ -27,7 +27,7 @@ class DistiLLM(KD):
 
     def __init__(self, inputs, config, *, total_iters):
         super().__init__(inputs, config, total_iters=total_iters)
-        self.buffer = ReplayBuffer(config.distillation.replay_capacity, config.data.max_length)
+        self.buffer = ReplayBuffer(config.distillm.replay_capacity, config.data.max_length)
         self.threshold, self.last_loss = torch.tensor(0.0), torch.tensor(torch.inf)
 
     @classmethod

@@ -23,20 +23,19 @@ class KD(Method):
 
     @classmethod
     def answers_prompts(cls, config):
-        return cls.on_policy or config.distillation.on_policy_ratio > 0
+        return cls.on_policy or config.kd.on_policy_ratio > 0
 
     @classmethod
     def reads_responses(cls, config):
-        return not cls.on_policy and config.distillation.on_policy_ratio < 1
+        return not cls.on_policy and config.kd.on_policy_ratio < 1
 
     def train(self, samples, iteration):
-        settings = self.config.distillation
-        on_policy = random.Random(f"{self.config.training.seed}/{iteration}").random() < settings.on_policy_ratio
+        on_policy = random.Random(f"{self.config.training.seed}/{iteration}").random() < self.config.kd.on_policy_ratio
         if on_policy:
             with self.time("rollout"):
                 samples = rollout(self.student, samples, self.config, self.ends, iteration)
             self.rollouts = samples
-        ratio = settings.ratio(USUAL_RATIO)
+        ratio = self.config.distillation.ratio(USUAL_RATIO)
         return self.learn(samples, iteration, kd_ratio=1.0 if on_policy else ratio)
 
     def learn(self, samples, iteration, *, kd_ratio):

@@ -145,7 +145,7 @@ class MiniLLM(Method):
         rewards_RT = pad_sequence(rewards, batch_first=True)
         mask_RT = pad_sequence([torch.ones_like(r) for r in rewards], batch_first=True)
         raw_RT = advantages(rewards_RT, mask_RT, gamma=self.settings.gamma, length_norm=self.settings.length_norm)
-        count = len(samples) * self.config.max_new_tokens if self.config.training.quirk("whiten-padding") else None
+        count = len(samples) * self.config.max_new_tokens if self.config.training.reference_compat.whiten_padding else None
         white_RT = whiten(raw_RT, mask_RT, group=self.layout.dp_group, count=count)
         return {sample.sample_id: row[: len(r)] for sample, row, r in zip(samples, white_RT, rewards)}
 

@@ -65,7 +65,7 @@ class PromptKD(Method):
         """∇_P of the token mean, in `prompt.vectors.grad`; returns what the loss logs, and the `tokens`."""
         self.prompt_optimizer.zero_grad()
         teacher = self.teacher.model
-        teacher.train(self.config.training.quirk("teacher-dropout"))
+        teacher.train(self.config.training.reference_compat.teacher_dropout)
         means = forward_backward(
             teacher, batches, loss, context=context, layout=self.layout, soft_prompt=self.prompt.vectors
         )
@@ -81,6 +81,6 @@ def initial_prompt(teacher, config, tokenizer) -> SoftPrompt:
     length = config.promptkd.prompt_len
     if config.promptkd.prompt_init == "random":
         return SoftPrompt.random(teacher, length, config.training.seed)
-    specials = config.training.quirk("special-tokens-in-prompt")
+    specials = config.training.reference_compat.special_tokens_in_prompt
     ids = tokenizer.encode(config.promptkd.prompt_init_text, add_special_tokens=specials)
     return SoftPrompt.from_tokens(teacher, ids, length)

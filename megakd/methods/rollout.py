@@ -46,7 +46,7 @@ def rollout(
         batch_size=settings.rollout_batch_size,
         mix_with=mix_with,
     )
-    if config.training.quirk("forced-eos"):
+    if config.training.reference_compat.forced_eos:
         cut_off = lambda response: len(response) == config.max_new_tokens and response[-1] not in ends.stop
         responses = [[*response[:-1], ends.taught] if cut_off(response) else response for response in responses]
     return [replace(sample, response=tuple(response)) for sample, response in zip(samples, responses)]

@@ -23,7 +23,7 @@ class SeqKD(KD):
         with self.time("rollout"):
             self.write([sample for sample in samples if sample.sample_id not in self.written])
         self.rollouts = [self.written[sample.sample_id] for sample in samples]
-        usual = USUAL_RATIO if self.config.training.quirk("seqkd-with-kd") else 0.0
+        usual = USUAL_RATIO if self.config.training.reference_compat.seqkd_with_kd else 0.0
         return self.learn(self.rollouts, iteration, kd_ratio=self.config.distillation.ratio(usual))
 
     def write(self, samples):

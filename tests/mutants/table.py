@@ -24,7 +24,7 @@ def of(file: str, *names: str) -> str:
 ONE, TP2, PP2 = "one rank, 4 micro-batches", "TP2, 2 micro-batches", "PP2, 4 micro-batches"
 SP, DP2 = "TP2 PP2 SP, 4 micro-batches", "DP2 distributed optimizer, 4 micro-batches"
 OPTIMIZER, SCHEDULES, TRAINER = "megakd/optimizer.py", "megakd/schedules.py", "megakd/trainer.py"
-METHODS, LOSSES, MODELS, DATA = "megakd/methods/", "megakd/losses/", "megakd/models/", "megakd/data/"
+CONFIG, METHODS, LOSSES, MODELS, DATA = "megakd/config/", "megakd/methods/", "megakd/losses/", "megakd/models/", "megakd/data/"
 RUNTIME, GENERATION, CHECKPOINTS = "megakd/runtime/", "megakd/generation/", "megakd/checkpointing/"
 EVALUATION, REPORTING, KERNELS = "megakd/evaluation/", "megakd/reporting/", "kernels/megakd_kernels/"
 
@@ -44,7 +44,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (OPTIMIZER, "lowest = min(config.min_lr, lr)", "lowest = 0.0"),
         (METHODS + "kd.py", "kd_ratio=1.0 if on_policy else ratio", "kd_ratio=ratio"),
         (METHODS + "kd.py", 'random.Random(f"{self.config.training.seed}/{iteration}")', "random.Random(self.config.training.seed)"),
-        (METHODS + "kd.py", "ratio = settings.ratio(USUAL_RATIO)", "ratio = USUAL_RATIO"),
+        (METHODS + "kd.py", "ratio = self.config.distillation.ratio(USUAL_RATIO)", "ratio = USUAL_RATIO"),
         (METHODS + "kd.py", "settings.kd_temperature, settings.beta,", "1.0, settings.beta,"),
         (METHODS + "kd.py", "settings.beta, settings.skew_alpha", "0.5, settings.skew_alpha"),
         (METHODS + "rollout.py", "config.training.seed * SEED_STRIDE + iteration", "config.training.seed * SEED_STRIDE"),
@@ -219,7 +219,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (TRAINER, "if self.config.training.recompute:", "if False:"),
     ],
     of("test_reference_behaviour", "warm_up_begins_above_zero_and_the_reference_at_zero"): [
-        (OPTIMIZER, 'iteration -= config.quirk("zero-lr-start")', "iteration -= 1"),
+        (OPTIMIZER, "iteration -= config.reference_compat.zero_lr_start", "iteration -= 1"),
     ],
     of("test_reference_behaviour", "the_mean_over_tokens_is_no_mean_of_means"): [
         (SCHEDULES, "scaled(tokens / (count * batch.num_supervised))", "scaled(1.0)"),
@@ -228,7 +228,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (TRAINER, "training.micro_batch_size * dp_size", "training.micro_batch_size"),
     ],
     of("test_reference_behaviour", "the_teacher_has_no_dropout_while_the_prompt_learns"): [
-        (METHODS + "promptkd.py", 'self.config.training.quirk("teacher-dropout")', "True"),
+        (METHODS + "promptkd.py", "self.config.training.reference_compat.teacher_dropout", "True"),
         (METHODS + "promptkd.py", "        teacher.eval()\n", ""),
     ],
     of("test_reference_behaviour", "norms_are_kept_from_decay_and_the_reference_decays_those_it_does_not_name"): [
@@ -322,9 +322,11 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (REPORTING + "stopwatch.py", "self._seconds.clear()", "pass"),
     ],
     "tests/test_bad_inputs.py|tests/test_config.py": [
-        ("megakd/config.py", "if self.method not in methods and given[name] != usual[name]:", "if False:"),
-        ("megakd/config.py", "if training.min_lr > training.lr:", "if False:"),
-        ("megakd/config.py", 'self.method == "minillm" and getattr(models, name)', "False"),
+        (CONFIG + "train.py", "if self.method not in methods and given[name] != usual[name]:", "if False:"),
+        (CONFIG + "train.py", "if training.min_lr > training.lr:", "if False:"),
+        (CONFIG + "methods/minillm.py", "if dropout := getattr(config.models, name):", "if False:"),
+        (CONFIG + "methods/base.py", "for group in (type(self), *self.shares)", "for group in (type(self),)"),
+        (CONFIG + "fields.py", 'return f"must be at most {most}" if value > most else None', "return None"),
         ("megakd/preflight.py", "if whole % (micro * dp):", "if False:"),
         ("megakd/preflight.py", "context_length(folder.config), config.data.max_length + soft", "context_length(folder.config), config.data.max_length"),
         ("megakd/preflight.py", "name not in MAY_CHANGE - fixed and given[name] != value", "False"),

@@ -1,0 +1,88 @@
+"""The command that measures: scripts/evaluate.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from megakd.config.answering import AnsweringConfig
+from megakd.config.fields import POSITIVE, SEED, Group, alias, flag
+
+ROUGE_TOKENIZERS = ("default", "unicode", "model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """By which rules answers are scored."""
+
+    exact_match_rule: Literal["strict", "papers"] = flag(
+        "strict", "strict: equal but for case, spacing and a last full stop; papers: without any punctuation, 3.5 is 35"
+    )
+    gsm8k_rule: Literal["robust", "papers"] = flag(
+        "robust", "robust: the number stated last, else the last number; papers: strict and flexible of Goyal et al. 2024"
+    )
+    rouge_tokenizer: tuple[str, ...] = flag(
+        ("default",), "of Rouge-L: default (the papers', a-z and digits alone), unicode (words of every script) or model; also set=unicode"
+    )
+
+    def rouge_tokenizer_of(self, name: str) -> str:
+        """The one named for a data set, or for all."""
+        return self.rouge_tokenizers.get(name, self.rouge_tokenizers.get("", "default"))
+
+    @property
+    def rouge_tokenizers(self) -> dict[str, str]:
+        """By data set; under "" the one of all others."""
+        return {name: kind for name, _, kind in (word.rpartition("=") for word in self.rouge_tokenizer)}
+
+    def validation_errors(self) -> Iterator[str]:
+        """What is no tokenizer."""
+        for word, kind in zip(self.rouge_tokenizer, self.rouge_tokenizers.values()):
+            if kind not in ROUGE_TOKENIZERS:
+                yield f"--rouge-tokenizer {word}: use one of {', '.join(ROUGE_TOKENIZERS)}, for one data set as in name=unicode"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(AnsweringConfig):
+    """Scores of a model on data sets: Rouge-L, exact match, LM loss, and beside a teacher held-out KL and exposure bias.
+
+    torchrun --nproc_per_node 2 scripts/evaluate.py --model MODEL --teacher-model TEACHER --data dolly=dolly/valid.jsonl
+    vicuna=vicuna/valid.jsonl --seeds 10 20 30 40 50 --save evaluation/model
+    """
+
+    teacher_model: Annotated[str, alias("--teacher-model-name-or-path", "--teacher-model-path")] = flag(
+        "", "to compare with", path=True
+    )
+    data: tuple[str, ...] = flag((), "jsonl files with right answers, each as name=path or path", path=True)
+    gsm8k: str = flag("", "GSM8K jsonl (question, answer with ####): accuracy of the number", path=True)
+    seeds: tuple[int, ...] = flag((10, 20, 30, 40, 50), "one pass over the data each; scores are their mean", range=SEED)
+    exposure_bias: bool = flag(False, "R(l), lε(l) and ExAccErr(l) between the model and --teacher-model")
+    exposure_bias_samples: int = flag(1, "responses per prompt of each model, with the first of --seeds", range=POSITIVE)
+    exposure_bias_skip_first: bool = flag(False, "leave out the first token of a response, as MiniLLM's code does")
+    add_bos: bool = flag(False, "put the tokenizer's beginning-of-text before prompts, as MiniLLM's evaluation does")
+    micro_batch_size: Annotated[int, alias("--mbs")] = flag(
+        8, "rows of one forward pass on one rank, for losses and KL", range=POSITIVE
+    )
+    scores: Group[ScoreConfig] = ScoreConfig()
+    save: Annotated[str, alias("--output-dir")] = flag(
+        "", "folder for results.json, answers.jsonl and figures; none: only print", path=True
+    )
+    overwrite: bool = flag(False, "replace the results that --save holds")
+
+    def validation_errors(self):
+        yield from super().validation_errors()
+        if not (self.data or self.gsm8k):
+            yield "--data is missing; give jsonl files with prompt and response, or --gsm8k"
+        yield from self.scores.validation_errors()
+        if not self.seeds:
+            yield "--seeds is empty; give one number or more"
+        if twice := [seed for i, seed in enumerate(self.seeds) if seed in self.seeds[:i]]:
+            yield f"--seeds names {twice[0]} more than once, and the same answers would count as more; name each seed once"
+        if self.exposure_bias and not self.teacher_model:
+            yield "--exposure-bias needs --teacher-model; give the folder to compare with"
+        if self.exposure_bias_samples > len(self.seeds):
+            yield f"--exposure-bias-samples {self.exposure_bias_samples} is more than the {len(self.seeds)} --seeds; add seeds"
+
+    def unless(self):
+        curves = dict.fromkeys(("exposure_bias_samples", "exposure_bias_skip_first"), (self.exposure_bias, "without --exposure-bias"))
+        return super().unless() | curves | {"overwrite": (self.save, "without --save")}

@@ -1,0 +1,17 @@
+"""SeqKD's page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megakd.config.distillation import DivergenceConfig, HiddenMatchingConfig, RatioConfig
+from megakd.config.methods.base import MethodConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeqKDConfig(MethodConfig):
+    """Sequence-level KD."""
+
+    help = "the teacher's own responses"
+    implementation = "megakd.methods.seqkd:SeqKD"
+    shares = (RatioConfig, DivergenceConfig, HiddenMatchingConfig)

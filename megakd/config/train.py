@@ -1,0 +1,184 @@
+"""The command that trains: scripts/pretrain_kd.py.
+
+The table of methods stands in `Config`: a line for each, called by its name, whose type is its page in methods/. What a run, a check
+or a message depends on in a method is read from that page.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from megakd.config.base import BaseConfig
+from megakd.config.distillation import DistillationConfig
+from megakd.config.fields import POSITIVE, SHARE_BELOW_1, TEMPLATE_HELP, Group, alias, as_words, flag
+from megakd.config.methods.base import MethodConfig
+from megakd.config.methods.distillm import DistiLLMConfig
+from megakd.config.methods.kd import KDConfig
+from megakd.config.methods.minillm import MiniLLMConfig
+from megakd.config.methods.promptkd import PromptKDConfig
+from megakd.config.methods.seqkd import SeqKDConfig
+from megakd.config.methods.sft import SFTConfig
+from megakd.config.parallel import ParallelConfig
+from megakd.config.sampling import GenerationConfig
+from megakd.config.training import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Student and teacher: Hugging Face folders or native checkpoints."""
+
+    model: Annotated[str, alias("--model-name-or-path", "--model-path")] = flag("", "the student's folder", path=True)
+    teacher_model: Annotated[str, alias("--teacher-model-name-or-path", "--teacher-model-path")] = flag(
+        "", "the teacher's folder", path=True, read_by="needs_teacher"
+    )
+    dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "bf16 has fp32 master weights; auto: bf16 on a GPU, else fp32")
+    hidden_dropout: float | None = flag(
+        None, "the student's dropout while it learns; default: what its config.json says, 0 with minillm", range=SHARE_BELOW_1
+    )
+    attention_dropout: float | None = flag(
+        None, "the student's attention dropout; default: what its config.json says, 0 with minillm", range=SHARE_BELOW_1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """jsonl, txt, a dataset folder, parquet, or .bin with .idx: prompts with responses, instructions, chats, text."""
+
+    train_data: Annotated[str, alias("--train-data-path", "--data-path")] = flag("", "what to learn from, see docs/data.md", path=True)
+    valid_data: Annotated[str, alias("--valid-data-path")] = flag("", "held-out data, in any form; none: no evaluation", path=True)
+    prompt_template: str = flag("alpaca", TEMPLATE_HELP, path=True)
+    max_length: Annotated[int, alias("--seq-length")] = flag(
+        512, "tokens of prompt and response together; longer responses are cut", range=POSITIVE
+    )
+    max_prompt_length: int = flag(256, "tokens of a prompt; rows with a longer one are left out", range=POSITIVE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """What a run leaves in --save."""
+
+    save: Annotated[str, alias("--output-dir")] = flag(
+        "", "folder of the run: config, metrics, checkpoints, Hugging Face export, figures", path=True
+    )
+    save_interval: Annotated[int | None, alias("--save-steps")] = flag(
+        None, "iterations between checkpoints; default: only the last", range=POSITIVE
+    )
+    eval_interval: Annotated[int | None, alias("--eval-steps")] = flag(
+        None,
+        "iterations between evaluations; default: before and after, distillm: every epoch, ten a run at least",
+        range=POSITIVE,
+    )
+    eval_iters: int | None = flag(None, "global batches of an evaluation; default: all of --valid-data", range=POSITIVE)
+    log_interval: Annotated[int, alias("--logging-steps")] = flag(1, "iterations between progress lines", range=POSITIVE)
+    save_rollouts: bool = flag(
+        False,
+        "write rollouts.jsonl: ids and loss mask of every response, so that any step can be recomputed",
+        read_by="writes_responses",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(BaseConfig):
+    """Distil a student from a teacher: on-policy, exactly, with tensor, pipeline and data parallelism.
+
+    torchrun --nproc_per_node 2 scripts/pretrain_kd.py --method promptkd --model STUDENT --teacher-model TEACHER
+    --train-data train.jsonl --valid-data valid.jsonl --tensor-model-parallel-size 2 --train-iters 1000 --save runs/promptkd
+    """
+
+    method: MethodName = "promptkd"
+    models: Group[ModelConfig] = ModelConfig()
+    data: Group[DataConfig] = DataConfig()
+    parallel: Group[ParallelConfig] = ParallelConfig()
+    training: Group[TrainingConfig] = TrainingConfig()
+    distillation: Group[DistillationConfig] = DistillationConfig()
+    sft: Group[SFTConfig] = SFTConfig()
+    kd: Group[KDConfig] = KDConfig()
+    seqkd: Group[SeqKDConfig] = SeqKDConfig()
+    distillm: Group[DistiLLMConfig] = DistiLLMConfig()
+    minillm: Group[MiniLLMConfig] = MiniLLMConfig()
+    promptkd: Group[PromptKDConfig] = PromptKDConfig()
+    generation: Group[GenerationConfig] = GenerationConfig()
+    output: Group[OutputConfig] = OutputConfig()
+
+    @property
+    def page(self) -> MethodConfig:
+        """The method's own page, with its flags."""
+        return getattr(self, self.method)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the method learns from one."""
+        return self.page.needs_teacher
+
+    @property
+    def max_new_tokens(self) -> int:
+        """--max-new-tokens, by default what --max-prompt-length leaves of --max-length."""
+        return self.generation.max_new_tokens or self.data.max_length - self.data.max_prompt_length
+
+    def validation_errors(self):
+        yield from self._missing()
+        yield from self._contradictions()
+        yield from self.distillation.validation_errors(self)
+        yield from self.page.validation_errors(self)
+
+    def _missing(self) -> Iterator[str]:
+        if not self.models.model:
+            yield "--model is missing; give the student's Hugging Face folder or native checkpoint"
+        if self.needs_teacher and not self.models.teacher_model:
+            yield f"--method {self.method} needs --teacher-model; give the teacher's folder"
+        yield from self.unread()
+        if not self.data.train_data:
+            yield "--train-data is missing; give a jsonl file with prompt and response"
+        if not self.output.save:
+            yield "--save is missing; name the folder that the run shall fill"
+
+    def _contradictions(self) -> Iterator[str]:
+        data, training, parallel = self.data, self.training, self.parallel
+        if (training.train_iters is None) == (training.epochs is None):
+            yield f"--train-iters {training.train_iters} and --epochs {training.epochs}: give exactly one of them"
+        if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+            yield "--sequence-parallel needs --tensor-model-parallel-size of at least 2; leave it out"
+        if data.max_prompt_length >= data.max_length:
+            yield f"--max-prompt-length {data.max_prompt_length} leaves no room for a response in --max-length {data.max_length}; lower it"
+        if training.min_lr > training.lr:
+            yield f"--min-lr {training.min_lr} is above --lr {training.lr}; lower it"
+        if self.generation.temperature == 0:
+            yield f"--temperature 0: --method {self.method} samples its responses and has no greedy ones; give a number above 0"
+
+    def readers(self) -> dict[str, tuple[str, ...]]:
+        """The methods that read each flag: those whose pages say so, and all where no page knows it."""
+        return {line.name: methods_reading(line) for line in self.flags()}
+
+    def unread(self) -> Iterator[str]:
+        """Flags that this method never reads, given another value than their default."""
+        given, usual = self.flat(), type(self)().flat()
+        for name, methods in self.readers().items():
+            if self.method not in methods and given[name] != usual[name]:
+                words = " ".join(as_words(name, given[name]))
+                yield f"--method {self.method} has no use for {words}, a flag of {', '.join(methods)}; leave it out"
+
+    def unless(self) -> dict[str, tuple[Any, str]]:
+        held_out = (self.data.valid_data, "without --valid-data")
+        return {
+            "min_lr": (self.training.lr_decay_style != "constant", "with --lr-decay-style constant"),
+            **dict.fromkeys(("eval_interval", "eval_iters"), held_out),
+            **self.distillation.unless(),
+            **self.page.unless(self),
+        }
+
+
+METHODS: dict[str, MethodConfig] = {
+    line.name: line.default for line in dataclasses.fields(Config) if isinstance(line.default, MethodConfig)
+}  # the pages by name, in the order of the table
+METHOD_HELP = "; ".join(f"{name}: {page.help}" for name, page in METHODS.items())
+MethodName = Annotated[Literal[tuple(METHODS)], tyro.conf.arg(help=METHOD_HELP)]
+
+
+def methods_reading(flag: dataclasses.Field) -> tuple[str, ...]:
+    """The methods that read a flag, in the order of the table."""
+    return tuple(name for name, page in METHODS.items() if page.reads(flag)) or tuple(METHODS)
