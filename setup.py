@@ -36,6 +36,6 @@ setup(
     ],
     extras_require={
         "gpu": ["triton>=3.7", "flash-attn"],
-        "test": ["pytest", "pytest-xdist", "ruff", "triton>=3.7", "pyarrow"],
+        "test": ["hypothesis", "pytest", "pytest-xdist", "ruff", "triton>=3.7", "pyarrow"],
     },
 )
