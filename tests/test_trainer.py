@@ -33,6 +33,8 @@ def inputs(tmp_path_factory) -> Path:
     for seed, (name, overrides) in enumerate({"student": {"resid_pdrop": 0.1, "embd_pdrop": 0.1}, "teacher": {}}.items()):
         tiny_folder(root / name, "gpt2", layers=2, vocab_size=len(tokenizer), seed=seed, **overrides)
         tokenizer.save_pretrained(root / name)
+    tiny_folder(root / "wider", "gpt2", layers=2, hidden=96, vocab_size=len(tokenizer), seed=2)
+    tokenizer.save_pretrained(root / "wider")
     for name, part in {"train": rows[:32], "valid": rows[32:]}.items():
         lines = [json.dumps({"prompt": row["prompt"], "response": row["response"]}) for row in part]
         (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
@@ -79,15 +81,29 @@ def numbers(folder: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    "method, flags", [("sft", {}), ("promptkd", {}), ("minillm", {"num-rollouts": 8, "ppo-epochs": 2}), ("seqkd", {})]
+    "method, flags",
+    [
+        pytest.param("sft", {}, id="sft"),
+        pytest.param("promptkd", {}, id="promptkd"),
+        pytest.param("minillm", {"num-rollouts": 8, "ppo-epochs": 2}, id="minillm"),
+        pytest.param("seqkd", {}, id="seqkd"),
+        pytest.param("kd", {"on-policy-ratio": 0.5, "seed": 1}, id="kd that writes now and then"),
+        pytest.param("kd", {"hidden-coef": 0.5, "teacher-model": "wider"}, id="kd that trains a projection"),
+        pytest.param("distillm", {"replay-capacity": 12, "lr": 0.05, "eval-interval": 1, "seed": 7}, id="distillm"),
+    ],
 )
-def test_a_run_cut_off_and_continued_logs_the_same_numbers(inputs, method, flags):
-    unbroken, broken = f"{method}-unbroken", f"{method}-broken"
+def test_a_run_cut_off_and_continued_logs_the_same_numbers(inputs, request, method, flags):
+    unbroken, broken = f"{request.node.callspec.id}-unbroken", f"{request.node.callspec.id}-broken"
+    if "teacher-model" in flags:
+        flags = flags | {"teacher-model": inputs / flags["teacher-model"]}
     run_distributed(run, 2, command(inputs, unbroken, method, **flags), tp=2)
     run_distributed(run, 2, command(inputs, broken, method, **flags), 4, tp=2)  # iterations 1 to 3, the last checkpoint after 2
     assert [row["iteration"] for row in numbers(inputs / broken)][-1] == 3
     run_distributed(run, 2, command(inputs, broken, method, **flags), tp=2)
     assert numbers(inputs / broken) == numbers(inputs / unbroken)
+    if method == "distillm":
+        shares = [row["on_policy_share"] for row in read_jsonl(inputs / broken / "metrics.jsonl") if "on_policy_share" in row]
+        assert shares[-1] >= 0.1, "the held-out loss rose, and with this seed the student wrote"
 
 
 def test_a_run_continues_at_another_layout(inputs):
