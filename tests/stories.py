@@ -160,7 +160,7 @@ def tell_promptkd(oracle, dp, kinds=("reverse", "reverse")):
 
 def tell_minillm(oracle, dp, **changes):
     """Two batches a phase, two epochs of it, and the first iteration of the next."""
-    arguments = {"alpha": 0.3, "gamma": 0.9, "scale": 0.7, "limit": 3.0, "clip": 0.05, "lm_coef": 0.6, "kd_ratio": 0.3} | changes
+    arguments = {"alpha": 0.3, "gamma": 0.9, "scale": 0.7, "limit": 0.8, "clip": 0.05, "lm_coef": 0.6, "kd_ratio": 0.3} | changes
     for iteration in range(1, 6):
         phase, (epoch, position) = (iteration - 1) // 4, divmod((iteration - 1) % 4, 2)
         fresh = {}
@@ -178,7 +178,7 @@ def tell_minillm(oracle, dp, **changes):
 
 
 MINILLM = {
-    "num_rollouts": 16, "ppo_epochs": 2, "teacher_mixed_alpha": 0.3, "gamma": 0.9, "reward_scaling": 0.7, "cliprange_reward": 3.0,
+    "num_rollouts": 16, "ppo_epochs": 2, "teacher_mixed_alpha": 0.3, "gamma": 0.9, "reward_scaling": 0.7, "cliprange_reward": 0.8,
     "cliprange": 0.05, "lm_coef": 0.6,
 }  # fmt: skip
 PROMPTKD = {"teacher_lr": PROMPT_LR, "base_coef": 0.7}
