@@ -9,11 +9,9 @@ from megakd.checkpointing.export_hf import REPORT
 from megakd.checkpointing.model_folder import ModelFolder
 from megakd.checkpointing.native import LATEST, NativeCheckpoint, read_latest
 from megakd.config import Config, flag_name, from_yaml
-from megakd.data.tokenizer import check_same_tokenizer, load_tokenizer
 from megakd.errors import UserError, tell
-from megakd.models.model_provider import check_layout, context_length
+from megakd.loading import ModelFolders, check_context
 from megakd.reporting.own_folder import OwnFolder
-from megakd.runtime.initialize import check_world_size
 
 MAY_CHANGE = {  # between a run and its resumption: the layout, and what is only written down
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel", "use_distributed_optimizer", "micro_batch_size",
@@ -25,41 +23,31 @@ MAY_CHANGE = {  # between a run and its resumption: the layout, and what is only
 WATCHED = {"eval_interval", "eval_iters"}  # of a method that learns from its evaluations
 
 
-def check(config: Config, student: ModelFolder, teacher: ModelFolder | None) -> None:
+def check(config: Config, folders: ModelFolders) -> None:
     """Models, layout, tokenizers, lengths and batch sizes.
 
     Raises:
         UserError: the first thing that does not fit.
     """
     parallel = config.parallel
-    tp, pp, world_size = (
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        int(os.environ.get("WORLD_SIZE", "1")),
-    )
-    check_world_size(tp, pp, world_size)
-    for folder in filter(None, (student, teacher)):
-        check_layout(folder.config, tp, pp, flag=folder.flag, name=str(folder.path))
-        check_context(config, folder)
-    check_hidden_layers(config, student)
-    check_batch(config, world_size // (tp * pp))
-    check_tokenizers(student, teacher)
+    folders.check(parallel)
+    check_lengths(config, folders)
+    check_hidden_layers(config, folders.student)
+    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    check_batch(config, int(os.environ.get("WORLD_SIZE", "1")) // ranks)
 
 
-def check_context(config: Config, folder: ModelFolder) -> None:
-    """Prompt, response and, for a prompted teacher, the soft prompt fit into the model's positions."""
-    soft = config.page.soft_prompt_len if folder.flag == "--teacher-model" else 0
-    positions, needed = context_length(folder.config), config.data.max_length + soft
-    if needed > positions:
-        extra = f" + --prompt-len {soft}" if soft else ""
+def check_lengths(config: Config, folders: ModelFolders) -> None:
+    """Prompt, response and, for a prompted teacher, the soft prompt fit into the models' positions."""
+    data, response = config.data, config.max_new_tokens
+    for folder in folders:
+        soft = config.page.soft_prompt_len if folder is folders.teacher else 0
+        said = f"--max-length {data.max_length}" + (f" + --prompt-len {soft}" if soft else "")
+        check_context(folder, data.max_length, soft, said, "use --max-length {} or less")
+    if data.max_prompt_length + response > data.max_length:
         raise UserError(
-            f"--max-length {config.data.max_length}{extra} is more than the {positions} positions of {folder.flag} {folder.path}; "
-            f"use --max-length {positions - soft} or less"
-        )
-    if config.data.max_prompt_length + config.max_new_tokens > config.data.max_length:
-        raise UserError(
-            f"--max-new-tokens {config.max_new_tokens} after --max-prompt-length {config.data.max_prompt_length} is more than "
-            f"--max-length {config.data.max_length}; use --max-new-tokens {config.data.max_length - config.data.max_prompt_length} or less"
+            f"--max-new-tokens {response} after --max-prompt-length {data.max_prompt_length} is more than --max-length "
+            f"{data.max_length}; use --max-new-tokens {data.max_length - data.max_prompt_length} or less"
         )
 
 
@@ -78,22 +66,6 @@ def check_batch(config: Config, dp: int) -> None:
             f"--global-batch-size {whole} is not a multiple of --micro-batch-size {micro} × {dp} data-parallel rank(s); "
             f"use a multiple of {micro * dp}"
         )
-
-
-def check_tokenizers(student: ModelFolder, teacher: ModelFolder | None) -> None:
-    """Both models spell text alike, and every id has a row in both embeddings."""
-    tokenizer = load_tokenizer(student.hf_folder)
-    if teacher is not None:
-        check_same_tokenizer(tokenizer, load_tokenizer(teacher.hf_folder))
-    for folder in filter(None, (student, teacher)):
-        rows = folder.config.vocab_size
-        beyond = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= rows)
-        if beyond:
-            raise UserError(
-                f"{folder.flag} {folder.path}: the tokenizer has ids up to {beyond[-1][0]}, but the model only {rows} embedding "
-                f"rows, none for {beyond[0][1]!r}; use the tokenizer files that it was trained with (rows are padded with EOS: a "
-                "[PAD] is not needed), or resize_token_embeddings(len(tokenizer)) and save_pretrained it"
-            )
 
 
 def own_folder(config: Config) -> OwnFolder:

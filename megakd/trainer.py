@@ -5,38 +5,35 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import yaml
+from transformers import PreTrainedTokenizerBase
 
 from megakd import preflight
 from megakd.checkpointing.export_hf import export_to_hf
-from megakd.checkpointing.model_folder import ModelFolder
 from megakd.checkpointing.native import read_latest
 from megakd.checkpointing.training import load_checkpoint, save_checkpoint
 from megakd.config import Config
 from megakd.data.batch import Sample
 from megakd.data.dataloader import DataLoader, deal
-from megakd.data.end_ids import EndIds, end_ids
 from megakd.data.open_data import open_prompts, open_responses
 from megakd.data.sft_dataset import NO_RESPONSE
-from megakd.data.tokenizer import load_tokenizer
 from megakd.errors import UserError, tell
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
+from megakd.loading import ModelFolders, start
 from megakd.methods import METHODS, build_method
 from megakd.methods.base import Method
-from megakd.models.gpt_model import HiddenStateGPTModel
-from megakd.models.model_provider import build_model, padded_vocab_size
 from megakd.reporting.jsonl import JsonLines
 from megakd.reporting.logger import RunLogger
 from megakd.reporting.own_folder import write_text
 from megakd.reporting.plots import plot_training
-from megakd.runtime.initialize import initialize, is_rank_zero, resolve_dtype, seed_everything
+from megakd.runtime.initialize import is_rank_zero, seed_everything
 from megakd.runtime.parallel_layout import ParallelLayout
 from megakd.teachers.live import LiveTeacher
 
@@ -47,54 +44,64 @@ HELD_OUT = "--valid-data is for the loss on it; give one, or leave --valid-data 
 
 
 @dataclass(frozen=True)
-class Folders:
-    """Where the models come from."""
+class RunData:
+    """What a run learns, beside that what its method learns as text (MiniLLM), and what it is evaluated on."""
 
-    student: ModelFolder
-    teacher: ModelFolder | None
+    loader: DataLoader
+    text: DataLoader | None = None
+    valid: Sequence[Sample] | None = None
 
     @classmethod
-    def open(cls, config: Config) -> Folders:
-        """Headers and configs only."""
-        student = ModelFolder.open(config.models.model, flag="--model")
-        teacher = ModelFolder.open(config.models.teacher_model, flag="--teacher-model") if config.needs_teacher else None
-        return cls(student, teacher)
+    def open(cls, config: Config, tokenizer: PreTrainedTokenizerBase, layout: ParallelLayout) -> RunData:
+        """
+        Raises:
+            UserError: a file cannot be read, or does not hold what the method needs.
+        """
+        data, method = config.data, METHODS[config.method]
+        loader = DataLoader(
+            open_training_rows(config, tokenizer),
+            global_batch_size=config.training.global_batch_size,
+            seed=config.training.seed,
+            dp_rank=layout.dp_rank,
+            dp_size=layout.dp_size,
+        )
+        text = method.open_text(config, tokenizer, layout)
+        return cls(loader, text, open_responses(data.valid_data, tokenizer, data, no_response=HELD_OUT) if data.valid_data else None)
 
-    def ends(self) -> EndIds:
-        """Those of the student, and of the teacher whose habit it learns; the student's are taught."""
-        ends, *teachers = (end_ids(f.hf_folder, load_tokenizer(f.hf_folder)) for f in (self.student, self.teacher) if f)
-        return ends.joined(teachers[0]) if teachers else ends
+
+@dataclass(frozen=True)
+class Callbacks:
+    """What a caller is told on every rank, when it has been logged: the iteration and its numbers by name."""
+
+    on_iteration: Callable[[int, dict[str, float]], None] = lambda iteration, metrics: None
+    on_evaluation: Callable[[int, dict[str, float]], None] = lambda iteration, metrics: None
 
 
-def train(config: Config) -> None:
-    """A whole run: from folders to a Hugging Face folder.
+def train(config: Config, *, callbacks: Callbacks = Callbacks(), write_inputs: Callable[[], None] = lambda: None) -> None:
+    """A whole run: from folders to a Hugging Face folder. `write_inputs` is called when the run may write into its folder.
 
     Raises:
         UserError: something does not fit; before any weight is loaded where that can be known.
     """
-    folders = Folders.open(config)
-    preflight.check(config, folders.student, folders.teacher)
     preflight.check_run_folder(config)
-    layout = initialize(
-        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
-        seed=config.training.seed,
-    )
-    Trainer(config, folders, layout).run()
+    write_inputs()
+    folders = ModelFolders.open(config.models.model, config.models.teacher_model if config.needs_teacher else "")
+    preflight.check(config, folders)
+    layout = start(config.parallel, seed=config.training.seed)
+    Trainer(config, folders, RunData.open(config, folders.student.tokenizer, layout), layout, callbacks).run()
 
 
 class Trainer:
     """One run on this rank."""
 
-    def __init__(self, config: Config, folders: Folders, layout: ParallelLayout):
-        self.config, self.folders, self.layout = config, folders, layout
+    def __init__(self, config: Config, folders: ModelFolders, data: RunData, layout: ParallelLayout, callbacks: Callbacks):
+        self.config, self.folders, self.data, self.layout, self.callbacks = config, folders, data, layout, callbacks
         self.folder = Path(config.output.save)
         self.checkpoints = self.folder / "checkpoints"
-        self.tokenizer, self.ends = load_tokenizer(folders.student.hf_folder), folders.ends()
-        self._open_data()
-        self.total_iters = total_iterations(config, self.loader, layout.dp_size)
-        self.eval_interval = evaluation_interval(config, self.loader, self.total_iters)
-        for remark in remarks(config, self.loader, self.total_iters):
+        self.tokenizer, self.ends = folders.student.tokenizer, folders.joined_ends()
+        self.total_iters = total_iterations(config, data.loader, layout.dp_size)
+        self.eval_interval = evaluation_interval(config, data.loader, self.total_iters)
+        for remark in remarks(config, data.loader, self.total_iters):
             tell(remark)
         self.method = self._build_method()
         self.iteration = self.resumed = self._resume()
@@ -130,43 +137,13 @@ class Trainer:
 
     # ---- set-up
 
-    def _open_data(self) -> None:
-        data, training = self.config.data, self.config.training
-        method = METHODS[self.config.method]
-        if method.reads_responses(self.config):
-            dataset = open_responses(data.train_data, self.tokenizer, data, no_response=no_response(self.config))
-        else:
-            dataset = open_prompts(data.train_data, self.tokenizer, data)
-        if method.reads_responses(self.config) and method.answers_prompts(self.config):
-            check_prompts(dataset)
-        self.loader = DataLoader(
-            dataset,
-            global_batch_size=training.global_batch_size,
-            seed=training.seed,
-            dp_rank=self.layout.dp_rank,
-            dp_size=self.layout.dp_size,
-        )
-        self.text = method.open_text(self.config, self.tokenizer, self.layout)
-        self.valid = open_responses(data.valid_data, self.tokenizer, data, no_response=HELD_OUT) if data.valid_data else None
-
     def _build_method(self) -> Method:
-        sizes = [folder.config.vocab_size for folder in (self.folders.student, self.folders.teacher) if folder]
-        width = padded_vocab_size(sizes, self.layout.tp_size)
-        student = self._load(self.folders.student, width, **self._student_options())
-        teacher = LiveTeacher(self._load(self.folders.teacher, width).eval().requires_grad_(False)) if self.folders.teacher else None
-        return build_method(self.config, student, teacher, self.tokenizer, self.ends, self.text, total_iters=self.total_iters)
-
-    def _load(self, folder: ModelFolder, width: int, **options) -> HiddenStateGPTModel:
-        model = build_model(
-            folder.config,
-            self.layout,
-            padded_vocab_size=width,
-            dtype=resolve_dtype(self.config.models.dtype),
-            sequence_parallel=self.config.parallel.sequence_parallel,
-            **options,
+        models, parallel = self.config.models, self.config.parallel
+        student, *teachers = self.folders.load(
+            self.layout, models.dtype, sequence_parallel=parallel.sequence_parallel, student=self._student_options()
         )
-        folder.load_into(model)
-        return model
+        teacher = LiveTeacher(*teachers) if teachers else None
+        return build_method(self.config, student, teacher, self.tokenizer, self.ends, self.data.text, total_iters=self.total_iters)
 
     def _student_options(self) -> dict:
         models = self.config.models
@@ -210,13 +187,15 @@ class Trainer:
         seed_everything(self.config.training.seed, self.layout, iteration=self.iteration)  # nothing random has to be saved
         self.method.rollouts = ()  # an iteration that writes none has none to show
         start = time.perf_counter()
-        metrics = self.method.train_iteration(self.loader, self.iteration)
+        metrics = self.method.train_iteration(self.data.loader, self.iteration)
         seconds = time.perf_counter() - start
         check_finite(metrics, self.iteration, self.checkpoints)
         metrics |= {"tokens_per_second": metrics["positions"] / seconds, "memory_gib": peak_memory() / GIB}
-        self.logger.log(self.iteration, metrics | self.method.time.take())
+        metrics |= self.method.time.take()
+        self.logger.log(self.iteration, metrics)
         if self.config.output.save_rollouts and self.method.rollouts:
             self._write_rollouts()
+        self.callbacks.on_iteration(self.iteration, metrics)
 
     def _write_rollouts(self) -> None:
         """Every replica's responses of this iteration, on rank 0."""
@@ -232,21 +211,23 @@ class Trainer:
     # ---- evaluation
 
     def _evaluate(self) -> None:
-        if self.valid is None:
+        if self.data.valid is None:
             return
         with self.method.time("evaluation"):
             metrics = held_out_losses(self.method, self._valid_samples(), self.layout)
             self._show_samples()
         self.method.on_evaluation(metrics)
-        self.logger.log(self.iteration, metrics | self.method.time.take())
+        metrics |= self.method.time.take()
+        self.logger.log(self.iteration, metrics)
+        self.callbacks.on_evaluation(self.iteration, metrics)
 
     def _valid_samples(self) -> list[Sample]:
         iters = self.config.output.eval_iters
-        count = min(len(self.valid), iters * self.config.training.global_batch_size) if iters else len(self.valid)
-        return [self.valid[i] for i in range(count)]
+        count = min(len(self.data.valid), iters * self.config.training.global_batch_size) if iters else len(self.data.valid)
+        return [self.data.valid[i] for i in range(count)]
 
     def _show_samples(self) -> None:
-        shown = [self.valid[i] for i in range(min(SAMPLES_SHOWN, len(self.valid))) if self.valid[i].prompt]
+        shown = [self.data.valid[i] for i in range(min(SAMPLES_SHOWN, len(self.data.valid))) if self.data.valid[i].prompt]
         if not shown:
             return
         prompts, ids = [sample.prompt for sample in shown], [sample.sample_id for sample in shown]
@@ -282,6 +263,21 @@ class Trainer:
             print(f"the student is {self.folder / 'hf'}; {self.folder} has its checkpoints, numbers and figures", flush=True)
         self.logger.close()
         dist.barrier()
+
+
+def open_training_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> Sequence[Sample]:
+    """--train-data as the method reads it.
+
+    Raises:
+        UserError: a row lacks the prompt or the response that it learns.
+    """
+    data, method = config.data, METHODS[config.method]
+    if not method.reads_responses(config):
+        return open_prompts(data.train_data, tokenizer, data)
+    rows = open_responses(data.train_data, tokenizer, data, no_response=no_response(config))
+    if method.answers_prompts(config):
+        check_prompts(rows)
+    return rows
 
 
 def no_response(config: Config) -> str:

@@ -17,7 +17,7 @@ from distributed import run_distributed
 from safetensors.torch import load_file, save_file
 from tiny import tiny_folder
 
-from megakd import errors, trainer
+from megakd import errors, loading, trainer
 from megakd.checkpointing import native
 from megakd.config import parse
 from megakd.data.tasks import make_rows
@@ -167,7 +167,7 @@ def command(root: Path, changes: dict) -> list[str]:
 
 def complain(layout, root: Path, monkeypatch) -> dict[str, str]:
     """The line of every case, from the same function that the command calls; loading a weight would be a failure."""
-    monkeypatch.setattr(trainer, "build_model", lambda *_, **__: pytest.fail("a model was built"))
+    monkeypatch.setattr(loading, "build_model", lambda *_, **__: pytest.fail("a model was built"))
     lines = {}
     for name, (changes, _, *ranks) in CASES.items():
         os.environ["WORLD_SIZE"] = str(*ranks or [1])

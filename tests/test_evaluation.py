@@ -19,7 +19,6 @@ from distributed import run_distributed
 from tiny import tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megakd.checkpointing.model_folder import ModelFolder
 from megakd.config import EvaluateConfig, GenerateConfig, LayoutConfig, ResponseConfig, ScoreConfig, parse
 from megakd.data.sft_dataset import SFTDataset
 from megakd.data.tasks import make_rows
@@ -30,11 +29,11 @@ from megakd.evaluation.answers import hidden_ids
 from megakd.evaluation.evaluation_set import EvaluationSet, named_paths
 from megakd.evaluation.evaluator import evaluate
 from megakd.evaluation.exposure_bias import accumulated, exposure_bias
-from megakd.evaluation.models import load_models
 from megakd.evaluation.report import Report, notes
 from megakd.evaluation.write_responses import ResponseFile, write_responses
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
+from megakd.loading import ModelFolders, frozen
 
 ROOT = Path(__file__).parents[1]
 RESPONSES = ResponseConfig(max_prompt_length=24, max_new_tokens=12, batch_size=2)
@@ -471,7 +470,7 @@ def nan_folder(lab, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("sampling", [{}, {"greedy": True}, {"top_k": 3}, {"top_p": 0.9}])
 def test_logits_that_are_no_numbers_choose_no_token(lab, nan_folder, tp, pp, sampling):
     def write_one(layout):
-        (model,) = load_models([ModelFolder.open(nan_folder)], layout, "fp32")
+        (model,) = map(frozen, ModelFolders.open(nan_folder).load(layout, "fp32"))
         with pytest.raises(ValueError, match=r"token of sample 5, after 3 of its prompt and 0 of its response, cannot be chosen: its logits are NaN"):
             generate(model, [[3, 4, 5]], [5], Sampling(max_new_tokens=4, **sampling), eos_id=0)
 

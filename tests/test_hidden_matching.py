@@ -26,8 +26,9 @@ from tiny import tiny_config, tiny_model
 
 from megakd.config import parse
 from megakd.data.dataloader import deal
+from megakd.loading import align_vocabularies
 from megakd.methods import build_method
-from megakd.models.model_provider import build_model, load_weights, padded_vocab_size
+from megakd.models.model_provider import build_model, load_weights
 from megakd.teachers.live import LiveTeacher
 
 COEF, LAYERS = 0.7, (1, 2)  # of the student's two layers
@@ -36,7 +37,7 @@ LAYOUTS = [(1, 1, 1, False), (2, 1, 1, True), (1, 2, 1, False), (2, 2, 1, True),
 
 def method_of(layout, config, pair):
     specs = [tiny_config(**spec) for spec in pair]
-    options = {"padded_vocab_size": padded_vocab_size([spec.vocab_size for spec in specs], layout.tp_size)}
+    options = align_vocabularies([spec.vocab_size for spec in specs], layout.tp_size)
     options["sequence_parallel"] = config.parallel.sequence_parallel
     student, teacher = (build_model(spec, layout, **options) for spec in specs)
     for number, (model, spec) in enumerate(zip((student, teacher), specs), start=1):

@@ -11,8 +11,8 @@ from transformers.utils import is_kernels_available
 
 ROOT = Path(__file__).parents[1]
 ROOMS = [  # a file imports from rooms above its own, or from its own
-    "megakd_kernels", "errors", "config", "reporting", "runtime", "data", "optimizer", "losses", "schedules", "models", "generation",
-    "teachers", "methods", "checkpointing", "preflight", "evaluation", "trainer", "benchmarking",
+    "megakd_kernels", "errors", "config", "reporting", "runtime", "data", "optimizer", "losses", "schedules", "models", "checkpointing",
+    "loading", "generation", "teachers", "methods", "preflight", "evaluation", "trainer", "api", "benchmarking",
 ]  # fmt: skip
 WITHOUT_MEGATRON = [
     "kernels/megakd_kernels",

@@ -41,6 +41,7 @@ from megakd.config import (
 from megakd.data.batch import Sample
 from megakd.data.dataloader import DataLoader, deal
 from megakd.data.end_ids import EndIds
+from megakd.loading import align_vocabularies
 from megakd.losses.distillation import Divergence, sft_loss
 from megakd.losses.policy_gradient import advantages, importance_weights
 from megakd.losses.token_loss import HeadRows, VocabularySplit
@@ -48,7 +49,7 @@ from megakd.methods import METHODS, minillm
 from megakd.methods import rollout as rollout_module
 from megakd.methods.base import MethodInputs
 from megakd.methods.minillm import MiniLLM
-from megakd.models.model_provider import build_model, load_weights, padded_vocab_size, parameter_mappings
+from megakd.models.model_provider import build_model, load_weights, parameter_mappings
 from megakd.optimizer import StudentOptimizer, learning_rate
 from megakd.teachers.live import LiveTeacher
 from megakd.trainer import held_out_losses
@@ -94,8 +95,8 @@ ENDS = EndIds(stop=(0,), taught=0)
 def cast(layout, config, pair, dtype=torch.float32, total_iters=TOTAL_ITERS) -> MethodInputs:
     """Student and teacher from the same seeds that the oracle takes."""
     specs = [tiny_config(**spec) for spec in pair]
-    width = padded_vocab_size([spec.vocab_size for spec in specs], layout.tp_size)
-    options = {"padded_vocab_size": width, "sequence_parallel": config.parallel.sequence_parallel, "dtype": dtype}
+    options = align_vocabularies([spec.vocab_size for spec in specs], layout.tp_size)
+    options |= {"sequence_parallel": config.parallel.sequence_parallel, "dtype": dtype}
     student, teacher = (build_model(spec, layout, **options) for spec in specs)
     load_weights(student, StateDictSource(tiny_model(specs[0], seed=1)))
     load_weights(teacher, StateDictSource(tiny_model(specs[1], seed=2)))

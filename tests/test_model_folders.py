@@ -26,9 +26,9 @@ from megakd.data.tasks import make_rows
 from megakd.data.tokenizer import check_same_tokenizer, load_tokenizer
 from megakd.data.train_tokenizer import train_tokenizer
 from megakd.errors import UserError
+from megakd.loading import check_tokenizers
 from megakd.models.model_provider import build_model, padded_vocab_size
 from megakd.models.quantized import block_shape
-from megakd.preflight import check_tokenizers
 from megakd.schedules import forward_only
 
 FAMILIES = ("gpt2", "opt", "llama", "qwen2", "mistral")

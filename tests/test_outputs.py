@@ -19,7 +19,7 @@ from distributed import run_distributed
 from safetensors.torch import load_file, save_file
 from tiny import tiny_folder
 
-from megakd import preflight, trainer
+from megakd import loading, preflight, trainer
 from megakd.benchmarking import results
 from megakd.checkpointing import native
 from megakd.checkpointing.export_hf import export_to_hf
@@ -29,7 +29,7 @@ from megakd.config import Config, EvaluateConfig, GenerateConfig, ResponseConfig
 from megakd.data.tasks import make_rows
 from megakd.data.train_tokenizer import train_tokenizer
 from megakd.errors import UserError
-from megakd.evaluation import models, origin
+from megakd.evaluation import origin
 from megakd.evaluation.evaluator import evaluate
 from megakd.evaluation.report import check_folder
 from megakd.evaluation.write_responses import ResponseFile, write_responses
@@ -96,8 +96,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def refused(layout, lab: Path, folder: Path, monkeypatch) -> list[str]:
     """What each command says of a folder; none may load a weight."""
     os.environ["WORLD_SIZE"] = "1"
-    for module in (trainer, models):
-        monkeypatch.setattr(module, "build_model", lambda *_, **__: pytest.fail("a model was built"))
+    monkeypatch.setattr(loading, "build_model", lambda *_, **__: pytest.fail("a model was built"))
     said = []
     for command, config in ((trainer.train, run_config(lab, folder)), (evaluate, evaluation(lab, folder))):
         with pytest.raises(UserError) as error:
@@ -474,6 +473,7 @@ def test_what_a_run_may_not_be_meant_to_do_is_told_once(lab, tmp_path, capfd):
     assert said == [
         "note: --lr-warmup-iters 100 is more than the run's 2 iterations: its learning rate ends at 2.0e-05",
         "note: --global-batch-size 12 does not divide the 20 rows of the data: 8 of them, others each time, are left out of an epoch",
+        "note: responses end with '<|endoftext|>' (0)",
     ]
 
 

@@ -6,18 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megakd.benchmarking.workload import PositionCounter, Workload
-from megakd.checkpointing.model_folder import ModelFolder
 from megakd.config import BenchmarkConfig, Config, DataConfig, ModelConfig, TrainingConfig
 from megakd.data.batch import Sample
 from megakd.data.dataloader import deal
 from megakd.data.end_ids import EndIds
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
+from megakd.loading import ModelFolders, start
 from megakd.methods.base import MethodInputs
 from megakd.methods.promptkd import PromptKD
-from megakd.models.model_provider import build_model, padded_vocab_size
 from megakd.optimizer import StudentOptimizer
-from megakd.runtime.initialize import initialize, resolve_dtype
 from megakd.runtime.parallel_layout import ParallelLayout
 from megakd.teachers.live import LiveTeacher
 
@@ -42,23 +40,13 @@ class GivenEndsPromptKD(PromptKD):
         return generate(self.student, prompts, ids, sampling, eos_id=ENDLESS.stop, batch_size=batch_size, limits=limits)
 
 
-def join_ranks(config: BenchmarkConfig) -> ParallelLayout:
-    """Each call makes the process groups and seeds anew."""
-    parallel = config.parallel
-    return initialize(
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        seed=config.seed,
-    )
-
-
 class MegakdSystem:
     """The models in the layout of `config`, this rank's part."""
 
     name = "megakd"
 
     def __init__(self, config: BenchmarkConfig, workload: Workload, models: Path):
-        self.layout = join_ranks(config)
+        self.layout = start(config.parallel, seed=config.seed)
         self.method = _build_method(config, workload, models, self.layout)
         self.time, self.counter = self.method.time, PositionCounter()
         for model in (self.method.student, self.method.teacher.model):
@@ -78,10 +66,8 @@ class MegakdSystem:
 
 def _build_method(config: BenchmarkConfig, workload: Workload, models: Path, layout: ParallelLayout) -> GivenEndsPromptKD:
     run = run_config(config, models)
-    folders = [ModelFolder.open(models / name) for name in ("student", "teacher")]
-    width = padded_vocab_size([workload.vocab_size], layout.tp_size)
-    student, teacher = (_load(folder, layout, width, config) for folder in folders)
-    teacher.eval().requires_grad_(False)
+    folders = ModelFolders.open(run.models.model, run.models.teacher_model)
+    student, teacher = folders.load(layout, config.dtype, sequence_parallel=config.parallel.sequence_parallel)
     optimizer = StudentOptimizer(
         student, run.training, total_iters=TOTAL_ITERS, distributed=config.parallel.use_distributed_optimizer
     )
@@ -104,13 +90,6 @@ def run_config(config: BenchmarkConfig, models: Path) -> Config:
             seed=config.seed,
         ),
     )
-
-
-def _load(folder: ModelFolder, layout: ParallelLayout, width: int, config: BenchmarkConfig):
-    dtype, sequence_parallel = resolve_dtype(config.dtype), config.parallel.sequence_parallel
-    model = build_model(folder.config, layout, padded_vocab_size=width, dtype=dtype, sequence_parallel=sequence_parallel)
-    folder.load_into(model)
-    return model
 
 
 class PromptTokens:

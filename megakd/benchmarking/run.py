@@ -12,10 +12,11 @@ import torch.distributed as dist
 
 from megakd.benchmarking import results
 from megakd.benchmarking.measuring import MIB, Timed, generations, iterations, memory, peak_in_own_process
-from megakd.benchmarking.megakd_system import MegakdSystem, join_ranks
+from megakd.benchmarking.megakd_system import MegakdSystem
 from megakd.benchmarking.workload import Workload, flops_of_iteration, make_workload, model_configs, write_models
 from megakd.config import BenchmarkConfig
 from megakd.errors import file_errors
+from megakd.loading import start
 from megakd.runtime.initialize import is_rank_zero, resolve_dtype
 
 Makers = dict[str, Callable]  # name: (config, workload, folder of models) -> system
@@ -30,7 +31,7 @@ def run(config: BenchmarkConfig) -> None:
     results.check_place(results.place(config))
     if config.threads:
         torch.set_num_threads(config.threads)
-    join_ranks(config)
+    start(config.parallel, seed=config.seed)
     here, workload = results.machine(), make_workload(config)
     with model_folder(config, workload) as folder:
         rows = [here | results.what_ran(config, workload.source) | row for row in measure(config, workload, folder)]

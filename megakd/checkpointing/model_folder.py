@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from megakd.checkpointing.hf_view import HuggingFaceView
 from megakd.checkpointing.native import NativeCheckpoint, is_native
+from megakd.data.end_ids import EndIds, end_ids
+from megakd.data.tokenizer import load_tokenizer
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.hf_checkpoint import HFCheckpoint
 from megakd.models.inspection import inspect
@@ -39,6 +42,16 @@ class ModelFolder:
         checkpoint = HFCheckpoint(path, flag=flag)
         inspect(checkpoint)
         return cls(path, flag, checkpoint.config, path, checkpoint)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The folder's own, read when it is first asked for."""
+        return load_tokenizer(self.hf_folder)
+
+    @cached_property
+    def ends(self) -> EndIds:
+        """Where this model's answers end."""
+        return end_ids(self.hf_folder, self.tokenizer)
 
     def load_into(self, model: HiddenStateGPTModel) -> None:
         """Fill this rank's parameters, reading only this rank's slices; no rank waits for another.

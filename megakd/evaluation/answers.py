@@ -9,17 +9,34 @@ from typing import TypeVar
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from megakd.config import ResponseConfig
+from megakd.config import AnsweringConfig, ResponseConfig
 from megakd.data.batch import Sample
 from megakd.data.dataloader import deal
 from megakd.data.end_ids import EndIds
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
+from megakd.loading import ModelFolders, check_context
 from megakd.models.gpt_model import HiddenStateGPTModel
 
 BATCHES_PER_CHUNK = 4  # enough rows to sort by length; few enough to see progress, and to lose little when a run is cut off
 
 Item = TypeVar("Item")
+
+
+def open_folders(config: AnsweringConfig, teacher_model: str = "") -> ModelFolders:
+    """The model that answers and, where one is named, the teacher.
+
+    Raises:
+        UserError: a folder, the layout, the tokenizers or the lengths do not fit.
+    """
+    folders = ModelFolders.open(config.model, teacher_model)
+    folders.check(config.parallel)
+    prompt, response = config.responses.max_prompt_length, config.responses.max_new_tokens
+    bos = int(getattr(config, "add_bos", False))
+    said = f"--max-prompt-length {prompt}{' + 1 of --add-bos' if bos else ''} + --max-new-tokens {response}"
+    for folder in folders:
+        check_context(folder, prompt + response, bos, said, "lower their sum to {}")
+    return folders
 
 
 def sampling_of(settings: ResponseConfig, seed: int) -> Sampling:

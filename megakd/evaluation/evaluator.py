@@ -21,17 +21,15 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.checkpointing.description import versions
 from megakd.config import EvaluateConfig
-from megakd.data.end_ids import end_ids
 from megakd.data.text_dataset import response_text
-from megakd.data.tokenizer import load_tokenizer
-from megakd.evaluation.answers import Writer, gather_by_index, hidden_ids, sampling_of
+from megakd.evaluation.answers import Writer, gather_by_index, hidden_ids, open_folders, sampling_of
 from megakd.evaluation.evaluation_set import EvaluationSet, open_sets
 from megakd.evaluation.exposure_bias import accumulated, exposure_bias, token_divergences
 from megakd.evaluation.held_out import held_out_losses
-from megakd.evaluation.models import load_models, open_folders, start
 from megakd.evaluation.progress import Progress
 from megakd.evaluation.report import Report, check_folder, notes, print_table
 from megakd.generation.sampling import Sampling
+from megakd.loading import frozen, start
 from megakd.runtime.initialize import is_rank_zero
 from megakd.runtime.parallel_layout import ParallelLayout
 from megakd.teachers.live import LiveTeacher
@@ -49,13 +47,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     check_folder(config)
     began = time.perf_counter()
     folders = open_folders(config, config.teacher_model)
-    tokenizer = load_tokenizer(folders[0].hf_folder)
+    tokenizer = folders.student.tokenizer
     sets = open_sets(config, tokenizer)
-    layout = start(config)
+    layout = start(config.parallel)
     report = Report(config.save if is_rank_zero() else "")
-    models = load_models(folders, layout, config.dtype)
-    ends = [end_ids(folder.hf_folder, load_tokenizer(folder.hf_folder)) for folder in folders]
-    written = [Writer(model, ends, config.responses.batch_size) for model, ends in zip(models, ends)]
+    models = map(frozen, folders.load(layout, config.dtype))
+    written = [Writer(model, folder.ends, config.responses.batch_size) for model, folder in zip(models, folders)]
     writers = dict(zip(("student", "teacher"), written))
     scores = Evaluator(config, sets, tokenizer, writers, report).run()
     ends_of = {name: asdict(writer.ends) for name, writer in writers.items()}

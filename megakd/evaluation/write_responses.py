@@ -15,16 +15,15 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config import GenerateConfig, ResponseConfig, flag_name, from_yaml
-from megakd.data.end_ids import EndIds, end_ids
+from megakd.data.end_ids import EndIds
 from megakd.data.forms import unanswered
 from megakd.data.prompt_dataset import PromptDataset
 from megakd.data.text_dataset import response_text
-from megakd.data.tokenizer import load_tokenizer
 from megakd.errors import UserError, file_errors, read_json, tell
-from megakd.evaluation.answers import Writer, sampling_of
-from megakd.evaluation.models import load_models, open_folders, start
+from megakd.evaluation.answers import Writer, open_folders, sampling_of
 from megakd.evaluation.origin import checksums
 from megakd.evaluation.progress import Progress
+from megakd.loading import frozen, start
 from megakd.reporting.jsonl import dump
 from megakd.reporting.own_folder import MARKER, check_can_write, hidden, mark, marked_by, write_text
 from megakd.runtime.initialize import is_rank_zero
@@ -40,12 +39,11 @@ def write_responses(config: GenerateConfig) -> None:
     """
     config.check()
     folders = open_folders(config)
-    tokenizer = load_tokenizer(folders[0].hf_folder)
-    ends = end_ids(folders[0].hf_folder, tokenizer)
+    tokenizer, ends = folders.student.tokenizer, folders.student.ends
     prompts = Prompts(config.data, tokenizer, ends, config.responses)
     file = ResponseFile(config)
-    (model,) = load_models(folders, start(config), config.dtype)
-    writer = Writer(model, ends, config.responses.batch_size)
+    (model,) = folders.load(start(config.parallel), config.dtype)
+    writer = Writer(frozen(model), ends, config.responses.batch_size)
     done = file.continue_at(writer.chunk_size, len(prompts))
     progress = Progress(len(prompts) - done)
     for chunk in writer.answer(list(prompts)[done:], sampling_of(config.responses, config.seed)):

@@ -16,7 +16,6 @@ from megakd.data.end_ids import EndIds
 from megakd.losses.distillation import reverse_kl_loss, sft_loss
 from megakd.losses.token_loss import Rows, TokenLoss, VocabularySplit
 from megakd.models.gpt_model import HiddenStateGPTModel
-from megakd.models.model_provider import share_vocabulary
 from megakd.optimizer import StudentOptimizer
 from megakd.reporting.stopwatch import Stopwatch
 from megakd.runtime.parallel_layout import ParallelLayout
@@ -49,9 +48,7 @@ class Method:
         self.tokenizer, self.ends, self.time = inputs.tokenizer, inputs.ends, inputs.stopwatch
         self.config, self.total_iters = config, total_iters
         self.layout = inputs.student.layout
-        self.vocabulary = VocabularySplit(
-            share_vocabulary([inputs.student, *([inputs.teacher.model] if inputs.teacher else [])]), self.layout.tp_group
-        )
+        self.vocabulary = VocabularySplit(self.student.real_vocab_size, self.layout.tp_group)
 
     @classmethod
     def modules(cls, student: HiddenStateGPTModel, teacher: Teacher | None, config: Config) -> dict[str, torch.nn.Module]:

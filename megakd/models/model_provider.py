@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -20,10 +19,7 @@ from megakd.models.family import Family
 from megakd.models.gpt_model import METHOD_PARTS, HiddenStateGPTModel
 from megakd.models.layer_specs import block_spec
 from megakd.models.param_mapping import HFTensor, Mapping, Source, Table
-from megakd.runtime.initialize import is_rank_zero
 from megakd.runtime.parallel_layout import ParallelLayout
-
-log = logging.getLogger(__name__)
 
 FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (gpt2, opt, llama, qwen2, mistral)}
 VOCABULARY_MULTIPLE = (
@@ -93,38 +89,29 @@ def padded_vocab_size(vocab_sizes: list[int], tp: int) -> int:
     return math.ceil(max(vocab_sizes) / multiple) * multiple
 
 
-def share_vocabulary(models: Sequence[HiddenStateGPTModel]) -> int:
-    """Align models of one tokenizer and unequal widths by token id: ids that not all of them have get no probability in any.
-
-    Returns the number of ids shared.
-    """
-    widths = [model.real_vocab_size for model in models]
-    if len(set(widths)) > 1 and is_rank_zero():
-        log.warning(
-            "vocabularies of %s rows are aligned by token id: the first %s count", " and ".join(map(str, widths)), min(widths)
-        )
-    for model in models:
-        model.real_vocab_size = min(widths)
-    return min(widths)
-
-
 def build_model(
     hf: PretrainedConfig,
     layout: ParallelLayout,
     *,
     padded_vocab_size: int,
+    real_vocab_size: int | None = None,
     dtype: torch.dtype = torch.float32,
     sequence_parallel: bool = False,
     **overrides,
 ) -> HiddenStateGPTModel:
-    """This rank's stage with random weights; `overrides` are TransformerConfig fields (dropout, recompute)."""
+    """This rank's stage with random weights.
+
+    Args:
+        real_vocab_size: ids that count, where they are fewer than the model's own.
+        overrides: TransformerConfig fields (dropout, recompute).
+    """
     family = family_of(hf)
     config = transformer_config(hf, family, layout, dtype, sequence_parallel, overrides)
     model = HiddenStateGPTModel(
         config,
         block_spec(family.layer_spec(hf), config, layout.pp_rank),
         layout=layout,
-        real_vocab_size=hf.vocab_size,
+        real_vocab_size=real_vocab_size or hf.vocab_size,
         padded_vocab_size=padded_vocab_size,
         padding_idx=family.padding_idx(hf),
         share_embeddings_and_output_weights=hf.tie_word_embeddings,

@@ -157,7 +157,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (KERNELS + "heads/fused_linear.py", "dW = [torch.zeros_like(W, dtype=accumulation_dtype(W)) if w", "dW = [torch.zeros_like(W) if w"),
     ],
     of("test_methods", "vocabularies_of_unequal_width_are_aligned_by_token_id[97 and 160-1]"): [
-        (MODELS + "model_provider.py", "        model.real_vocab_size = min(widths)", "        pass"),
+        ("megakd/loading.py", '"real_vocab_size": min(vocab_sizes)', '"real_vocab_size": max(vocab_sizes)'),
     ],
     of("test_methods", "the_prompts_learning_rate_never_rises_towards_the_students_lowest"): [
         (OPTIMIZER, "lowest = min(config.min_lr, lr)", "lowest = config.min_lr"),
@@ -328,7 +328,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (CONFIG + "methods/base.py", "for group in (type(self), *self.shares)", "for group in (type(self),)"),
         (CONFIG + "fields.py", 'return f"must be at most {most}" if value > most else None', "return None"),
         ("megakd/preflight.py", "if whole % (micro * dp):", "if False:"),
-        ("megakd/preflight.py", "context_length(folder.config), config.data.max_length + soft", "context_length(folder.config), config.data.max_length"),
+        ("megakd/preflight.py", "check_context(folder, data.max_length, soft,", "check_context(folder, data.max_length, 0,"),
         ("megakd/preflight.py", "name not in MAY_CHANGE - fixed and given[name] != value", "False"),
     ],
     "tests/kernel_tests/test_kl_div.py": [
