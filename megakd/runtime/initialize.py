@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
 import random
 import socket
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -19,6 +22,7 @@ from megakd.errors import UserError
 from megakd.runtime import cpu_backend, megatron_repairs
 from megakd.runtime.parallel_layout import ParallelLayout, parallel_state
 
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}  # what torchrun would say to a single rank
 TIMEOUT = datetime.timedelta(minutes=30)  # of a rank that waits for another
 
 def initialize(
@@ -33,7 +37,6 @@ def initialize(
     cpu_backend.install()
     megatron_repairs.install()
     if not dist.is_initialized():
-        parallel_state.destroy_model_parallel()  # forget the groups of a world that has ended
         join()
     form_groups(tensor_model_parallel_size, pipeline_model_parallel_size)
     layout = ParallelLayout.from_parallel_state()
@@ -69,7 +72,8 @@ def check_world_size(tp: int, pp: int, world_size: int) -> None:
 
 def join() -> None:
     """torch.distributed over nccl where there is a GPU, over gloo where there is none."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+    parallel_state.destroy_model_parallel()  # forget the groups of a world that has ended
+    for name, value in ALONE.items():
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(free_port())
@@ -135,6 +139,23 @@ def resolve_dtype(name: str) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
+def on_rank_zero(work: Callable[[], None]) -> None:
+    """Do it on rank 0, while the others wait.
+
+    Raises:
+        UserError: `work` raised it; on every rank.
+    """
+    found: list[UserError | None] = [None]
+    if is_rank_zero():
+        try:
+            work()
+        except UserError as error:
+            found = [error]
+    dist.broadcast_object_list(found)
+    if found[0]:
+        raise found[0]
+
+
 def is_rank_zero() -> bool:
     """Of the whole run; True as well where torch.distributed is not initialized."""
     return not dist.is_initialized() or dist.get_rank() == 0
@@ -147,6 +168,35 @@ def process_group_closed_at_exit():
     Not after an error: under nccl the goodbye would wait for ranks that wait for this one, and the error would never be told.
     """
     yield
+    leave()
+
+
+def leave() -> None:
+    """Goodbye to the other ranks, where there are any; the process can join anew."""
     if dist.is_initialized():
         dist.destroy_process_group()
         parallel_state.destroy_model_parallel()
+
+
+@contextmanager
+def among_ranks() -> Iterator[None]:
+    """torch.distributed for the block, for whoever calls from a program of their own.
+
+    A process that was started alone is left as it was found. The ranks of a launcher stay together for the next call, and part
+    when the program ends, unless an error ends it. What the caller has joined is the caller's to leave.
+    """
+    if dist.is_initialized():
+        yield
+    elif "RANK" in os.environ:
+        join()
+        atexit.register(lambda: hasattr(sys, "last_value") or leave())  # Python keeps there what ended the program
+        yield
+    else:
+        added = {*ALONE, "MASTER_PORT"} - os.environ.keys()
+        try:
+            join()
+            yield
+        finally:
+            leave()
+            for name in added:
+                os.environ.pop(name, None)
