@@ -22,6 +22,27 @@ def data_folder() -> Path:
     return folder
 
 
+class Noted:
+    """What has been told so far in the notes that errors.tell prints."""
+
+    def __init__(self, capsys):
+        self.capsys, self.lines = capsys, []
+
+    @property
+    def messages(self) -> list[str]:
+        self.lines += [line.removeprefix("note: ") for line in self.capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+        return self.lines
+
+    def clear(self) -> None:
+        self.messages.clear()
+
+
+@pytest.fixture
+def noted(capsys) -> Noted:
+    """The notes that a test's readers print."""
+    return Noted(capsys)
+
+
 def pytest_collection_modifyitems(items: list) -> None:
     """The README's commands take longest: with two workers they go first."""
     items.sort(key=lambda item: "test_readme" not in item.nodeid)

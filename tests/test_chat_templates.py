@@ -62,7 +62,7 @@ def written(path, *rows):
         [ONE, {"role": "assistant", "content": "Two Two"}, ONE, TWO],
     ],
 )
-def test_the_ids_of_a_chat_are_those_of_the_whole_in_its_template(tmp_path, trained, caplog, name, turns):
+def test_the_ids_of_a_chat_are_those_of_the_whole_in_its_template(tmp_path, trained, noted, name, turns):
     tokenizer = using(trained, name)
     (sample,) = SFTDataset(written(tmp_path / "chat.jsonl", {"messages": turns}), tokenizer)
     whole = tokenizer.apply_chat_template(turns, tokenize=False).rstrip("\n")
@@ -70,8 +70,8 @@ def test_the_ids_of_a_chat_are_those_of_the_whole_in_its_template(tmp_path, trai
     assert list(sample.prompt + sample.response) == tokenizer(whole, add_special_tokens=False)["input_ids"]
     asked = PromptDataset(written(tmp_path / "asked.jsonl", {"messages": turns[:-1]}), tokenizer)
     assert asked[0].prompt == sample.prompt
-    assert all("<assistant> is put after the prompt" in line for line in caplog.messages)
-    assert bool(caplog.messages) == (name == "no header")
+    assert all("<assistant> is put after the prompt" in line for line in noted.messages)
+    assert bool(noted.messages) == (name == "no header")
 
 
 @pytest.mark.parametrize(
@@ -92,30 +92,30 @@ TOLD = {  # template, row: what is told
 
 
 @pytest.mark.parametrize("case", TOLD)
-def test_what_differs_from_the_template_is_told_once_with_both_texts(tmp_path, trained, caplog, case):
+def test_what_differs_from_the_template_is_told_once_with_both_texts(tmp_path, trained, noted, case):
     name, row, told = TOLD[case]
     path = written(tmp_path / "chat.jsonl", row, row)
     SFTDataset(path, using(trained, name))
-    (line,) = caplog.messages
+    (line,) = noted.messages
     assert line.startswith(f"{path} line 1 and 1 more row: ") and len(line) < len(str(path)) + 300
     assert re.search(told, line), line
 
 
-def test_a_template_without_an_end_differs_in_nothing_that_is_learnt(tmp_path, trained, caplog):
+def test_a_template_without_an_end_differs_in_nothing_that_is_learnt(tmp_path, trained, noted):
     tokenizer = using(trained, "no end")
     (sample,) = SFTDataset(written(tmp_path / "chat.jsonl", {"messages": [ONE, TWO]}), tokenizer)
-    assert tokenizer.decode(sample.prompt + sample.response) == "<user>One\n<assistant>Two</s>" and not caplog.messages
+    assert tokenizer.decode(sample.prompt + sample.response) == "<user>One\n<assistant>Two</s>" and not noted.messages
 
 
 @pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
-def test_an_answer_that_calls_a_tool_is_learnt_as_the_template_writes_it(tmp_path, trained, caplog, tools):
+def test_an_answer_that_calls_a_tool_is_learnt_as_the_template_writes_it(tmp_path, trained, noted, tools):
     tokenizer = using(trained, "calls")
     data = SFTDataset(written(tmp_path / "chat.jsonl", {"messages": [ONE, CALLING], "tools": tools}), tokenizer)
     call = '<tool_call>{"arguments": {}, "name": "clock"}</tool_call>'
     assert json.loads(call[11:-12]) == json.loads(tokenizer.decode(data[0].response)[11:-22])
     whole = tokenizer.apply_chat_template([ONE, {**CALLING, "content": ""}], tools=TOOLS, tokenize=False)
     assert tokenizer.decode(data[0].prompt + data[0].response) == whole.rstrip("\n") and "clock" in data.prompt_text(0)
-    assert data.references(0)[0].startswith("<tool_call>") and not caplog.messages
+    assert data.references(0)[0].startswith("<tool_call>") and not noted.messages
 
 
 def test_a_tool_call_that_no_template_can_write_is_refused(tmp_path, trained):
@@ -171,7 +171,7 @@ def test_a_prompt_template_that_fails_on_a_row_names_the_row(tmp_path, trained):
 # ---- ids and text
 
 
-def test_ids_that_are_not_the_text_are_told_once_for_a_data_set(tmp_path, caplog):
+def test_ids_that_are_not_the_text_are_told_once_for_a_data_set(tmp_path, noted):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = Tokenizer(models.WordLevel({"<unk>": 0, "One": 1, "Two": 2, "</s>": 3}, unk_token="<unk>"))
@@ -179,16 +179,16 @@ def test_ids_that_are_not_the_text_are_told_once_for_a_data_set(tmp_path, caplog
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>")
     path = written(tmp_path / "data.jsonl", {"prompt": "One ", "response": "Two"}, *[{"prompt": "One ", "response": "Drei"}] * 3)
     SFTDataset(path, tokenizer)
-    assert caplog.messages == [f"{path} line 2: from character 5 the text has 'One Drei', and its token ids say 'One <unk>'"]
+    assert noted.messages == [f"{path} line 2: from character 5 the text has 'One Drei', and its token ids say 'One <unk>'"]
 
 
-def test_the_space_that_a_sentence_piece_tokenizer_adds_is_told_where_a_row_is_encoded_apart(tmp_path, data_folder, caplog):
+def test_the_space_that_a_sentence_piece_tokenizer_adds_is_told_where_a_row_is_encoded_apart(tmp_path, data_folder, noted):
     from megakd.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(data_folder / "models" / "stories260K")
     SFTDataset(written(tmp_path / "fine.jsonl", {"prompt": "Once upon", "response": " a time"}), tokenizer)
-    assert not caplog.messages
+    assert not noted.messages
     path = written(tmp_path / "apart.jsonl", {"prompt": "Once upon a t", "response": "he"})
     data = SFTDataset(path, tokenizer)
-    told = [line for line in caplog.messages if "its token ids say" in line]
+    told = [line for line in noted.messages if "its token ids say" in line]
     assert bool(told) == (tokenizer.decode(data[0].prompt + data[0].response[:-1]) != "Once upon a the")

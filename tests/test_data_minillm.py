@@ -100,10 +100,10 @@ def test_the_training_set_has_all_its_rows_and_no_prompt_over_256(tokenizer):
     assert max(len(sample.prompt) for sample in prompts) == 256
 
 
-def test_long_prompts_are_left_out_and_counted_in_one_line(tokenizer, caplog):
+def test_long_prompts_are_left_out_and_counted_in_one_line(tokenizer, noted):
     data = SFTDataset(MINILLM / "vicuna/valid.jsonl", tokenizer, max_prompt_length=50)
     left_out = sum(len(ids) > 50 for ids in encode(tokenizer, [row["prompt"] for row in rows_of("vicuna/valid.jsonl")]))
     assert len(data) == 80 - left_out
-    assert [record.getMessage() for record in caplog.records] == [
+    assert noted.messages == [
         f"{MINILLM / 'vicuna/valid.jsonl'}: left out {left_out} of 80 rows, prompt longer than 50 tokens"
     ]

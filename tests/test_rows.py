@@ -1,7 +1,6 @@
 """A row means one thing: which fields are read, and what is told; what generate.py writes is learnt as it was generated."""
 
 import json
-import logging
 
 import pytest
 
@@ -85,18 +84,18 @@ READ = {  # row: prompt and response that are learnt, and what is told
 
 
 @pytest.mark.parametrize("name", READ)
-def test_what_is_read_is_decided_and_what_is_passed_over_is_told(tmp_path, tokenizer, caplog, name):
+def test_what_is_read_is_decided_and_what_is_passed_over_is_told(tmp_path, tokenizer, noted, name):
     row, wanted, told = READ[name]
     assert learnt(tmp_path, tokenizer, row) == [wanted]
-    assert caplog.messages == ([f"{tmp_path / 'data.jsonl'} line 1: {told}"] if told else [])
+    assert noted.messages == ([f"{tmp_path / 'data.jsonl'} line 1: {told}"] if told else [])
 
 
-def test_what_is_told_of_many_rows_is_one_line(tmp_path, tokenizer, caplog, monkeypatch):
+def test_what_is_told_of_many_rows_is_one_line(tmp_path, tokenizer, noted, monkeypatch):
     row = {"prompt": "one", "output": "two", "response": "three"}
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         learnt(tmp_path, tokenizer, {"prompt": "one", "response": "two"}, *[row] * 1001)
-    (line,) = caplog.messages
+    (line,) = noted.messages
     assert line.startswith(f"{tmp_path / 'data.jsonl'} line 2 and 1,000 more rows: has response and output; ")
 
 
@@ -160,17 +159,17 @@ def generated(tmp_path, tokenizer, row, response, *, token_ids):
 @pytest.mark.parametrize("token_ids", [False, True])
 @pytest.mark.parametrize("ended", [True, False])
 @pytest.mark.parametrize("name", FORMS)
-def test_what_is_generated_is_what_is_learnt(tmp_path, tokenizer, caplog, name, ended, token_ids):
+def test_what_is_generated_is_what_is_learnt(tmp_path, tokenizer, noted, name, ended, token_ids):
     response = tokenizer(" three four")["input_ids"] + [tokenizer.eos_token_id] * ended
     row = dict(FORMS[name])
     if "prompt_ids" in row:
         row["prompt_ids"], row["response_ids"] = tokenizer("one\n")["input_ids"], tokenizer("GOLD")["input_ids"]
     prompt, path = generated(tmp_path, tokenizer, row, response, token_ids=token_ids)
-    caplog.clear()
+    noted.clear()
     (sample,) = SFTDataset(path, tokenizer)
     assert (sample.prompt, sample.response) == (prompt, tuple(response))
     if "prompt" not in row or "messages" not in row:
-        assert not caplog.messages, "what generate.py writes needs no word of explanation"
+        assert not noted.messages, "what generate.py writes needs no word of explanation"
     said = json.loads(path.read_text())
     old = {"prompt, several outputs": ["GOLD", "GOLD GOLD"], "prompt alone": None, "chat without an answer": None}
     old["turns, completion"] = [GOLD]
@@ -212,8 +211,7 @@ def test_plain_text_is_no_prompt_to_answer(tmp_path, tokenizer):
 # ---- prompts
 
 
-def test_prompts_of_a_chat_beside_its_prompt_have_every_turn(tmp_path, tokenizer, caplog):
-    caplog.set_level(logging.WARNING)
+def test_prompts_of_a_chat_beside_its_prompt_have_every_turn(tmp_path, tokenizer, noted):
     data = PromptDataset(written(tmp_path / "ultra.jsonl", {"prompt": "two", "messages": [*ASKED, GOLD, ASKED[1]]}), tokenizer)
     assert data.prompt_text(0) == tokenizer.decode(data[0].prompt) == "<system>one\n<user>two\n<assistant>GOLD\n<user>two\n<assistant>"
 

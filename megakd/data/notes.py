@@ -1,15 +1,6 @@
-"""What a reader of data tells without stopping: once for each kind of thing and file, on rank 0."""
+"""What a reader of data tells without stopping: once for each kind of thing and file."""
 
-import logging
-import os
-
-log = logging.getLogger(__name__)
-
-
-def tell(message: str) -> None:
-    """One warning. Data are opened before ranks join, so it is the launcher's word that counts."""
-    if os.environ.get("RANK", "0") == "0":
-        log.warning("%s", message)
+from megakd.errors import tell
 
 
 class Notes:

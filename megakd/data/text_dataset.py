@@ -16,12 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.data.batch import Sample
 from megakd.data.forms import Row
-from megakd.data.notes import tell
 from megakd.data.packed import Packed
 from megakd.data.rows import Rows
 from megakd.data.tokenizer import encode, eos_id
 from megakd.data.values import excerpt, first_difference
-from megakd.errors import UserError
+from megakd.errors import UserError, tell
 
 CHECKED_ROWS = 16  # the first of a data set, whose ids are looked at as text
 
