@@ -142,6 +142,7 @@ def test_what_is_no_number_is_refused_as_it_is_read(flag, value, line, capsys):
     [
         (GenerateConfig, "--temperature 0", "--temperature 0 leaves nothing to sample from; give --greedy in its place"),
         (EvaluateConfig, "--temperature 0", "--temperature 0 leaves nothing to sample from; give --greedy in its place"),
+        (Config, "--min-lr 1", "--min-lr 1.0 is above --lr 5e-05; lower it"),
         (Config, "--temperature 0", "--temperature 0: --method kd samples its responses and has no greedy ones; give a number above 0"),
         (GenerateConfig, "--temperature 1e-6", "--temperature 1e-06 must be at least 1e-05"),
         (GenerateConfig, "--top-p 0", "--top-p 0.0 must be above 0 and at most 1"),
