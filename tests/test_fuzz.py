@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 from tiny import tiny_folder
 
 from megakd import preflight
-from megakd.checkpointing.model_folder import ModelFolder
 from megakd.config import Config, EvaluateConfig, GenerateConfig, from_yaml, parse
 from megakd.data.rows import read_rows
 from megakd.data.tasks import make_rows
 from megakd.data.tokenizer import load_tokenizer
 from megakd.data.train_tokenizer import train_tokenizer
 from megakd.errors import UserError
+from megakd.loading import ModelFolders
 
 EXAMPLES = {"flags": 60, "yaml": 60, "jsonl": 160, "config": 70, "tokenizer": 50, "index": 50, "header": 70}  # 520
 GOOD_FLAGS = {
@@ -200,30 +200,18 @@ def test_any_data_file_is_read_or_refused_in_one_line(suffix, good, folder):
 
 def open_as_a_command_does(folder: Path) -> None:
     """What training looks at before it loads a weight."""
-    student = ModelFolder.open(folder / "MODEL")
     config = parse([word for name, value in GOOD_FLAGS.items() for word in (f"--{name}", value)])
-    preflight.check(config, student, None)
+    preflight.check(config, ModelFolders.open(str(folder / "MODEL")))
 
 
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-def test_any_config_json_is_read_or_refused_in_one_line(name, folder):
+JSON_FILES = [("config", "config.json"), ("config", "generation_config.json"), ("tokenizer", "tokenizer.json"), ("tokenizer", "tokenizer_config.json")]
+
+
+@pytest.mark.parametrize("part, name", JSON_FILES)
+def test_any_json_file_of_a_model_is_read_or_refused_in_one_line(part, name, folder):
     document = json.loads((folder / "MODEL" / name).read_text())
 
-    @settings(examples("config"), max_examples=EXAMPLES["config"] // 2)
-    @given(data=damaged_json(document))
-    def check(data):
-        (folder / "MODEL" / name).write_bytes(data)
-        with refused_in_one_line(folder, "MODEL", "--"):
-            open_as_a_command_does(folder)
-
-    check()
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_any_tokenizer_file_is_read_or_refused_in_one_line(name, folder):
-    document = json.loads((folder / "MODEL" / name).read_text())
-
-    @settings(examples("tokenizer"), max_examples=EXAMPLES["tokenizer"] // 2)
+    @settings(examples(part), max_examples=EXAMPLES[part] // 2)
     @given(data=damaged_json(document))
     def check(data):
         (folder / "MODEL" / name).write_bytes(data)
