@@ -331,6 +331,17 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         ("megakd/preflight.py", "check_context(folder, data.max_length, soft,", "check_context(folder, data.max_length, 0,"),
         ("megakd/preflight.py", "name not in MAY_CHANGE - fixed and given[name] != value", "False"),
     ],
+    of("test_python_api", "a_call_cut_off_is_continued_with_the_same_objects_and_no_others", "objects_give_the_numbers_of_the_script"): [
+        ("megakd/api.py", "if begun and fingerprint(target)", "if False and fingerprint(target)"),
+        (RUNTIME + "initialize.py", "            leave()\n            for name in added:", "            for name in added:"),
+        (RUNTIME + "initialize.py", "for name in added:", "for name in ():"),
+        (TRAINER, "self.callbacks.on_evaluation(self.iteration, metrics)", "pass"),
+        (TRAINER, "self.callbacks.on_iteration(self.iteration, metrics)", "self.callbacks.on_iteration(self.iteration, {})"),
+    ],
+    of("test_python_api", "mistakes_are_exceptions_and_leave_no_inputs"): [
+        ("megakd/api.py", 'if self.tokenizer is not None and not objects.keys() & {*MODELS}:', "if False:"),
+        ("megakd/api.py", "    config.check()\n", ""),
+    ],
     "tests/kernel_tests/test_kl_div.py": [
         (KERNELS + "kl/rows.py", "coef * (self.kl_ac + (log_a - self.sum_c.log()))", "coef * self.kl_ac"),
         (KERNELS + "kl/rows.py", "ratio += u.sub_(w).mul_(coef)", "ratio += u.sub_(w)"),
