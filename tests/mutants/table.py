@@ -237,7 +237,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     of("test_trainer", "rollouts_recompute_a_step"): [
         (TRAINER, "mask = [0] * (len(sample.prompt) - 1)", "mask = [0] * len(sample.prompt)"),
     ],
-    of("test_trainer", "a_run_cut_off_and_continued_logs_the_same_numbers[promptkd-flags1]"): [
+    of("test_trainer", "a_run_cut_off_and_continued_logs_the_same_numbers[promptkd]"): [
         (TRAINER, "            tensor.copy_(saved[name])", "            pass"),
         (CHECKPOINTS + "training.py", '        optimizer.load_state_dict(loaded["optimizer"])', "        pass"),
         (CHECKPOINTS + "training.py", '    model.load_state_dict(loaded["model"])', "    pass"),
