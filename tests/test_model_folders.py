@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,8 @@ def round_trip(folder: Path, root: Path) -> Path:
 
 def refused_everywhere(folder: Path, root: Path, message: str) -> None:
     """By training, evaluation and generation, which open a folder alike, and by the tool; nothing is written."""
-    for opens in (lambda: ModelFolder.open(folder), lambda: hf_to_native(folder, root / "never", tp=1, pp=1)):
+    convert = partial(hf_to_native, folder, root / "never", tp=1, pp=1)
+    for opens in (lambda: ModelFolder.open(folder), convert, partial(convert, verify=False)):
         with pytest.raises(UserError, match=message) as error:
             opens()
         assert "\n" not in str(error.value) and str(folder) in str(error.value), error.value
@@ -464,9 +466,11 @@ def test_int8_weights_of_compressed_tensors_are_codes_times_scales(copy):
     change_config(folder, quantization_config={"quant_method": "compressed-tensors", "format": "int-quantized"})
     source = ModelFolder.open(folder).source
     assert torch.equal(source.read(name, (slice(30, 50), slice(7, None))), (codes.float() * scale)[30:50, 7:])
-    change_weights(folder, lambda t: t.update({f"{name}_zero_point": torch.ones(112, 1, dtype=torch.int8)}))
-    with pytest.raises(UserError, match=r"up_proj.weight is stored as I8, which is no number here"):
-        ModelFolder.open(folder)
+    for end, beside in {"_zero_point": torch.ones(112, 1, dtype=torch.int8), "_g_idx": torch.arange(64, dtype=torch.int32)}.items():
+        change_weights(folder, lambda t, end=end, beside=beside: t.update({f"{name}{end}": beside}))
+        with pytest.raises(UserError, match=r"up_proj.weight is stored as I8, which is no number here"):
+            ModelFolder.open(folder)
+        change_weights(folder, lambda t, end=end: t.pop(f"{name}{end}"))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 from megakd.errors import UserError, file_errors, refuse_lfs_pointer
 from megakd.models.hf_config import CONFIG, load_hf_config, read_hf_json
-from megakd.models.quantized import SCALE_DTYPES, SCALES, Scale, block_shape, code_dtypes, dequantize, quantization
+from megakd.models.quantized import MOVED, SCALE_DTYPES, SCALES, Scale, block_shape, code_dtypes, dequantize, quantization
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -61,7 +61,8 @@ class HFCheckpoint:
 
     def _scale_of(self, codes: StoredTensor, said: dict) -> Scale | None:
         scale = next((self.tensors[codes.name + end] for end in SCALES if codes.name + end in self.tensors), None)
-        if scale is None or scale.dtype not in SCALE_DTYPES or f"{codes.name}_zero_point" in self.tensors:
+        is_moved = any(codes.name + end in self.tensors for end in MOVED)
+        if scale is None or scale.dtype not in SCALE_DTYPES or is_moved:
             return None
         block = block_shape(codes.shape, scale.shape, said)
         return block and Scale(scale.name, block)

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 FP8, INT8 = ("F8_E4M3",), ("I8",)
 FORMATS = ("float-quantized", "int-quantized", "naive-quantized")  # of compressed-tensors; the others pack several codes together
 SCALES = ("_scale_inv", "_scale")
+MOVED = ("_zero_point", "_g_idx")  # tensors beside codes that are not code × scale: shifted, or with columns in another order
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 BLOCK = (128, 128)  # where the config names none
 ACTIVATION_SCALES = (".input_scale", ".activation_scale", ".output_scale", ".k_scale", ".v_scale")  # of no use to plain weights
