@@ -373,6 +373,10 @@ def test_an_adapter_beside_whole_weights_is_told(copy, notes):
         ({"rope_parameters": 5}, r"cannot be read \(.*'rope_parameters'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, r"cannot be run: rope_type 'yarn' is not one of default, linear, llama3; use a model whose context"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None}, r"rope_type 'dynamic' is not one of .*; use a model whose context"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "1e4"}}, r"config.json says rope_theta '1e4', which is no positive number; give"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0}}, r"config.json says factor 0, which is no positive number; give"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 128]}}, r"weight_block_size \[0, 128\], which is no two positive numbers"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": "128"}}, r"weight_block_size '128', which is no two positive numbers; copy"),
         ({"hidden_act": "gelu"}, r"hidden_act 'gelu' is not 'silu'; use a model of the family's own activation"),
     ],
 )  # fmt: skip

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from megakd.errors import UserError
+
 FP8, INT8 = ("F8_E4M3",), ("I8",)
 FORMATS = ("float-quantized", "int-quantized", "naive-quantized")  # of compressed-tensors; the others pack several codes together
 SCALES = ("_scale_inv", "_scale")
@@ -42,6 +44,18 @@ def code_dtypes(said: dict[str, Any]) -> tuple[str, ...]:
         return FP8
     packed = said.get("quant_method") != "compressed-tensors" or said.get("format") not in FORMATS
     return () if packed else FP8 + INT8
+
+
+def check_block(said: dict[str, Any], folder: str) -> None:
+    """
+    Raises:
+        UserError: weight_block_size is no rows and columns.
+    """
+    block = said.get("weight_block_size") or BLOCK
+    if not (isinstance(block, (list, tuple)) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
+        raise UserError(
+            f"{folder}: config.json says weight_block_size {block!r}, which is no two positive numbers; copy or download it again"
+        )
 
 
 def block_shape(shape: tuple[int, ...], scales: tuple[int, ...], said: dict[str, Any]) -> tuple[int, int] | None:
