@@ -116,7 +116,7 @@ def mean_of_means(loss_function: LossFunction, batches: Sequence[Batch], layout:
     tokens, count = layout.sum_over_data_parallel(mine).tolist()
 
     def scaled(rows: HeadRows, batch: Batch, beside: Any) -> TokenLoss:
-        return loss_function(rows, batch, beside).scaled(tokens / (count * batch.num_supervised))
+        return loss_function(rows, batch, beside).scaled(tokens / (count * max(1, batch.num_supervised)))
 
     return scaled
 

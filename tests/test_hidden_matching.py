@@ -58,7 +58,7 @@ def hidden_at(model, layer, prompt, response):
     return kept[0].reshape(-1, kept[0].shape[-1])[len(prompt) - 1 : len(prompt) - 1 + len(response)]
 
 
-def expected(reference, rows, weights, distance):
+def expected(reference, rows, weights, distance, kd_ratio):
     """(loss/hidden, loss/total) and the update of student and projections, by torch's own AdamW."""
     student, teacher = reference.student, reference.teacher
     ratio = len(layers_of(teacher)) / len(layers_of(student))
@@ -66,7 +66,7 @@ def expected(reference, rows, weights, distance):
     kd = hidden = 0.0
     for x, y in rows:
         log_q, log_p = reference.log_q(x, y), reference.log_p(x, y)
-        kd = kd + 0.5 * reference.nll(x, y).sum() + 0.5 * (log_p.exp() * (log_p - log_q)).sum()
+        kd = kd + (1 - kd_ratio) * reference.nll(x, y).sum() + kd_ratio * (log_p.exp() * (log_p - log_q)).sum()
         for k in LAYERS:
             q, p = hidden_at(student, k, x, y), hidden_at(teacher, round(k * ratio), x, y)
             q = q @ weights[k].t() if k in weights else q
@@ -80,9 +80,9 @@ def expected(reference, rows, weights, distance):
     return float(hidden / tokens), float(loss)
 
 
-def check_matching(layout, pair_name, distance, parallel):
+def check_matching(layout, pair_name, distance, parallel, kd_ratio=0.5):
     config = run_config("kd", 2, parallel)
-    settings = replace(config.distillation, hidden_coef=COEF, hidden_loss=distance, hidden_layers=LAYERS)
+    settings = replace(config.distillation, hidden_coef=COEF, hidden_loss=distance, hidden_layers=LAYERS, kd_ratio=kd_ratio)
     config = replace(config, distillation=settings)
     pair = PAIRS[pair_name]
     method = method_of(layout, config, pair)
@@ -93,7 +93,7 @@ def check_matching(layout, pair_name, distance, parallel):
     assert set(weights) == (set(LAYERS) if pair_name == "gpt2" else set()), "a projection where the widths differ"
     got = method.train(deal(samples(), layout.dp_size)[layout.dp_rank], 1)
     reference = oracle(pair)
-    hidden, total = expected(reference, [(s.prompt, s.response) for s in samples()], weights, distance)
+    hidden, total = expected(reference, [(s.prompt, s.response) for s in samples()], weights, distance, kd_ratio)
     assert got["loss/hidden"] == pytest.approx(hidden, rel=1e-6, abs=1e-6)
     assert got["loss/total"] == pytest.approx(total, rel=1e-6, abs=1e-6)
     check_weights(method.student, reference.student, pair_name)
@@ -111,6 +111,11 @@ def test_matching_hidden_states_equals_float64_transformers(pair_name, distance,
         "use_distributed_optimizer": split and dp > 1,
     }
     run_distributed(check_matching, tp * pp * dp, pair_name, distance, parallel, tp=tp, pp=pp)
+
+
+def test_hidden_states_are_matched_beside_cross_entropy_alone():
+    """As in --method seqkd, whose usual --kd-ratio is 0."""
+    run_distributed(check_matching, 1, "gpt2", "mse", {}, 0.0)
 
 
 @pytest.mark.parametrize(

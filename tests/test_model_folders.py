@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,8 @@ def round_trip(folder: Path, root: Path) -> Path:
 
 def refused_everywhere(folder: Path, root: Path, message: str) -> None:
     """By training, evaluation and generation, which open a folder alike, and by the tool; nothing is written."""
-    for opens in (lambda: ModelFolder.open(folder), lambda: hf_to_native(folder, root / "never", tp=1, pp=1)):
+    convert = partial(hf_to_native, folder, root / "never", tp=1, pp=1)
+    for opens in (lambda: ModelFolder.open(folder), convert, partial(convert, verify=False)):
         with pytest.raises(UserError, match=message) as error:
             opens()
         assert "\n" not in str(error.value) and str(folder) in str(error.value), error.value
@@ -371,6 +373,10 @@ def test_an_adapter_beside_whole_weights_is_told(copy, notes):
         ({"rope_parameters": 5}, r"cannot be read \(.*'rope_parameters'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, r"cannot be run: rope_type 'yarn' is not one of default, linear, llama3; use a model whose context"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None}, r"rope_type 'dynamic' is not one of .*; use a model whose context"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "1e4"}}, r"config.json says rope_theta '1e4', which is no positive number; give"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0}}, r"config.json says factor 0, which is no positive number; give"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 128]}}, r"weight_block_size \[0, 128\], which is no two positive numbers"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": "128"}}, r"weight_block_size '128', which is no two positive numbers; copy"),
         ({"hidden_act": "gelu"}, r"hidden_act 'gelu' is not 'silu'; use a model of the family's own activation"),
     ],
 )  # fmt: skip
@@ -464,9 +470,11 @@ def test_int8_weights_of_compressed_tensors_are_codes_times_scales(copy):
     change_config(folder, quantization_config={"quant_method": "compressed-tensors", "format": "int-quantized"})
     source = ModelFolder.open(folder).source
     assert torch.equal(source.read(name, (slice(30, 50), slice(7, None))), (codes.float() * scale)[30:50, 7:])
-    change_weights(folder, lambda t: t.update({f"{name}_zero_point": torch.ones(112, 1, dtype=torch.int8)}))
-    with pytest.raises(UserError, match=r"up_proj.weight is stored as I8, which is no number here"):
-        ModelFolder.open(folder)
+    for end, beside in {"_zero_point": torch.ones(112, 1, dtype=torch.int8), "_g_idx": torch.arange(64, dtype=torch.int32)}.items():
+        change_weights(folder, lambda t, end=end, beside=beside: t.update({f"{name}{end}": beside}))
+        with pytest.raises(UserError, match=r"up_proj.weight is stored as I8, which is no number here"):
+            ModelFolder.open(folder)
+        change_weights(folder, lambda t, end=end: t.pop(f"{name}{end}"))
 
 
 @pytest.mark.parametrize(

@@ -335,6 +335,19 @@ def test_an_answer_file_is_continued_with_the_data_and_the_model_that_began_it_w
     assert "answers.jsonl was begun by a version without checksums" in capsys.readouterr().err
 
 
+def test_special_tokens_that_the_text_of_a_response_lacks_are_told(lab, tmp_path, monkeypatch, capfd):
+    """A tool call's sign, for example; here every token counts as one."""
+    monkeypatch.setattr("megakd.evaluation.write_responses.hidden_ids", lambda tokenizer: frozenset(range(len(tokenizer))))
+    for token_ids in (True, False):
+        config = replace(generation(lab, tmp_path / f"{token_ids}.jsonl"), token_ids=token_ids)
+        run(write_responses, config)
+    told = [line for line in capfd.readouterr().err.splitlines() if "special" in line]
+    assert len(told) == 1 and re.fullmatch(
+        rf"note: {tmp_path}/False.jsonl: \d+ responses hold special tokens that their text lacks, and so would training; --token-ids keeps them",
+        told[0],
+    )
+
+
 def test_one_changed_weight_in_a_large_file_is_beyond_a_sample_but_a_changed_tensor_is_not(tmp_path):
     block = origin.PIECE_BYTES
     (tmp_path / "config.json").write_text("{}")

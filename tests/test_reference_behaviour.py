@@ -65,17 +65,21 @@ def test_the_last_step_is_lost_only_where_gradients_accumulate():
 def check_mean_of_means(layout):
     """Rows of very unequal length: the two means differ, and each equals its own float64 formula."""
     pair, rows = PAIRS["gpt2"], sorted(samples(), key=lambda s: -s.num_positions)
-    values = {}
-    for quirks in ((), ("mean-of-means",)):
+
+    def trained(rows, *quirks):
         config = with_quirks(run_config("sft", 2, {}), *quirks)
-        method = METHODS["sft"](cast(layout, config, pair), config, total_iters=TOTAL_ITERS)
-        values[quirks] = method.train(rows, 1)["loss/lm"]
+        return METHODS["sft"](cast(layout, config, pair), config, total_iters=TOTAL_ITERS).train(rows, 1)["loss/lm"]
+
+    values = {quirks: trained(rows, *quirks) for quirks in ((), ("mean-of-means",))}
     reference = oracle(pair)
     nll = [reference.nll(s.prompt, s.response).detach() for s in rows]
     pairs_of_rows = [torch.cat(nll[i : i + 2]) for i in range(0, 8, 2)]
     assert values[()] == pytest.approx(torch.cat(nll).mean().item(), rel=1e-6)
     assert values[("mean-of-means",)] == pytest.approx(torch.stack([x.mean() for x in pairs_of_rows]).mean().item(), rel=1e-6)
     assert abs(values[()] - values[("mean-of-means",)]) > 1e-4
+    unanswered = [*rows[:6], *(replace(row, response=()) for row in rows[6:])]  # as an answer of nothing that was cut off
+    nothing = torch.stack([*(x.mean() for x in pairs_of_rows[:3]), torch.tensor(0.0)]).mean().item()
+    assert trained(unanswered, "mean-of-means") == pytest.approx(nothing, rel=1e-6)
 
 
 def test_the_mean_over_tokens_is_no_mean_of_means():

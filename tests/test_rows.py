@@ -76,6 +76,21 @@ READ = {  # row: prompt and response that are learnt, and what is told
         (render_prompt("two"), "three"),
         "has instruction and text; instruction is read, text is not",
     ),
+    "a context beside an instruction": (  # Dolly
+        {"instruction": "two", "context": "four", "output": "three"},
+        (render_prompt("two"), "three"),
+        "has context, which is not in the prompt; call it input if it should be",
+    ),
+    "a system prompt beside a question": (  # OpenOrca
+        {"system_prompt": "four", "question": "two", "response": "three"},
+        (render_prompt("two"), "three"),
+        "has system_prompt, which is not in the prompt; put it into question if it should be",
+    ),
+    "an input that is rendered": (
+        {"instruction": "two", "input": " four", "context": "", "prompt": render_prompt("two", " four"), "output": "three"},
+        (render_prompt("two", " four"), "three"),
+        "",
+    ),
     "a chat without an answer and a response": ({"messages": ASKED, "response": "four"}, (RENDERED, "four"), ""),
     "the same answer twice in a chat": ({"messages": [*ASKED, GOLD], "response": " GOLD"}, (RENDERED, "GOLD"), ""),
     "turns as prompt and completion": ({"prompt": ASKED, "completion": [GOLD]}, (RENDERED, "GOLD"), ""),  # TRL

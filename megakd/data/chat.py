@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from megakd.data.templates import failure
+from megakd.data.tokenizer import own_eos_token
 from megakd.data.values import excerpt, first_difference, shown
 from megakd.errors import UserError
 
@@ -136,6 +137,7 @@ class Chat:
 
     def _render(self, turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> str:
         options = {"tools": self.tools, "chat_template": self.template, "add_generation_prompt": add_generation_prompt}
+        options["eos_token"] = own_eos_token(self.tokenizer)
         try:
             return self.tokenizer.apply_chat_template(list(turns), tokenize=False, **options)
         except TemplateError as error:

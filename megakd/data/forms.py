@@ -10,7 +10,8 @@ What is asked is the first of these that a record has:
 
 What is right is the first of `response`, `completion`, `output`, `answer`: one text or a list of right ones, which follows the
 prompt as it stands; or, after a list of turns, a list with the assistant's turn. It may be missing where only prompts are wanted.
-A field that is passed over and does not say the same is told, once for a file. Two different answers of a chat are refused.
+A field that is passed over and does not say the same is told, once for a file, and so is a context that the prompt lacks. Two
+different answers of a chat are refused.
 
     finish_reason "length"             the response was cut off: no EOS follows it
     prompt_ids, response_ids           what `generate.py --token-ids` wrote: learnt as they stand, and have to fit prompt and response
@@ -30,6 +31,7 @@ from megakd.errors import UserError
 
 QUESTIONS = ("messages", "prompt", "instruction", "question", "text")
 ANSWERS = ("response", "completion", "output", "answer")
+PARTS = ("input", "context", "system", "system_prompt")  # of a question, in people's files; only an instruction's input is read
 GENERATED = ("finish_reason", "prompt_ids", "response_ids")
 
 
@@ -84,7 +86,7 @@ class RowReader:
             raise UserError(f"{where}: {error}") from error
 
     def _note_unread(self, fields: dict, asked: list[str], row: Row) -> None:
-        """Tell of a second question, or a second answer, that does not say the same as the first."""
+        """Tell of a second question or answer that does not say the same as the first, and of a part that the prompt lacks."""
         for name in asked[1:]:
             if not self._says_the_same(name, fields, row):
                 self.notes.add(f"has {asked[0]} and {name}; {asked[0]} is read, {name} is not", row.where)
@@ -92,6 +94,12 @@ class RowReader:
         for name in answers[1:]:
             if as_list(fields[name]) != as_list(fields[answers[0]]):
                 self.notes.add(f"has {answers[0]} and {name}; {answers[0]} is read, {name} is not", row.where)
+
+        for name in PARTS:
+            part = fields.get(name)
+            if isinstance(part, str) and part.strip() not in row.prompt and not row.is_text:
+                way_out = "call it input" if asked[0] == "instruction" and name != "input" else f"put it into {asked[0]}"
+                self.notes.add(f"has {name}, which is not in the prompt; {way_out} if it should be", row.where)
 
     def _says_the_same(self, name: str, fields: dict, row: Row) -> bool:
         """An instruction that is rendered in the prompt, or a text of prompt and response, as published files have them."""

@@ -32,6 +32,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions, transformers whatever comes of odd fields
         raise UserError(f"{folder}: its tokenizer does not load ({said(error)}); {_way_out(error)}") from error
+    tokenizer.own_eos_token = tokenizer.eos_token
     tokenizer.eos_token_id = end_ids(folder, tokenizer).taught
     tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -50,6 +51,11 @@ def _way_out(error: Exception) -> str:
 def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that is put behind a response of the data."""
     return tokenizer.eos_token_id
+
+
+def own_eos_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What the tokenizer's files call eos_token, and so does a chat template, whichever end is taught."""
+    return getattr(tokenizer, "own_eos_token", tokenizer.eos_token)
 
 
 def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:

@@ -20,7 +20,7 @@ from megakd.data.forms import unanswered
 from megakd.data.prompt_dataset import PromptDataset
 from megakd.data.text_dataset import response_text
 from megakd.errors import UserError, file_errors, read_json, tell
-from megakd.evaluation.answers import Writer, open_folders, sampling_of
+from megakd.evaluation.answers import Writer, hidden_ids, open_folders, sampling_of
 from megakd.evaluation.origin import checksums
 from megakd.evaluation.progress import Progress
 from megakd.loading import frozen, start
@@ -45,12 +45,15 @@ def write_responses(config: GenerateConfig) -> None:
     (model,) = folders.load(start(config.parallel), config.dtype)
     writer = Writer(frozen(model), ends, config.responses.batch_size)
     done = file.continue_at(writer.chunk_size, len(prompts))
-    progress = Progress(len(prompts) - done)
+    progress, hiding = Progress(len(prompts) - done), 0
     for chunk in writer.answer(list(prompts)[done:], sampling_of(config.responses, config.seed)):
         answered = range(done, done + len(chunk))
         file.append(prompts.row(i, tokens, token_ids=config.token_ids) for i, tokens in zip(answered, chunk))
         done += len(chunk)
+        hiding += sum(map(prompts.hides, chunk))
         progress.advance(len(chunk), config.save)
+    if hiding and not config.token_ids:
+        tell(f"{config.save}: {hiding} responses hold special tokens that their text lacks, and so would training; --token-ids keeps them")
     if is_rank_zero():
         print(f"{config.save}: {len(prompts)} rows")
 
@@ -61,7 +64,11 @@ class Prompts(PromptDataset):
     def __init__(self, path: str, tokenizer: PreTrainedTokenizerBase, ends: EndIds, settings: ResponseConfig) -> None:
         length, template = settings.max_prompt_length, settings.prompt_template
         super().__init__(path, tokenizer, max_prompt_length=length, template=template, prompts_only=True)
-        self.ends = ends
+        self.ends, self.hidden = ends, hidden_ids(tokenizer)
+
+    def hides(self, response: Sequence[int]) -> bool:
+        """Whether the text of a response does not show all of it."""
+        return not self.hidden.isdisjoint(self.ends.without_end(response))
 
     def row(self, index: int, response: Sequence[int], *, token_ids: bool) -> dict[str, Any]:
         """What is written for one prompt: training reads it as this prompt and this response, and no other."""

@@ -39,9 +39,9 @@ class KD(Method):
         return self.learn(samples, iteration, kd_ratio=1.0 if on_policy else ratio)
 
     def learn(self, samples, iteration, *, kd_ratio):
-        """One step on these samples; without a share for the divergence the teacher has nothing to read."""
+        """One step on these samples; without a share for the divergence, and no hidden states to match, the teacher reads nothing."""
         settings = self.config.distillation
-        if not kd_ratio:
+        if not (kd_ratio or settings.hidden_coef):
             return self.cross_entropy_step(samples, iteration)
         divergence = Divergence(settings.kd_objective, settings.kd_temperature, settings.beta, settings.skew_alpha)
         batches = self.batches(samples)

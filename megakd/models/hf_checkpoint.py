@@ -16,7 +16,17 @@ from transformers import PretrainedConfig
 
 from megakd.errors import UserError, file_errors, refuse_lfs_pointer
 from megakd.models.hf_config import CONFIG, load_hf_config, read_hf_json
-from megakd.models.quantized import SCALE_DTYPES, SCALES, Scale, block_shape, code_dtypes, dequantize, quantization
+from megakd.models.quantized import (
+    MOVED,
+    SCALE_DTYPES,
+    SCALES,
+    Scale,
+    block_shape,
+    check_block,
+    code_dtypes,
+    dequantize,
+    quantization,
+)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -56,12 +66,14 @@ class HFCheckpoint:
     def scales(self) -> dict[str, Scale]:
         """By the stored names of the tensors that hold codes, those of a method whose codes can be turned into numbers."""
         said = quantization(self.config)
+        check_block(said, f"{self.flag} {self.folder}")
         codes = [stored for stored in self.tensors.values() if stored.dtype in code_dtypes(said) and len(stored.shape) == 2]
         return {stored.name: scale for stored in codes if (scale := self._scale_of(stored, said))}
 
     def _scale_of(self, codes: StoredTensor, said: dict) -> Scale | None:
         scale = next((self.tensors[codes.name + end] for end in SCALES if codes.name + end in self.tensors), None)
-        if scale is None or scale.dtype not in SCALE_DTYPES or f"{codes.name}_zero_point" in self.tensors:
+        is_moved = any(codes.name + end in self.tensors for end in MOVED)
+        if scale is None or scale.dtype not in SCALE_DTYPES or is_moved:
             return None
         block = block_shape(codes.shape, scale.shape, said)
         return block and Scale(scale.name, block)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig
@@ -14,6 +15,7 @@ SIZES = (  # of all families
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "intermediate_size", "ffn_dim", "n_inner", "max_position_embeddings",
 )  # fmt: skip
+ROPE = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 LAYERS, MOST_LAYERS = ("num_hidden_layers", "n_layer"), 100_000  # transformers makes a list of them
 WAY_OUT = "give a folder that save_pretrained wrote"
 
@@ -53,6 +55,9 @@ def _check_sizes(config: PretrainedConfig, name: str) -> None:
         value = getattr(config, size, None)
         if value is not None and (type(value) is not int or value < 1):
             raise UserError(f"{name}: config.json says {size} {value!r}, which is no positive number; {WAY_OUT}")
+    for field, value in (getattr(config, "rope_parameters", None) or {}).items():
+        if field in ROPE and value is not None and (type(value) not in (int, float) or not 0 < value < math.inf):
+            raise UserError(f"{name}: config.json says {field} {value!r}, which is no positive number; {WAY_OUT}")
     heads = getattr(config, "num_attention_heads", 1)
     groups = getattr(config, "num_key_value_heads", None) or heads
     if heads % groups:

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from megakd.errors import UserError
+
 FP8, INT8 = ("F8_E4M3",), ("I8",)
 FORMATS = ("float-quantized", "int-quantized", "naive-quantized")  # of compressed-tensors; the others pack several codes together
 SCALES = ("_scale_inv", "_scale")
+MOVED = ("_zero_point", "_g_idx")  # tensors beside codes that are not code × scale: shifted, or with columns in another order
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 BLOCK = (128, 128)  # where the config names none
 ACTIVATION_SCALES = (".input_scale", ".activation_scale", ".output_scale", ".k_scale", ".v_scale")  # of no use to plain weights
@@ -41,6 +44,18 @@ def code_dtypes(said: dict[str, Any]) -> tuple[str, ...]:
         return FP8
     packed = said.get("quant_method") != "compressed-tensors" or said.get("format") not in FORMATS
     return () if packed else FP8 + INT8
+
+
+def check_block(said: dict[str, Any], folder: str) -> None:
+    """
+    Raises:
+        UserError: weight_block_size is no rows and columns.
+    """
+    block = said.get("weight_block_size") or BLOCK
+    if not (isinstance(block, (list, tuple)) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
+        raise UserError(
+            f"{folder}: config.json says weight_block_size {block!r}, which is no two positive numbers; copy or download it again"
+        )
 
 
 def block_shape(shape: tuple[int, ...], scales: tuple[int, ...], said: dict[str, Any]) -> tuple[int, int] | None:

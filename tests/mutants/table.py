@@ -222,7 +222,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (OPTIMIZER, "iteration -= config.reference_compat.zero_lr_start", "iteration -= 1"),
     ],
     of("test_reference_behaviour", "the_mean_over_tokens_is_no_mean_of_means"): [
-        (SCHEDULES, "scaled(tokens / (count * batch.num_supervised))", "scaled(1.0)"),
+        (SCHEDULES, "scaled(tokens / (count * max(1, batch.num_supervised)))", "scaled(1.0)"),
     ],
     of("test_reference_behaviour", "the_last_step_is_lost_only_where_gradients_accumulate"): [
         (TRAINER, "training.micro_batch_size * dp_size", "training.micro_batch_size"),

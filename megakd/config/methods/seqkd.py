@@ -15,3 +15,7 @@ class SeqKDConfig(MethodConfig):
     help = "the teacher's own responses"
     implementation = "megakd.methods.seqkd:SeqKD"
     shares = (RatioConfig, DivergenceConfig, HiddenMatchingConfig)
+
+    def unless(self, config):
+        has_divergence = config.distillation.ratio(0.0) or config.training.reference_compat.seqkd_with_kd
+        return dict.fromkeys(("kd_objective", "kd_temperature"), (has_divergence, "with --method seqkd unless --kd-ratio is above 0"))
