@@ -108,7 +108,7 @@ def test_a_template_without_an_end_differs_in_nothing_that_is_learnt(tmp_path, t
     assert tokenizer.decode(sample.prompt + sample.response) == "<user>One\n<assistant>Two</s>" and not noted.messages
 
 
-def test_a_template_writes_the_tokenizers_own_end_whichever_is_taught(tmp_path, trained, caplog):
+def test_a_template_writes_the_tokenizers_own_end_whichever_is_taught(tmp_path, trained, noted):
     """Of `generate`'s end, which is taught, the turns before know nothing."""
     using(trained, "zephyr").save_pretrained(tmp_path)
     taught = trained.convert_tokens_to_ids("<|im_end|>")
@@ -118,7 +118,7 @@ def test_a_template_writes_the_tokenizers_own_end_whichever_is_taught(tmp_path, 
     asked = PreTrainedTokenizerFast.from_pretrained(tmp_path).apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
     assert trained.decode(sample.prompt) == asked and asked.count("</s>") == 3
     assert trained.decode(sample.response) == "Two<|im_end|>"
-    assert re.search(r"the template has .*'.*Two</s>', and learnt is .*'.*Two<\|im_end\|>'$", caplog.messages[0])
+    assert re.search(r"the template has .*'.*Two</s>', and learnt is .*'.*Two<\|im_end\|>'$", noted.messages[0])
 
 
 @pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
