@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megakd.reporting.flops import TransformerSizes, forward_flops_per_token, peak_flops
 from megakd.reporting.logger import RunLogger, progress_line
 from megakd.reporting.plots import plot_comparison, plot_training
+from megakd.reporting.stopwatch import Stopwatch
 
 
 def rows_of(path) -> list[dict]:
@@ -153,3 +154,14 @@ def test_flops_are_those_torch_counts_but_for_the_causal_half_of_attention():
 def test_the_peak_is_known_for_the_gpus_of_the_table_only():
     assert peak_flops("NVIDIA H200") == 989e12
     assert peak_flops("NVIDIA GeForce RTX 3090") is None
+
+
+def test_a_part_of_an_iteration_ends_when_the_gpu_has_done_its_work(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: waited.append("synchronize"))
+    stopwatch = Stopwatch()
+    with stopwatch("rollout"):
+        waited.append("work")
+    assert waited == ["synchronize", "work", "synchronize"]
+    assert list(stopwatch.take()) == ["time/rollout"] and stopwatch.take() == {}, "seconds are those since the last look"
