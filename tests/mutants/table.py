@@ -299,7 +299,15 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     of("test_generation", "repetition_limits_are_those_of_transformers"): [
         (GENERATION + "sampling.py", "logits_BV < 0, logits_BV * penalty, logits_BV / penalty", "logits_BV < 0, logits_BV / penalty, logits_BV / penalty"),
     ],
+    of("test_hidden_matching", "hidden_states_are_matched_beside_cross_entropy_alone"): [
+        (METHODS + "kd.py", "if not (kd_ratio or settings.hidden_coef):", "if not kd_ratio:"),
+    ],
+    of("test_chat_templates", "a_template_writes_the_tokenizers_own_end_whichever_is_taught"): [
+        (DATA + "chat.py", "own_eos_token(self.tokenizer)", "self.tokenizer.eos_token"),
+    ],
     of("test_evaluation", "scores_are_those_of_the_saved_answers"): [
+        (EVALUATION + "evaluator.py", '{"response_length": len(tokens), ', '{"response_length": len(tokens) + 1, '),
+        (EVALUATION + "evaluator.py", "for row, tokens in zip(rows, said):", "for row, tokens in zip(rows, responses):"),
         (EVALUATION + "evaluator.py", "range(dist.get_rank(), len(answers), dist.get_world_size())", "range(dist.get_rank(), 1, dist.get_world_size())"),
     ],
     of("test_evaluation", "a_response_that_has_ended_adds_nothing_and_samples_are_averaged", "exposure_bias_has_the_spread_of_its_ratio_and_none_where_it_is_undefined"): [
