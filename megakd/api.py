@@ -23,6 +23,7 @@ from megakd.errors import UserError, file_errors, said, tell
 from megakd.evaluation import evaluator, write_responses
 from megakd.evaluation.origin import checksum, model_files
 from megakd.reporting.jsonl import read_jsonl
+from megakd.reporting.own_folder import check_can_write
 from megakd.runtime.initialize import among_ranks, on_rank_zero
 from megakd.trainer import Callbacks
 
@@ -86,6 +87,7 @@ def distill(
     told = {"on_iteration": on_iteration, "on_evaluation": on_evaluation}
     callbacks = Callbacks(**{name: callback for name, callback in told.items() if callback})
     with among_ranks():
+        check_on_rank_zero(config.output.save)
         trainer.train(config, callbacks=callbacks, write_inputs=lambda: inputs.write(config))
     return Distilled(Path(config.output.save), Path(config.output.save) / "hf", read_jsonl(Path(config.output.save) / "metrics.jsonl"))
 
@@ -99,6 +101,7 @@ def evaluate(*, model: str | os.PathLike, **flags: Any) -> dict[str, Any]:
     """
     config = config_of("evaluate", EvaluateConfig, {"model": model, **flags})
     with among_ranks():
+        check_on_rank_zero(config.save)
         return evaluator.evaluate(config)
 
 
@@ -111,8 +114,19 @@ def generate(*, model: str | os.PathLike, data: str | os.PathLike, save: str | o
     """
     config = config_of("generate", GenerateConfig, {"model": model, "data": data, "save": save, **flags})
     with among_ranks():
+        check_on_rank_zero(Path(config.save).parent)
         write_responses.write_responses(config)
     return Path(config.save)
+
+
+def check_on_rank_zero(save: str | Path) -> None:
+    """That the folder can be written, which rank 0 alone tries, is known to ranks that go on after an error as well.
+
+    Raises:
+        UserError: it cannot; on every rank.
+    """
+    if save:
+        on_rank_zero(lambda: check_can_write(Path(save), flag="--save"))
 
 
 def check_keywords(function: str, given: Iterable[str], names: Iterable[str], *, called: Mapping[str, str] = {}) -> None:

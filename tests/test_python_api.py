@@ -189,6 +189,24 @@ def test_every_rank_hears_of_a_mistake_in_objects_and_objects_are_read_at_anothe
 
 
 @alone
+def test_every_rank_hears_of_a_folder_that_cannot_be_written(inputs):  # noqa: F811
+    """Rank 0 alone tries; a rank that went on would wait for it until the timeout."""
+    student, rows = str(inputs / "student"), str(inputs / "train.jsonl")
+    lengths = {"max_length": 32, "max_prompt_length": 16, "train_iters": 1, "micro_batch_size": 1, "global_batch_size": 2}
+
+    def call(layout):
+        os.environ["RANK"] = str(dist.get_rank())
+        for function, flags in (
+            (megakd.distill, {"student": student, "train_data": rows, "method": "sft", "save": "/proc/nowhere/run", **lengths}),
+            (megakd.evaluate, {"model": student, "data": [rows], "save": "/proc/nowhere/scores"}),
+            (megakd.generate, {"model": student, "data": rows, "save": "/proc/nowhere/answers.jsonl"}),
+        ):
+            with pytest.raises(UserError, match=r"--save /proc/nowhere\S*: No such file or directory"):
+                function(**flags)
+
+    run_distributed(call, 2)
+
+
 def test_a_tokenizer_that_is_given_is_the_students(inputs, tmp_path):  # noqa: F811
     model = AutoModelForCausalLM.from_pretrained(inputs / "student")
     model.name_or_path = ""
