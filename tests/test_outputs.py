@@ -484,6 +484,7 @@ def test_what_a_run_may_not_be_meant_to_do_is_told_once(lab, tmp_path, capfd):
     run(trainer.train, run_config(lab, tmp_path / "run", **{"lr-warmup-iters": 100, "global-batch-size": 12}))
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("note: ")]
     assert said == [
+        f"note: {lab}/train.jsonl: left out 20 of 40 rows, prompt longer than 10 tokens",
         "note: --lr-warmup-iters 100 is more than the run's 2 iterations: its learning rate ends at 2.0e-05",
         "note: --global-batch-size 12 does not divide the 20 rows of the data: 8 of them, others each time, are left out of an epoch",
         "note: responses end with '<|endoftext|>' (0)",
