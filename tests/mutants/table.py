@@ -203,11 +203,11 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (RUNTIME + "initialize.py", "place = layout.pp_rank * layout.dp_size + layout.dp_rank", "place = layout.dp_rank"),
         (RUNTIME + "initialize.py", "place = layout.pp_rank * layout.dp_size + layout.dp_rank", "place = layout.pp_rank"),
         (RUNTIME + "initialize.py", 'f"{seed}/{iteration}/{place}"', 'f"{seed + iteration}/{place}"'),
-        (RUNTIME + "initialize.py", 'f"{seed}/{iteration}/{place}"', 'f"{iteration}/{place}"'),
         (RUNTIME + "initialize.py", "model_parallel_cuda_manual_seed(mixed, tp_rank=layout.tp_rank,", "model_parallel_cuda_manual_seed(mixed, tp_rank=0,"),
         (RUNTIME + "initialize.py", "model_parallel_cuda_manual_seed(mixed, tp_rank=layout.tp_rank,", "model_parallel_cuda_manual_seed(seed, tp_rank=layout.tp_rank,"),
     ],
     of("test_dropout", "masks_differ_from_iteration_to_iteration_and_from_seed_to_seed"): [
+        (RUNTIME + "initialize.py", 'f"{seed}/{iteration}/{place}"', 'f"{iteration}/{place}"'),
         (TRAINER, "self.layout, iteration=self.iteration)", "self.layout)"),
         (TRAINER, "seed_everything(self.config.training.seed, self.layout, iter", "seed_everything(1234, self.layout, iter"),
     ],
