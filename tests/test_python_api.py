@@ -207,6 +207,7 @@ def test_every_rank_hears_of_a_folder_that_cannot_be_written(inputs):  # noqa: F
     run_distributed(call, 2)
 
 
+@alone
 def test_a_tokenizer_that_is_given_is_the_students(inputs, tmp_path):  # noqa: F811
     model = AutoModelForCausalLM.from_pretrained(inputs / "student")
     model.name_or_path = ""
