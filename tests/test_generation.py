@@ -12,7 +12,7 @@ from tiny import tiny_config, tiny_folder, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megakd.generation import rows
+from megakd.generation import rows, sampling
 from megakd.generation.decoder import slices_of_like_length
 from megakd.generation.generate import generate
 from megakd.generation.rows import Voice
@@ -415,3 +415,8 @@ def test_sampled_tokens_are_the_same_in_batches_of_1_and_32_and_over_replicas(fo
     assert alone[1] == alone[32]
     first, second = run_distributed(in_batches, 2, folders["llama"])
     assert first[32] | second[32] == alone[32]
+
+
+def test_a_penalty_lowers_negative_logits_too():
+    lowered = sampling.penalize(torch.tensor([[2.0, -2.0, -1.0]]), torch.tensor([[0, 1]]), 2.0)
+    assert lowered.tolist() == [[1.0, -4.0, -1.0]]
