@@ -19,7 +19,7 @@ setup(
     packages=[*find_packages(include=["megakd", "megakd.*"]), *find_packages("kernels")],
     package_dir={"megakd_kernels": "kernels/megakd_kernels"},
     install_requires=[
-        "torch>=2.8",  # addmm with out_dtype, which the fused heads take on a GPU
+        "torch>=2.10",  # addmm adds bfloat16 products to a float32 sum, which the fused heads do on a GPU
         "megatron-core>=0.16.1,<0.17",  # 0.17 needs Python 3.12
         "transformers>=5",
         "regex",

@@ -54,16 +54,17 @@ class ModelFolders:
         return self.student.ends.joined(self.teacher.ends) if self.teacher else self.student.ends
 
     def load(
-        self, layout: ParallelLayout, dtype: str, *, sequence_parallel: bool = False, student: Mapping[str, Any] = {}
+        self, layout: ParallelLayout, dtype: str, *, sequence_parallel: bool = False,
+        student: Mapping[str, Any] = {}, teacher: Mapping[str, Any] = {},
     ) -> list[HiddenStateGPTModel]:
         """The student and, where there is one, the frozen teacher, over one vocabulary.
 
-        student: TransformerConfig fields of the student alone.
+        student, teacher: TransformerConfig fields of one of them alone.
         """
         options = align_vocabularies([folder.config.vocab_size for folder in self], layout.tp_size)
         options |= {"dtype": resolve_dtype(dtype), "sequence_parallel": sequence_parallel}
         models = [load_model(self.student, layout, **options, **student)]
-        return models + ([frozen(load_model(self.teacher, layout, **options))] if self.teacher else [])
+        return models + ([frozen(load_model(self.teacher, layout, **options, **teacher))] if self.teacher else [])
 
 
 def load_model(folder: ModelFolder, layout: ParallelLayout, **options) -> HiddenStateGPTModel:

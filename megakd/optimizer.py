@@ -74,9 +74,25 @@ class StudentOptimizer:
         lr = learning_rate(iteration, lr=self.config.lr, total_iters=self.total_iters, config=self.config)
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = lr, self.config.weight_decay * group["wd_mult"]
+        for part in self.optimizer.chained_optimizers:
+            choose_kernel(part.optimizer)
         finite, grad_norm, _ = self.optimizer.step()
         assert finite, "fp16 is not built: bf16 and fp32 never skip a step"
         return {"grad_norm": float(grad_norm), "lr": lr}
+
+
+def choose_kernel(optimizer: torch.optim.Optimizer) -> None:
+    """torch's AdamW in one launch on a GPU, which otherwise writes each intermediate of all weights; its counters then lie there too.
+
+    Asked before every step: a checkpoint brings counters and choice of the device that it was written on.
+    """
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        on_gpu = any(param.is_cuda for param in group["params"])
+        group["fused"] = True if on_gpu else None
+        for state in (optimizer.state[param] for param in group["params"] if "step" in optimizer.state[param]):
+            state["step"] = state["step"].to(state["exp_avg"].device if on_gpu else "cpu")
 
 
 def _optimizer_config(config: TrainingConfig, dtype: torch.dtype, distributed: bool) -> OptimizerConfig:
@@ -114,6 +130,7 @@ class SoftPromptOptimizer:
         self.prompt.synchronize_gradient(tokens)
         limit = self.config.clip_grad or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.prompt.parameters(), limit)
+        choose_kernel(self.adam)
         self.adam.param_groups[0]["lr"] = learning_rate(iteration, lr=self.lr, total_iters=self.total_iters, config=self.config)
         self.adam.step()
         return {"grad_norm/prompt": norm.item()}

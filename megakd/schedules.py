@@ -100,7 +100,7 @@ def _run_loss(model, batches, loss_function, context, soft_prompt, *, forward_on
 
         def loss(hidden: Tensor):
             found = loss_function(HeadRows(supervised(hidden, batch), output_weight()), batch, beside)
-            tokens = torch.tensor(batch.num_supervised, dtype=torch.int, device=hidden.device)
+            tokens = torch.full((), batch.num_supervised, dtype=torch.int, device=hidden.device)  # nobody waits
             sums = {name: value.detach().sum() for name, value in found.logs.items()} | {TOKENS: tokens}
             return found.objective_N.sum(), tokens, {name: value.double() for name, value in sums.items()}
 

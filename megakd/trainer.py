@@ -140,7 +140,8 @@ class Trainer:
     def _build_method(self) -> Method:
         models, parallel = self.config.models, self.config.parallel
         student, *teachers = self.folders.load(
-            self.layout, models.dtype, sequence_parallel=parallel.sequence_parallel, student=self._student_options()
+            self.layout, models.dtype, sequence_parallel=parallel.sequence_parallel,
+            student=self._student_options(), teacher=self._teacher_options(),
         )
         teacher = LiveTeacher(*teachers) if teachers else None
         return build_method(self.config, student, teacher, self.tokenizer, self.ends, self.data.text, total_iters=self.total_iters)
@@ -150,10 +151,17 @@ class Trainer:
         dropouts = {"hidden_dropout": models.hidden_dropout, "attention_dropout": models.attention_dropout}
         if not METHODS[self.config.method].has_dropout:
             dropouts = dict.fromkeys(dropouts, 0.0)
-        options = {name: value for name, value in dropouts.items() if value is not None}
-        if self.config.training.recompute:
-            options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-        return options
+        return {name: value for name, value in dropouts.items() if value is not None} | self._recomputation()
+
+    def _teacher_options(self) -> dict:
+        """Dropout is the reference's alone; a gradient that passes through the teacher to a soft prompt keeps activations, too."""
+        with_dropout = self.config.training.reference_compat.teacher_dropout
+        return ({} if with_dropout else {"hidden_dropout": 0.0, "attention_dropout": 0.0}) | self._recomputation()
+
+    def _recomputation(self) -> dict:
+        if not self.config.training.recompute:
+            return {}
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
     def _resume(self) -> int:
         """The iteration of the run's last checkpoint, loaded; 0 where there is none."""

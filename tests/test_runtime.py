@@ -39,14 +39,15 @@ def gpu_of(monkeypatch, local_rank: int, visible: int) -> list[int]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: taken.append(backend))
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout, device_id: taken.append((backend, device_id)))
     join()
     return taken
 
 
 def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one_it_sees(monkeypatch):
-    assert gpu_of(monkeypatch, 3, 8) == [3, "nccl"]
-    assert gpu_of(monkeypatch, 3, 1) == [0, "nccl"]
+    for visible, own in ((8, torch.device("cuda", 3)), (1, torch.device("cuda", 0))):
+        assert gpu_of(monkeypatch, 3, visible) == [own, ("nccl", own)]
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):

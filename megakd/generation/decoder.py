@@ -29,6 +29,7 @@ from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.kv_cache import CacheStep, KVCache
 
 FEW_ROWS = 8
+ALIGNED = 8  # columns: a GPU's attention copies a mask of other widths at every layer and step
 
 
 class Decoder:
@@ -50,7 +51,7 @@ class Decoder:
         self.lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         self.width = len(prompts[0])
         self.slices = slices_of_like_length([len(prompt) for prompt in prompts])
-        columns = self.soft_length + self.width + max_new_tokens
+        columns = -(-(self.soft_length + self.width + max_new_tokens) // ALIGNED) * ALIGNED
         self.cache = KVCache([layer.self_attention for layer in model.decoder.layers], len(prompts), columns, self.dtype, self.device)
         self.columns_L = torch.arange(columns, device=self.device)
         self.is_token_BL = self._is_token()
@@ -86,12 +87,15 @@ class Decoder:
         tokens_BS = tokens_BW[rows, self.width - part.width :]
         return self.run(tokens_BS, positions_BS, columns_S, rows, self.soft_length + self.width, hidden, self.soft_prompt_PH)
 
-    def decode(self, tokens_B: Tensor, step: Tensor, filled: int, hidden: Tensor | None = None) -> Tensor:
-        """The `step`-th response token (from 0) of each row, on later stages its hidden state: to a hidden state, or logits."""
+    def decode(self, tokens_B: Tensor, step: Tensor, filled: int | None, hidden: Tensor | None = None) -> Tensor:
+        """The `step`-th response token (from 0) of each row, on later stages its hidden state: to a hidden state, or logits.
+
+        `filled` columns of prompt and response are attended to; None: all there are, whatever the step.
+        """
         columns_S = self.soft_length + self.width + step[None]
         positions_BS = (self.soft_length + self.lengths_B + step)[:, None]
         positions_BS = positions_BS.clamp(max=self.model.max_sequence_length - 1)  # a row that has ended may not have left yet
-        rows, filled = slice(0, len(tokens_B)), self.soft_length + filled
+        rows, filled = slice(0, len(tokens_B)), len(self.columns_L) if filled is None else self.soft_length + filled
         tokens_BS = tokens_B[:, None].clamp(min=0)  # NO_TOKEN until it is looked at
         return self.run(tokens_BS, positions_BS, columns_S, rows, filled, hidden)
 

@@ -126,7 +126,7 @@ class RowGroup:
 
     def decode(self, tokens_B: Tensor, step: Tensor, *hidden: Tensor) -> list[Tensor]:
         """The `step`-th tokens of the responses, or their hidden states: hidden states, or on the last stage the next tokens."""
-        filled = self.width + (self.longest if self.captures else self.read)
+        filled = None if self.captures else self.width + self.read
         states = [decoder.decode(tokens_B, step, filled, *x) for decoder, *x in zip(self.decoders, *([hidden] if hidden else []))]
         return self._sample(states, step + 1)
 

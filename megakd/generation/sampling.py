@@ -149,7 +149,10 @@ class Sampler:
             z = keep_top_k(z, self.sampling.top_k)
         if self.sampling.top_p < 1:
             z = keep_top_p(z, self.sampling.top_p)
-        return self.whole.argmax(gumbel(streams_B, position, self.tokens).add_(z))
+        token = self.whole.argmax(gumbel(streams_B, position, self.tokens).add_(z))
+        if self.sampling.top_p < 1 and self.vocabulary.is_split:  # each rank sums the row, in an order that a GPU does not promise
+            dist.broadcast(token, group=self.vocabulary.tp_group, group_src=0)
+        return token
 
     def prepare(self, logits_BVp: Tensor, seen_BK: Tensor | None) -> Tensor:
         """One model's logits in float32: padding out, repetition limited, divided by the temperature."""

@@ -65,7 +65,7 @@ class PromptKD(Method):
         """∇_P of the token mean, in `prompt.vectors.grad`; returns what the loss logs, and the `tokens`."""
         self.prompt_optimizer.zero_grad()
         teacher = self.teacher.model
-        teacher.train(self.config.training.reference_compat.teacher_dropout)
+        teacher.train()  # activations are recomputed in training alone; there is no dropout, unless the reference's is asked for
         means = forward_backward(
             teacher, batches, loss, context=context, layout=self.layout, soft_prompt=self.prompt.vectors
         )

@@ -78,8 +78,10 @@ def join() -> None:
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(free_port())
     if torch.cuda.is_available():
-        torch.cuda.set_device(own_gpu(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()))
-        dist.init_process_group("nccl", timeout=TIMEOUT)
+        device = torch.device("cuda", own_gpu(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()))
+        torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape of a micro-batch, tens of milliseconds a plan
+        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
     else:
         share_cores()
         dist.init_process_group("gloo", timeout=TIMEOUT)

@@ -12,16 +12,15 @@ and clip_grads reads every norm back to the host, one synchronisation a paramete
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 
 
 def install() -> bool:
     """Repair once; True when the repairs are in place."""
-    if any(importlib.util.find_spec(name) for name in ("transformer_engine", "apex")):
+    from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER, clip_grads
+
+    if not USING_PYTORCH_OPTIMIZER:  # asked of megatron: PyPI's `apex` is no NVIDIA's
         return False
-    from megatron.core.optimizer import clip_grads
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     if DistributedOptimizer.state_dict is not _installed.get("state_dict"):

@@ -216,7 +216,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (TRAINER, "if not METHODS[self.config.method].has_dropout:", "if True:"),
     ],
     of("test_dropout", "recomputing_activations_changes_no_number[sft-flags0]"): [
-        (TRAINER, "if self.config.training.recompute:", "if False:"),
+        (TRAINER, "if not self.config.training.recompute:", "if True:"),
     ],
     of("test_reference_behaviour", "warm_up_begins_above_zero_and_the_reference_at_zero"): [
         (OPTIMIZER, "iteration -= config.reference_compat.zero_lr_start", "iteration -= 1"),
@@ -228,7 +228,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (TRAINER, "training.micro_batch_size * dp_size", "training.micro_batch_size"),
     ],
     of("test_reference_behaviour", "the_teacher_has_no_dropout_while_the_prompt_learns"): [
-        (METHODS + "promptkd.py", "self.config.training.reference_compat.teacher_dropout", "True"),
+        (TRAINER, "with_dropout = self.config.training.reference_compat.teacher_dropout", "with_dropout = True"),
         (METHODS + "promptkd.py", "        teacher.eval()\n", ""),
     ],
     of("test_reference_behaviour", "norms_are_kept_from_decay_and_the_reference_decays_those_it_does_not_name"): [
