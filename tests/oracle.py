@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-Row = tuple[tuple[int, ...], tuple[int, ...]]  # prompt, response
+Row = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # prompt, response, and what the teacher reads in the prompt's place
 
 
 @dataclass
@@ -48,48 +48,48 @@ class Oracle:
             self.prompt, self.prompt_rates = torch.nn.Parameter(vectors.double().clone()), prompt_rates
             self.prompt_optimizer = adam.optimizer([self.prompt])
 
-    def write(self, voices, prompts, limit: int, noise: Callable, *, temperature: float = 1.0, eos: int = 0) -> list[tuple[int, ...]]:
-        """A response to each prompt, drawn from the mixture Σ share · softmax(z / T) of `voices`, (model, share) pairs, by Gumbel-max;
-        `noise(row, position, V)` [V]."""
+    def write(self, mixture, limit: int, noise: Callable, *, temperature: float = 1.0, eos: int = 0) -> list[tuple[int, ...]]:
+        """A response to each prompt, drawn from Σ share · softmax(z / T) of `mixture`, models with their shares and the prompts that they
+        read, by Gumbel-max; `noise(row, position, V)` [V]."""
         responses = []
-        for row, prompt in enumerate(prompts):
+        for row in range(len(mixture[0][-1])):
             response = []
             while len(response) < limit and eos not in response:
-                ids = torch.tensor([[*prompt, *response]])
                 with torch.no_grad():
-                    parts = [share * (model(ids).logits[0, -1, : self.vocab_size] / temperature).softmax(-1) for model, share in voices]
-                mixed = sum(parts).log()
+                    read = [(share, model(torch.tensor([[*prompts[row], *response]])).logits[0, -1]) for model, share, prompts in mixture]
+                    mixed = sum(share * (z[: self.vocab_size] / temperature).softmax(-1) for share, z in read).log()
                 response.append((mixed + noise(row, len(response), len(mixed))).argmax().item())
             responses.append(tuple(response))
         return responses
 
     def sft(self, samples):
         total, tokens = 0.0, 0
-        for prompt, response in samples:
+        for prompt, response, _ in samples:
             total = total + self.nll(prompt, response).sum()
             tokens += len(response)
         return {"loss/lm": total / tokens} | self.update_student(total / tokens)
 
     def kd(self, samples, kd_ratio, objective="forward_kl", temperature=1.0, beta=0.5, alpha=0.1):
         lm = distance = 0.0
-        tokens = sum(len(response) for _, response in samples)
-        for prompt, response in samples:
-            log_q, log_p = (logits_at.div(temperature).log_softmax(-1) for logits_at in self.both_logits(prompt, response))
+        tokens = sum(len(response) for _, response, _ in samples)
+        for prompt, response, primed in samples:
+            log_q, log_p = (logits_at.div(temperature).log_softmax(-1) for logits_at in self.both_logits(prompt, response, primed))
             lm = lm + self.nll(prompt, response).sum()
             distance = distance + divergence(objective, log_p, log_q, beta, alpha).sum()
         total = ((1 - kd_ratio) * lm + kd_ratio * distance) / tokens
         return {"loss/total": total, "loss/lm": lm / tokens, f"loss/{objective}": distance / tokens} | self.update_student(total)
 
-    def both_logits(self, prompt, response):
-        return [response_logits(model, prompt, response)[:, : self.vocab_size] for model in (self.student, self.teacher)]
+    def both_logits(self, prompt, response, primed):
+        read = (self.student, prompt), (self.teacher, primed)
+        return [response_logits(model, before, response)[:, : self.vocab_size] for model, before in read]
 
     def promptkd(self, samples, base_coef, kinds=("reverse", "reverse")):
         """Also returns the prompt's gradient and its value afterwards."""
-        tokens = sum(len(response) for _, response in samples)
+        tokens = sum(len(response) for _, response, _ in samples)
         prompt, kd, base = self.prompt, 0.0, 0.0
         kl = {"reverse": lambda a, b: (a.exp() * (a - b)).sum(), "forward": lambda a, b: (b.exp() * (b - a)).sum()}
-        for x, y in samples:
-            log_pp, log_q, log_p = self.log_p(x, y, prompt), self.log_q(x, y).detach(), self.log_p(x, y)
+        for x, y, z in samples:
+            log_pp, log_q, log_p = self.log_p(z, y, prompt), self.log_q(x, y).detach(), self.log_p(z, y)
             kd, base = kd + kl[kinds[0]](log_pp, log_q), base + kl[kinds[1]](log_pp, log_p)
         loss = (kd + base_coef * base) / tokens
         self.prompt_optimizer.zero_grad()
@@ -98,8 +98,8 @@ class Oracle:
         norm = torch.nn.utils.clip_grad_norm_([prompt], self.adam.clip)
         step(self.prompt_optimizer, self.prompt_rates[self.iteration])
         reverse = 0.0
-        for x, y in samples:
-            log_q, log_pp = self.log_q(x, y), self.log_p(x, y, prompt.detach())
+        for x, y, z in samples:
+            log_q, log_pp = self.log_q(x, y), self.log_p(z, y, prompt.detach())
             reverse = reverse + (log_q.exp() * (log_q - log_pp)).sum()
         out = {"loss/prompt": loss, "loss/prompt_kd": kd / tokens, "loss/prompt_base": base / tokens, "grad_norm/prompt": norm}
         out |= {"loss/reverse_kl": reverse / tokens} | self.update_student(reverse / tokens)
@@ -107,11 +107,11 @@ class Oracle:
 
     def minillm(self, samples, text, *, alpha, gamma, scale, limit, clip, lm_coef, kd_ratio, old_student, exact=True, length_norm=True):
         """One step on one global batch of responses, written by `old_student`, and one of text; `exact`: with KL(q‖p) of every step."""
-        tokens, text_tokens = (sum(len(y) for _, y in part) for part in (samples, text))
+        tokens, text_tokens = (sum(len(y) for _, y, _ in part) for part in (samples, text))
         taken = lambda model, x, y: log_probs(model, x, y).gather(1, torch.tensor(y)[:, None])[:, 0]
         raw, kept = [], []
-        for x, y in samples:
-            old, p = taken(old_student, x, y).detach(), taken(self.teacher, x, y)
+        for x, y, z in samples:
+            old, p = taken(old_student, x, y).detach(), taken(self.teacher, z, y)
             reward = ((p - old) / scale).clamp(-limit, limit)
             weight = old.exp() / ((1 - alpha) * old.exp() + alpha * p.exp())
             n = len(y)
@@ -120,13 +120,13 @@ class Oracle:
         every = torch.cat(raw)
         mean, deviation = every.mean(), (every.var(unbiased=False) + 1e-8).sqrt()
         policy = reverse = language = 0.0
-        for (x, y), advantage, (old, weight) in zip(samples, raw, kept):
+        for (x, y, z), advantage, (old, weight) in zip(samples, raw, kept):
             a, ratio = (advantage - mean) / deviation, (taken(self.student, x, y) - old).exp() * weight
             policy = policy + torch.maximum(-a * ratio, -a * ratio.clamp(1 - clip, 1 + clip)).sum()
-            log_q, log_p = self.log_q(x, y), self.log_p(x, y)
+            log_q, log_p = self.log_q(x, y), self.log_p(z, y)
             reverse = reverse + (log_q.exp() * (log_q - log_p)).sum()
-        for x, y in text:
-            log_q, log_p = self.log_q(x, y), self.log_p(x, y)
+        for x, y, z in text:
+            log_q, log_p = self.log_q(x, y), self.log_p(z, y)
             language = language + (1 - kd_ratio) * self.nll(x, y).sum() + kd_ratio * (log_p.exp() * (log_p - log_q)).sum()
         reverse, language = exact * reverse / tokens, language / max(1, text_tokens)
         total = policy / tokens + reverse + lm_coef * language
@@ -136,10 +136,10 @@ class Oracle:
     @torch.no_grad()
     def held_out(self, samples):
         """Sums over the tokens: −log q, and KL(q‖p) where there is a teacher; and the tokens."""
-        sums = [sum(self.nll(x, y).sum() for x, y in samples)]
+        sums = [sum(self.nll(x, y).sum() for x, y, _ in samples)]
         if self.teacher is not None:
-            sums.append(sum((self.log_q(x, y).exp() * (self.log_q(x, y) - self.log_p(x, y))).sum() for x, y in samples))
-        return torch.stack([*sums, torch.tensor(float(sum(len(y) for _, y in samples)))]).tolist()
+            sums.append(sum((self.log_q(x, y).exp() * (self.log_q(x, y) - self.log_p(z, y))).sum() for x, y, z in samples))
+        return torch.stack([*sums, torch.tensor(float(sum(len(y) for _, y, _ in samples)))]).tolist()
 
     def nll(self, prompt, response):
         return F.nll_loss(self.log_q(prompt, response), torch.tensor(response), reduction="none")

@@ -48,6 +48,14 @@ def global_batch(number: int = 0) -> list[Sample]:
     ]
 
 
+def primed_batch(number: int = 0) -> list[Sample]:
+    """The same rows, most of which the teacher reads behind another prompt: longer, shorter, as it is, with words in front or at the end."""
+    generator = torch.Generator().manual_seed(77 + number % 3)
+    draw = lambda n: tuple(torch.randint(2, 90, (n,), generator=generator).tolist())
+    prompts = lambda x: [(*draw(11), *x), None, (*x, *draw(3)), draw(2), x]
+    return [replace(sample, teacher_prompt=prompts(sample.prompt)[i % 5]) for i, sample in enumerate(global_batch(number))]
+
+
 def text_batch(number: int = 0) -> list[Sample]:
     """The same of plain text, for MiniLLM."""
     generator = torch.Generator().manual_seed(9 + number)
@@ -56,10 +64,11 @@ def text_batch(number: int = 0) -> list[Sample]:
 
 
 class Batches:
-    """A loader of one replica over one of the two."""
+    """A loader of one replica over one of the three."""
 
     def __init__(self, batch: Callable, layout):
         self.batch, self.layout = batch, layout
+        self.dataset = [sample for number in range(3) for sample in batch(number)]
 
     def samples(self, iteration):
         return deal(self.batch(iteration), self.layout.dp_size)[self.layout.dp_rank]
@@ -89,6 +98,7 @@ class Case:
     method: str
     tell: Callable[[Oracle, int], Iterator[tuple[dict, dict]]]
     settings: dict[str, dict] = field(default_factory=dict)  # by group of the configuration
+    batch: Callable[[int], list[Sample]] = global_batch
 
 
 def noise(iteration: int, sample_ids: list[int]) -> Callable:
@@ -100,14 +110,17 @@ def noise(iteration: int, sample_ids: list[int]) -> Callable:
     )[0].double()
 
 
-def answers(oracle: Oracle, voices, samples, iteration) -> list[Sample]:
-    ids = [s.sample_id for s in samples]
-    written = oracle.write(voices, [s.prompt for s in samples], LIMIT, noise(iteration, ids), temperature=TEMPERATURE)
+def answers(oracle: Oracle, mixture, samples, iteration) -> list[Sample]:
+    """`mixture`: models and their shares; the teacher reads what is for it."""
+    read = rows(samples)
+    prompts = {id(oracle.teacher): [z for _, _, z in read]}
+    mixture = [(model, share, prompts.get(id(model), [x for x, _, _ in read])) for model, share in mixture]
+    written = oracle.write(mixture, LIMIT, noise(iteration, [s.sample_id for s in samples]), temperature=TEMPERATURE)
     return [replace(sample, response=response) for sample, response in zip(samples, written)]
 
 
 def rows(samples) -> list:
-    return [(s.prompt, s.response) for s in samples]
+    return [(s.prompt, s.response, s.prompt if s.teacher_prompt is None else s.teacher_prompt) for s in samples]
 
 
 def responses(samples) -> dict[int, tuple[int, ...]]:
@@ -116,13 +129,13 @@ def responses(samples) -> dict[int, tuple[int, ...]]:
 
 def tell_sft(oracle, dp):
     for number in range(4):
-        yield oracle.sft(rows(global_batch(number))), {}
+        yield oracle.sft(rows(oracle.batch(number))), {}
 
 
 def tell_kd(oracle, dp):
     """On-policy in the first and the fourth iteration, and there nothing but the divergence is learnt."""
     for number, on_policy in enumerate([True, False, False, True]):
-        samples = global_batch(number)
+        samples = oracle.batch(number)
         if on_policy:
             samples = answers(oracle, [(oracle.student, 1.0)], samples, number + 1)
         yield oracle.kd(rows(samples), 1.0 if on_policy else 0.3, "jsd", 2.0, 0.3), responses(samples) if on_policy else {}
@@ -131,7 +144,7 @@ def tell_kd(oracle, dp):
 def tell_seqkd(oracle, dp, kd_ratio=0.4):
     """A prompt that comes back in the fourth iteration has its first answer."""
     for number in range(4):
-        samples = answers(oracle, [(oracle.teacher, 1.0)], global_batch(number), 0)
+        samples = answers(oracle, [(oracle.teacher, 1.0)], oracle.batch(number), 0)
         yield oracle.kd(rows(samples), kd_ratio) if kd_ratio else oracle.sft(rows(samples)), responses(samples)
 
 
@@ -139,7 +152,7 @@ def tell_distillm(oracle, dp):
     """New text, the data, text of before, new text."""
     kept = []
     for iteration, source in enumerate(["new", "data", "old", "new"], start=1):
-        samples = global_batch(iteration - 1)
+        samples = oracle.batch(iteration - 1)
         if source == "new":
             kept = samples = answers(oracle, [(oracle.student, 1.0)], samples, iteration)
         elif source == "old":
@@ -153,7 +166,7 @@ def tell_distillm(oracle, dp):
 def tell_promptkd(oracle, dp, kinds=("reverse", "reverse")):
     """The base teacher's share falls from 0.7 · 5/6 to 0."""
     for iteration in range(1, 5):
-        samples = answers(oracle, [(oracle.student, 1.0)], global_batch(iteration - 1), iteration)
+        samples = answers(oracle, [(oracle.student, 1.0)], oracle.batch(iteration - 1), iteration)
         metrics = oracle.promptkd(rows(samples), 0.7 * (1 - iteration / TOTAL_ITERS), kinds)
         yield metrics, responses(samples)
 
@@ -166,7 +179,7 @@ def tell_minillm(oracle, dp, **changes):
         fresh = {}
         if epoch == position == 0:
             writer = oracle.student_now()
-            hands = [deal(global_batch(2 * phase + i), dp) for i in range(2)]
+            hands = [deal(oracle.batch(2 * phase + i), dp) for i in range(2)]
             mine = [[sample for hand in hands for sample in hand[replica]] for replica in range(dp)]
             written = [answers(oracle, [(writer, 0.7), (oracle.teacher, 0.3)], samples, iteration) for samples in mine]
             fresh = {i: response for samples in written for i, response in responses(samples).items()}
@@ -214,6 +227,7 @@ CASES = {
         {"promptkd": PROMPTKD | {"base_kld_type": "forward"}},
     ),
 }
+CASES |= {f"{name}, primed": replace(CASES[name], batch=primed_batch) for name in ("kd", "seqkd", "distillm", "promptkd")}
 
 
 def story_config(name: str, micro_batch_size: int, parallel: dict) -> Config:
@@ -252,13 +266,13 @@ def story(name: str, pair: str, dp: int = 1) -> Story:
 
 def tell(name: str, pair, dp: int = 1, *, vocab_size: int | None = None, iterations: int | None = None) -> Story:
     oracle, steps = make_oracle(name, pair), []
-    oracle.vocab_size = vocab_size
+    oracle.vocab_size, oracle.batch = vocab_size, CASES[name].batch
     for metrics, written in CASES[name].tell(oracle, dp):
         weights = {key: tensor.clone() for key, tensor in oracle.student.state_dict().items()}
         steps.append(Step({key: plain(value) for key, value in metrics.items()}, written, weights))
         if len(steps) == iterations:
             break
-    return Story(steps, oracle.held_out(rows(global_batch(0))))
+    return Story(steps, oracle.held_out(rows(oracle.batch(0))))
 
 
 def plain(value):

@@ -33,6 +33,38 @@ def test_eos_is_learnt_where_it_ends_a_response_even_if_padding_and_prompt_hold_
     assert batch.loss_mask.tolist() == [[0, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1]]
 
 
+def test_a_teachers_longer_prompt_moves_its_positions_and_keeps_the_labels_that_count():
+    """In a frame of its own width, rows in the student's order, and label for label the same."""
+    primed = Sample(7, (1, 2, 3), (4, 5, EOS), teacher_prompt=(8, 8, 1, 2, 3))
+    batch = collate([primed, Sample(8, (1,), (6, EOS)), Sample(9, (1, 2), (7, EOS), teacher_prompt=(2,))])
+    twin = batch.for_teacher
+    assert batch.tokens.tolist() == [[1, 2, 3, 4, 5], [1, 6, 0, 0, 0], [1, 2, 7, 0, 0]]
+    assert twin.tokens.tolist() == [[8, 8, 1, 2, 3, 4, 5], [1, 6, 0, 0, 0, 0, 0], [2, 7, 0, 0, 0, 0, 0]]
+    assert twin.loss_mask.tolist() == [[0, 0, 0, 0, 1, 1, 1], [1, 1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0]]
+    for read in (batch, twin):
+        assert read.supervised_labels.tolist() == [4, 5, EOS, 6, EOS, 7, EOS]
+        assert (read.sample_ids.tolist(), read.response_lengths.tolist()) == ([7, 8, 9], [3, 2, 2])
+    assert batch.to("cpu").for_teacher.tokens.tolist() == twin.tokens.tolist() and twin.for_teacher is twin
+
+
+def test_a_teacher_that_reads_the_same_has_no_batch_of_its_own():
+    batch = collate(samples_of((3, 2)))
+    assert batch.twin is None and batch.for_teacher is batch
+
+
+def test_a_text_without_a_prompt_has_as_many_labels_for_a_teacher_that_reads_something_first():
+    """The student predicts all but the first token, and so many rows the teacher gives, though it could predict that one too."""
+    batch = collate([Sample(0, (), (3, 4, EOS), teacher_prompt=(8, 8))])
+    assert batch.supervised_labels.tolist() == batch.for_teacher.supervised_labels.tolist() == [4, EOS]
+
+
+def test_rows_of_like_length_share_a_micro_batch_whoever_reads_the_longer_one():
+    short, long = Sample(0, (1,), (EOS,)), Sample(1, (1,), (EOS,), teacher_prompt=(1,) * 300)
+    other = Sample(2, (1,) * 299, (EOS,))
+    assert [batch.sample_ids.tolist() for batch in micro_batches([short, long, other], 2)] == [[1, 2], [0]]
+    assert [batch.sample_ids.tolist() for batch in micro_batches([short, long, other], 3, most_tokens=500)] == [[1], [2], [0]]
+
+
 def test_every_label_of_a_plain_text_counts():
     batch = collate([Sample(0, (), (3, 4, 5, EOS))])
     assert (batch.labels.tolist(), batch.loss_mask.tolist()) == ([[4, 5, EOS]], [[1, 1, 1]])

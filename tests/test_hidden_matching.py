@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from distributed import run_distributed
 from oracle import response_logits, step
+from stories import global_batch, primed_batch, rows
 from test_methods import (
     CONSTANT,
     ENDS,
@@ -20,7 +21,6 @@ from test_methods import (
     check_weights,
     oracle,
     run_config,
-    samples,
 )
 from tiny import tiny_config, tiny_model
 
@@ -58,17 +58,17 @@ def hidden_at(model, layer, prompt, response):
     return kept[0].reshape(-1, kept[0].shape[-1])[len(prompt) - 1 : len(prompt) - 1 + len(response)]
 
 
-def expected(reference, rows, weights, distance, kd_ratio):
+def expected(reference, read, weights, distance, kd_ratio):
     """(loss/hidden, loss/total) and the update of student and projections, by torch's own AdamW."""
     student, teacher = reference.student, reference.teacher
     ratio = len(layers_of(teacher)) / len(layers_of(student))
-    tokens = sum(len(y) for _, y in rows)
+    tokens = sum(len(y) for _, y, _ in read)
     kd = hidden = 0.0
-    for x, y in rows:
-        log_q, log_p = reference.log_q(x, y), reference.log_p(x, y)
+    for x, y, z in read:
+        log_q, log_p = reference.log_q(x, y), reference.log_p(z, y)
         kd = kd + (1 - kd_ratio) * reference.nll(x, y).sum() + kd_ratio * (log_p.exp() * (log_p - log_q)).sum()
         for k in LAYERS:
-            q, p = hidden_at(student, k, x, y), hidden_at(teacher, round(k * ratio), x, y)
+            q, p = hidden_at(student, k, x, y), hidden_at(teacher, round(k * ratio), z, y)
             q = q @ weights[k].t() if k in weights else q
             hidden = hidden + ((q - p).square().mean(-1) if distance == "mse" else 1 - F.cosine_similarity(q, p, dim=-1)).sum() / len(LAYERS)
     loss = (kd + COEF * hidden) / tokens
@@ -80,7 +80,7 @@ def expected(reference, rows, weights, distance, kd_ratio):
     return float(hidden / tokens), float(loss)
 
 
-def check_matching(layout, pair_name, distance, parallel, kd_ratio=0.5):
+def check_matching(layout, pair_name, distance, parallel, kd_ratio=0.5, batch=global_batch):
     config = run_config("kd", 2, parallel)
     settings = replace(config.distillation, hidden_coef=COEF, hidden_loss=distance, hidden_layers=LAYERS, kd_ratio=kd_ratio)
     config = replace(config, distillation=settings)
@@ -91,9 +91,9 @@ def check_matching(layout, pair_name, distance, parallel, kd_ratio=0.5):
     torch.distributed.all_gather_object(parts, {k: w.detach().double() for k, w in mine.items()}, group=layout.pp_group)
     weights = {k: w.requires_grad_() for part in parts for k, w in part.items()}
     assert set(weights) == (set(LAYERS) if pair_name == "gpt2" else set()), "a projection where the widths differ"
-    got = method.train(deal(samples(), layout.dp_size)[layout.dp_rank], 1)
+    got = method.train(deal(batch(), layout.dp_size)[layout.dp_rank], 1)
     reference = oracle(pair)
-    hidden, total = expected(reference, [(s.prompt, s.response) for s in samples()], weights, distance, kd_ratio)
+    hidden, total = expected(reference, rows(batch()), weights, distance, kd_ratio)
     assert got["loss/hidden"] == pytest.approx(hidden, rel=1e-6, abs=1e-6)
     assert got["loss/total"] == pytest.approx(total, rel=1e-6, abs=1e-6)
     check_weights(method.student, reference.student, pair_name)
@@ -111,6 +111,12 @@ def test_matching_hidden_states_equals_float64_transformers(pair_name, distance,
         "use_distributed_optimizer": split and dp > 1,
     }
     run_distributed(check_matching, tp * pp * dp, pair_name, distance, parallel, tp=tp, pp=pp)
+
+
+@pytest.mark.parametrize("tp, pp", [(1, 1), (2, 2)])
+def test_hidden_states_of_a_teacher_that_reads_another_text_are_those_of_the_same_tokens(tp, pp):
+    parallel = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "sequence_parallel": tp > 1}
+    run_distributed(check_matching, tp * pp, "gpt2", "mse", parallel, 0.5, primed_batch, tp=tp, pp=pp)
 
 
 def test_hidden_states_are_matched_beside_cross_entropy_alone():

@@ -7,6 +7,12 @@
 
 The mask comes from lengths alone: GPT-2, OPT and Llama train with pad == EOS, so token values cannot tell a real EOS from
 padding.
+
+Where the teacher reads another text, a Sample has that prompt as well, and a Batch has a twin: the same rows in the same order, of which
+the same labels count, in a frame of its own width. So the n-th row of either model is about the same token:
+
+    prompt a b c      response d e EOS          student   a b c d e          mask 0 0 1 1 1
+    teacher's prompt p q a b c                  teacher   p q a b c d e      mask 0 0 0 0 1 1 1
 """
 
 from collections.abc import Sequence
@@ -27,11 +33,27 @@ class Sample:
     sample_id: int  # index in its data set
     prompt: tuple[int, ...]
     response: tuple[int, ...]  # EOS included, unless truncated
+    teacher_prompt: tuple[int, ...] | None = None  # what the teacher reads in the prompt's place; None: the prompt
 
     @property
     def num_positions(self) -> int:
         """Input positions: one less than the ids, because the last id is only ever a label."""
         return len(self.prompt) + len(self.response) - 1
+
+    @property
+    def num_labels(self) -> int:
+        """Positions that count: those that predict a token of the response. A plain text's first token has nothing before it."""
+        return len(self.response) - (not self.prompt)
+
+    @property
+    def for_teacher(self) -> "Sample":
+        """The same response behind what the teacher reads."""
+        return self if self.teacher_prompt is None else Sample(self.sample_id, self.teacher_prompt, self.response)
+
+    @property
+    def longest(self) -> int:
+        """Input positions of whoever reads more."""
+        return max(self.num_positions, self.for_teacher.num_positions)
 
 
 @dataclass(frozen=True)
@@ -46,6 +68,12 @@ class Batch:
     lengths: Tensor  # [b] int64, real input positions; like the two below always on the host, which asks for them
     response_lengths: Tensor  # [b] int64, labels that count
     sample_ids: Tensor  # [b] int64
+    twin: "Batch | None" = None  # where the teacher reads another text
+
+    @property
+    def for_teacher(self) -> "Batch":
+        """The same rows as the teacher reads them: as many labels count, and they come in the same order."""
+        return self if self.twin is None else self.twin
 
     @property
     def micro_batch_size(self) -> int:
@@ -74,28 +102,37 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """What models and losses compute with on `device`, which is not waited for."""
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in ON_DEVICE})
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ON_DEVICE}
+        return replace(self, **moved, twin=self.twin and self.twin.to(device))
 
 
 def collate(samples: Sequence[Sample], *, seq_length: int | None = None, multiple_of: int = 1) -> Batch:
-    """One Batch of all samples, as wide as the longest row rounded up to `multiple_of`, or exactly `seq_length`.
+    """One Batch of all samples, as wide as the longest row rounded up to `multiple_of`, or exactly `seq_length`; where a sample has a
+    prompt for the teacher, with a twin that is as wide as that needs.
 
     Raises ValueError where a row does not fit into `seq_length`.
     """
-    lengths = torch.tensor([sample.num_positions for sample in samples])
-    longest = int(lengths.max())
+    longest = max(sample.num_positions for sample in samples)
     if seq_length is not None and longest > seq_length:
         raise ValueError(f"--seq-length {seq_length} is too short for a row of {longest} positions; raise it to {longest}")
-    width = seq_length or -(-longest // multiple_of) * multiple_of
+    labels, width = [sample.num_labels for sample in samples], seq_length or round_up(longest, multiple_of)
+    batch = padded(samples, labels, width)
+    if all(sample.teacher_prompt is None for sample in samples):
+        return batch
+    as_read = [sample.for_teacher for sample in samples]
+    return replace(batch, twin=padded(as_read, labels, round_up(max(sample.num_positions for sample in as_read), multiple_of)))
 
+
+def padded(samples: Sequence[Sample], labels: Sequence[int], width: int) -> Batch:
+    """Rows of `width` positions; of each as many labels count as `labels` says, its last ones."""
+    lengths = torch.tensor([sample.num_positions for sample in samples])
     ids = torch.full((len(samples), width + 1), PADDING)
     for row, sample in zip(ids, samples):
         row[: sample.num_positions + 1] = torch.tensor(sample.prompt + sample.response)
 
     position_ids = torch.arange(width).expand(len(samples), width).contiguous()
-    first_label = torch.tensor([max(len(sample.prompt) - 1, 0) for sample in samples])
     real = position_ids < lengths[:, None]
-    loss_mask = real & (position_ids >= first_label[:, None])
+    loss_mask = real & (position_ids >= (lengths - torch.tensor(labels))[:, None])
     return Batch(
         tokens=ids[:, :-1].where(real, PADDING),  # the last id is a label only
         labels=ids[:, 1:].contiguous(),
@@ -108,17 +145,23 @@ def collate(samples: Sequence[Sample], *, seq_length: int | None = None, multipl
     )
 
 
+def round_up(number: int, multiple_of: int) -> int:
+    """To a multiple."""
+    return -(-number // multiple_of) * multiple_of
+
+
 def micro_batches(
     samples: Sequence[Sample], micro_batch_size: int, *, most_tokens: int | None = None, multiple_of: int = 1
 ) -> list[Batch]:
     """Batches of at most `micro_batch_size` rows of like length, each as wide as its own longest row.
 
-    `most_tokens` limits the positions of a batch as well, padding included; a row that is longer stands alone.
+    `most_tokens` limits the positions of a batch as well, padding included; a row that is longer stands alone. A row is as long as it is
+    to whoever reads more of it, the student or the teacher.
 
     Longest first, so that memory that does not suffice shows in the first micro-batch. The order depends on `samples` alone.
     """
-    ordered = sorted(samples, key=lambda sample: -sample.num_positions)
-    parts = cut_by_length([sample.num_positions for sample in ordered], micro_batch_size, most_tokens)
+    ordered = sorted(samples, key=lambda sample: -sample.longest)
+    parts = cut_by_length([sample.longest for sample in ordered], micro_batch_size, most_tokens)
     return [collate(ordered[part], multiple_of=multiple_of) for part in parts]
 
 

@@ -14,6 +14,7 @@ n prompts, S samples, L response length.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from megakd.evaluation.held_out import passes
 from megakd.losses.distillation import Divergence
 from megakd.losses.token_loss import VocabularySplit
 from megakd.models.gpt_model import HiddenStateGPTModel
-from megakd.teachers.live import LiveTeacher
+from megakd.teachers.live import LiveStudent
 from megakd.teachers.teacher import Teacher
 
 ROUNDING = 1e-7  # nats per token: a KL below this is rounding, and a ratio of two such means nothing
@@ -36,7 +37,7 @@ def token_divergences(
 ) -> list[np.ndarray]:
     """KL(p‖q) at every token of each sample's response, float64, in the order of `samples`, on every rank."""
     layout = model.layout
-    numbered = [Sample(i, sample.prompt, sample.response) for i, sample in enumerate(samples)]
+    numbered = [replace(sample, sample_id=i) for i, sample in enumerate(samples)]
     mine: dict[int, np.ndarray] = {}
     for part in passes(deal(numbered, layout.dp_size)[layout.dp_rank], micro_batch_size):
         mine |= replica_divergences(model, teacher, micro_batches(part, micro_batch_size))
@@ -50,7 +51,7 @@ def replica_divergences(
     """The same by sample id for one replica's batches, on each of its ranks."""
     layout = model.layout
     batches = [batch.to(layout.device) for batch in batches]
-    pairs = zip(*(who.read(batches, to=layout) for who in (LiveTeacher(model), teacher)))  # the last stage alone has any
+    pairs = zip(*(who.read(batches, to=layout) for who in (LiveStudent(model), teacher)))  # the last stage alone has any
     vocabulary, kl = VocabularySplit(model.real_vocab_size, layout.tp_group), Divergence("forward_kl")
     total = sum(batch.num_supervised for batch in batches)
     values = torch.zeros(total, dtype=torch.double, device=layout.device)

@@ -10,6 +10,7 @@ the others are drawn from what it wrote before:
 """
 
 import random
+from dataclasses import replace
 
 import torch
 
@@ -29,10 +30,15 @@ class DistiLLM(KD):
         super().__init__(inputs, config, total_iters=total_iters)
         self.buffer = ReplayBuffer(config.distillm.replay_capacity, config.data.max_length)
         self.threshold, self.last_loss = torch.tensor(0.0), torch.tensor(torch.inf)
+        self.dataset = ()
 
     @classmethod
     def answers_prompts(cls, config):
         return True
+
+    def train_iteration(self, loader, iteration):
+        self.dataset = loader.dataset
+        return super().train_iteration(loader, iteration)
 
     def train(self, samples, iteration):
         rng = random.Random(f"{self.config.training.seed}/{iteration}")
@@ -42,10 +48,14 @@ class DistiLLM(KD):
                 samples = self.rollouts = rollout(self.student, samples, self.config, self.ends, iteration)
             self.buffer.add(self.all_gather_samples(samples))
         elif u < threshold:
-            drawn = self.buffer.draw(self.config.training.global_batch_size, rng)
+            drawn = [self.as_taught(sample) for sample in self.buffer.draw(self.config.training.global_batch_size, rng)]
             samples = deal(drawn, self.layout.dp_size)[self.layout.dp_rank]
         learnt = self.learn(samples, iteration, kd_ratio=self.config.distillation.ratio(1.0))
         return learnt | {"on_policy_share": threshold}
+
+    def as_taught(self, sample):
+        """A remembered response with what the teacher reads before it, which the data know."""
+        return replace(sample, teacher_prompt=self.dataset[sample.sample_id].teacher_prompt)
 
     def on_evaluation(self, metrics):
         """φ rises when the held-out loss has; the first one seen is what later ones are compared with."""

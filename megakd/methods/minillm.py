@@ -26,7 +26,7 @@ from megakd.losses.token_loss import HeadRows, TokenLoss
 from megakd.methods.base import Method
 from megakd.methods.kd import USUAL_RATIO
 from megakd.methods.rollout import rollout
-from megakd.teachers.live import LiveTeacher
+from megakd.teachers.live import LiveStudent
 
 TERMS = ("policy", "reverse_kl", "text")
 
@@ -83,7 +83,7 @@ class MiniLLM(Method):
         batches, self.experience = self.batches(self.numbered), {}
         teacher = self.read_teacher(batches)
         with self.time("old_log_q"):
-            student = LiveTeacher(self.student).read(batches, to=self.layout)  # as it was when it wrote
+            student = LiveStudent(self.student).read(batches, to=self.layout)  # as it was when it wrote
         for batch, p, q in zip(batches, teacher, student):
             self._remember(batch, p, q)
 

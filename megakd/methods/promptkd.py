@@ -18,7 +18,7 @@ from megakd.methods.rollout import rollout
 from megakd.models.soft_prompt import SoftPrompt
 from megakd.optimizer import SoftPromptOptimizer
 from megakd.schedules import forward_backward
-from megakd.teachers.live import LiveTeacher, SoftPromptedTeacher
+from megakd.teachers.live import LiveStudent, SoftPromptedTeacher
 
 
 class PromptKD(Method):
@@ -54,10 +54,11 @@ class PromptKD(Method):
         base_coef = self.config.promptkd.base_coef * (1 - iteration / self.total_iters)
         with self.time("teacher"):
             base = self.teacher.read(batches, to=self.layout)
-            student = LiveTeacher(self.student).read(batches, to=self.layout)  # here the student is who is listened to
+            student = LiveStudent(self.student).read(batches, to=self.layout)  # here the student is who is listened to
         loss = lambda p_P, batch, q_and_p: self.prompt_loss(p_P, *q_and_p, base_coef=base_coef)
         with self.time("prompt_step"):
-            means = self.prompt_gradient(self.normalised(loss, batches), batches, list(zip(student, base)))
+            read = self.prompted_teacher.text(batches)
+            means = self.prompt_gradient(self.normalised(loss, read), read, list(zip(student, base)))
             step = self.prompt_optimizer.step(iteration, means.pop("tokens"))
         return to_floats(means) | step
 

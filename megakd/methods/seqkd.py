@@ -4,6 +4,8 @@ A prompt's response is drawn once: its noise is a function of (seed, sample), no
 resumed run learns the same text. `scripts/generate.py` writes such data to a file beforehand, for `--method sft`.
 """
 
+from dataclasses import replace
+
 from megakd.methods.kd import KD, USUAL_RATIO
 from megakd.methods.rollout import rollout
 
@@ -27,6 +29,8 @@ class SeqKD(KD):
         return self.learn(self.rollouts, iteration, kd_ratio=self.config.distillation.ratio(usual))
 
     def write(self, samples):
-        """Answers that nobody has written yet, shared by all replicas: the next epoch deals the prompts to other ones."""
-        answers = rollout(self.teacher.model, samples, self.config, self.ends, ONCE)
-        self.written |= {answer.sample_id: answer for answer in self.all_gather_samples(answers)}
+        """Answers that nobody has written yet, each behind what the teacher reads, and shared by all replicas: the next epoch deals the
+        prompts to other ones."""
+        answers = rollout(self.teacher.model, [sample.for_teacher for sample in samples], self.config, self.ends, ONCE)
+        learnt = [replace(sample, response=answer.response) for sample, answer in zip(samples, answers)]
+        self.written |= {sample.sample_id: sample for sample in self.all_gather_samples(learnt)}

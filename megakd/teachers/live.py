@@ -18,10 +18,14 @@ from megakd.teachers.teacher import Teacher
 
 
 class LiveTeacher(Teacher):
-    """A model that reads what the learner reads."""
+    """A model that reads what is for the teacher: the learner's text, or its own where the batch has one."""
 
     def __init__(self, model: HiddenStateGPTModel):
         self.model = model
+
+    def text(self, batches: Sequence[Batch]) -> list[Batch]:
+        """What it reads of the learner's batches: the same rows, of which the same labels count."""
+        return [batch.for_teacher for batch in batches]
 
     def read(self, batches: Sequence[Batch], *, to: ParallelLayout) -> list[HeadRows]:
         return self._read(batches, to, soft_prompt=None)
@@ -29,7 +33,7 @@ class LiveTeacher(Teacher):
     def read_layers(self, batches: Sequence[Batch], layers: Sequence[int], *, to: ParallelLayout) -> list[dict[int, Tensor]]:
         """Hidden states [N, H] behind the layers (numbered from 1) at the supervised positions of every micro-batch, on every rank."""
         assert to is self.model.layout, "a live model is read in its own layout"
-        found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        batches, found = self.text(batches), {layer: [] for layer in layers}
 
         def keep(layer: int, hidden: Tensor) -> None:
             found[layer].append(supervised_rows(self.model, hidden, batches[len(found[layer])]))
@@ -50,7 +54,15 @@ class LiveTeacher(Teacher):
 
     def _read(self, batches: Sequence[Batch], to: ParallelLayout, soft_prompt: Tensor | None) -> list[HeadRows]:
         assert to is self.model.layout, "a live model is read in its own layout"
-        return [HeadRows(hidden, self.model.output_weight()) for hidden in supervised_hidden(self.model, batches, soft_prompt)]
+        found = supervised_hidden(self.model, self.text(batches), soft_prompt)
+        return [HeadRows(hidden, self.model.output_weight()) for hidden in found]
+
+
+class LiveStudent(LiveTeacher):
+    """The student in the teacher's place, to be learnt from: it reads its own text."""
+
+    def text(self, batches: Sequence[Batch]) -> list[Batch]:
+        return list(batches)
 
 
 class SoftPromptedTeacher(LiveTeacher):

@@ -3,8 +3,9 @@
     rows = teacher.read(batches, to=layout)      one HeadRows or TopKRows a micro-batch, on the last stage of the learner's layout,
                                                  in its data-parallel and vocabulary shards; an empty list on its other stages
 
-Row n of a micro-batch is the teacher's distribution at the n-th supervised position of the learner's batch. The learner is the
-student; in PromptKD's step (b) it is the soft prompt, and the student is what is read.
+Row n of a micro-batch is the teacher's distribution at the n-th supervised position of the learner's batch: of the same token of the
+response, whatever the teacher reads in front of it (`Batch.for_teacher`). The learner is the student; in PromptKD's step (b) it is the
+soft prompt, and the student is what is read.
 """
 
 from __future__ import annotations

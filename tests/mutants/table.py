@@ -276,7 +276,10 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (DATA + "dataloader.py", "[*range(ranks), *reversed(range(ranks))]", "[*range(ranks), *range(ranks)]"),
     ],
     "tests/test_data_batch.py": [
-        (DATA + "batch.py", "max(len(sample.prompt) - 1, 0)", "len(sample.prompt)"),
+        (DATA + "batch.py", "(lengths - torch.tensor(labels))", "(lengths - torch.tensor(labels) + 1)"),
+        (DATA + "batch.py", "return len(self.response) - (not self.prompt)", "return len(self.response)"),
+        (DATA + "batch.py", "twin=self.twin and self.twin.to(device)", "twin=None"),
+        (DATA + "batch.py", "ordered = sorted(samples, key=lambda sample: -sample.longest)", "ordered = sorted(samples, key=lambda sample: -sample.num_positions)"),
         (DATA + "batch.py", "most_tokens is None or size <= most_tokens", "most_tokens is None or size <= 2 * most_tokens"),
         (DATA + "batch.py", "MICRO_BATCH_COST = 128", "MICRO_BATCH_COST = 0"),
     ],
