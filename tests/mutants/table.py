@@ -26,6 +26,7 @@ SP, DP2 = "TP2 PP2 SP, 4 micro-batches", "DP2 distributed optimizer, 4 micro-bat
 OPTIMIZER, SCHEDULES, TRAINER = "megakd/optimizer.py", "megakd/schedules.py", "megakd/trainer.py"
 CONFIG, METHODS, LOSSES, MODELS, DATA = "megakd/config/", "megakd/methods/", "megakd/losses/", "megakd/models/", "megakd/data/"
 RUNTIME, GENERATION, CHECKPOINTS = "megakd/runtime/", "megakd/generation/", "megakd/checkpointing/"
+TEACHERS = "megakd/teachers/"
 EVALUATION, REPORTING, KERNELS = "megakd/evaluation/", "megakd/reporting/", "kernels/megakd_kernels/"
 
 GROUPS: dict[str, list[tuple[str, str, str]]] = {
@@ -170,7 +171,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     ],
     of("test_methods", "a_response_of_the_teacher_is_written_once_for_all_replicas"): [
         (METHODS + "seqkd.py", "if sample.sample_id not in self.written", "if sample"),
-        (METHODS + "seqkd.py", "in self.all_gather_samples(answers)}", "in answers}"),
+        (METHODS + "seqkd.py", "in self.all_gather_samples(learnt)}", "in learnt}"),
     ],
     of("test_methods", "positions_and_tokens_of_the_global_batch_are_counted"): [
         (METHODS + "base.py", 'return {"positions": real,', 'return {"positions": computed,'),
@@ -274,6 +275,16 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (DATA + "dataloader.py", "first = batch * self.global_batch_size", "first = 0"),
         (DATA + "dataloader.py", "self.dp_size)[self.dp_rank]", "self.dp_size)[0]"),
         (DATA + "dataloader.py", "[*range(ranks), *reversed(range(ranks))]", "[*range(ranks), *range(ranks)]"),
+    ],
+    of("test_methods", "a_teacher_that_reads_another_text_teaches_the_same_tokens[1-1-1-False]"): [
+        (TEACHERS + "live.py", "supervised_hidden(self.model, self.text(batches), soft_prompt)", "supervised_hidden(self.model, batches, soft_prompt)"),
+        (TEACHERS + "live.py", "return list(batches)", "return [batch.for_teacher for batch in batches]"),
+        (METHODS + "seqkd.py", "[sample.for_teacher for sample in samples]", "samples"),
+        (METHODS + "distillm.py", "teacher_prompt=self.dataset[sample.sample_id].teacher_prompt", "teacher_prompt=None"),
+        (METHODS + "promptkd.py", "read = self.prompted_teacher.text(batches)", "read = batches"),
+    ],
+    of("test_hidden_matching", "hidden_states_of_a_teacher_that_reads_another_text_are_those_of_the_same_tokens[1-1]"): [
+        (TEACHERS + "live.py", "batches, found = self.text(batches), {", "batches, found = batches, {"),
     ],
     "tests/test_data_batch.py": [
         (DATA + "batch.py", "(lengths - torch.tensor(labels))", "(lengths - torch.tensor(labels) + 1)"),
