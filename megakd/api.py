@@ -80,7 +80,7 @@ def distill(
         UserError: something does not fit; before any weight is loaded where that can be known.
         TypeError: a keyword is no flag, or a model or data are of no kind that can be used.
     """
-    check_keywords("distill", flags, Config().flat().keys() - CALLED.keys(), called=CALLED)
+    check_keywords("distill", flags, Config().flat().keys() - {*CALLED, "show_data"}, called=CALLED)
     given = {"model": student, "teacher_model": teacher, "train_data": train_data, "valid_data": valid_data}
     inputs = Inputs(Path(save), given | {name: flags.pop(name) for name in DATA if name in flags}, tokenizer)
     config = config_of("distill", Config, {**inputs.paths(), "method": method, "save": save, **flags})

@@ -20,15 +20,18 @@ from megakd.checkpointing.native import read_latest
 from megakd.checkpointing.training import load_checkpoint, save_checkpoint
 from megakd.config import Config
 from megakd.data.batch import Sample
+from megakd.data.conditioning import Conditioning
 from megakd.data.dataloader import DataLoader, deal
 from megakd.data.open_data import open_prompts, open_responses
 from megakd.data.sft_dataset import NO_RESPONSE
+from megakd.data.shown import as_read
 from megakd.errors import UserError, tell
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
 from megakd.loading import ModelFolders, start
 from megakd.methods import METHODS, build_method
 from megakd.methods.base import Method
+from megakd.models.model_provider import context_length
 from megakd.reporting.jsonl import JsonLines
 from megakd.reporting.logger import RunLogger
 from megakd.reporting.own_folder import write_text
@@ -52,21 +55,32 @@ class RunData:
     valid: Sequence[Sample] | None = None
 
     @classmethod
-    def open(cls, config: Config, tokenizer: PreTrainedTokenizerBase, layout: ParallelLayout) -> RunData:
+    def open(cls, config: Config, folders: ModelFolders, layout: ParallelLayout) -> RunData:
         """
         Raises:
             UserError: a file cannot be read, or does not hold what the method needs.
         """
         data, method = config.data, METHODS[config.method]
+        tokenizer, conditioning = folders.student.tokenizer, conditioning_of(config, folders)
         loader = DataLoader(
-            open_training_rows(config, tokenizer),
+            open_training_rows(config, tokenizer, conditioning),
             global_batch_size=config.training.global_batch_size,
             seed=config.training.seed,
             dp_rank=layout.dp_rank,
             dp_size=layout.dp_size,
         )
-        text = method.open_text(config, tokenizer, layout)
-        return cls(loader, text, open_responses(data.valid_data, tokenizer, data, no_response=HELD_OUT) if data.valid_data else None)
+        text = method.open_text(config, tokenizer, layout, conditioning)
+        options = {"conditioning": conditioning, "no_response": HELD_OUT}
+        return cls(loader, text, open_responses(data.valid_data, tokenizer, data, **options) if data.valid_data else None)
+
+    def show(self, count: int, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Print the first rows as they are read, on rank 0."""
+        written = f"what the {'teacher' if config.method == 'seqkd' else 'student'} writes, {config.max_new_tokens} tokens at most"
+        rows = self.loader.dataset
+        if is_rank_zero():
+            for i in range(min(count, len(rows))):
+                options = {"where": rows.where(i), "written": written, "has_teacher": config.needs_teacher}
+                print(as_read(rows[i], tokenizer, **options), flush=True)
 
 
 @dataclass(frozen=True)
@@ -88,7 +102,10 @@ def train(config: Config, *, callbacks: Callbacks = Callbacks(), write_inputs: C
     folders = ModelFolders.open(config.models.model, config.models.teacher_model if config.needs_teacher else "")
     preflight.check(config, folders)
     layout = start(config.parallel, seed=config.training.seed)
-    Trainer(config, folders, RunData.open(config, folders.student.tokenizer, layout), layout, callbacks).run()
+    data = RunData.open(config, folders, layout)
+    data.show(config.output.show_data or int(config.conditioning.adds_text), config, folders.student.tokenizer)
+    if not config.output.show_data:
+        Trainer(config, folders, data, layout, callbacks).run()
 
 
 class Trainer:
@@ -273,7 +290,27 @@ class Trainer:
         dist.barrier()
 
 
-def open_training_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> Sequence[Sample]:
+def conditioning_of(config: Config, folders: ModelFolders) -> Conditioning | None:
+    """What the teacher reads where the student reads a prompt; None where that is the same.
+
+    Raises:
+        UserError: a template cannot be used.
+    """
+    if folders.teacher is None:
+        return None
+    return Conditioning.open(
+        config.conditioning,
+        folders.student.tokenizer,
+        folders.teacher.tokenizer,
+        template=config.data.prompt_template,
+        positions=context_length(folders.teacher.config) - config.page.soft_prompt_len,
+        new_tokens=config.max_new_tokens if METHODS[config.method].answers_prompts(config) else 0,
+    )
+
+
+def open_training_rows(
+    config: Config, tokenizer: PreTrainedTokenizerBase, conditioning: Conditioning | None = None
+) -> Sequence[Sample]:
     """--train-data as the method reads it.
 
     Raises:
@@ -281,8 +318,8 @@ def open_training_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> Se
     """
     data, method = config.data, METHODS[config.method]
     if not method.reads_responses(config):
-        return open_prompts(data.train_data, tokenizer, data)
-    rows = open_responses(data.train_data, tokenizer, data, no_response=no_response(config))
+        return open_prompts(data.train_data, tokenizer, data, conditioning=conditioning)
+    rows = open_responses(data.train_data, tokenizer, data, conditioning=conditioning, no_response=no_response(config))
     if method.answers_prompts(config):
         check_prompts(rows)
     return rows

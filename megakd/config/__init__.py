@@ -7,9 +7,10 @@ so that `--help` answers at once.
 from megakd.config.answering import AnsweringConfig
 from megakd.config.base import BaseConfig
 from megakd.config.benchmark import BenchmarkConfig
+from megakd.config.conditioning import ConditioningConfig
 from megakd.config.distillation import DistillationConfig
 from megakd.config.evaluate import EvaluateConfig, ScoreConfig
-from megakd.config.fields import flag_name
+from megakd.config.fields import alike, flag_name
 from megakd.config.generate import GenerateConfig
 from megakd.config.methods.base import MethodConfig
 from megakd.config.methods.distillm import DistiLLMConfig
@@ -17,14 +18,14 @@ from megakd.config.methods.kd import KDConfig
 from megakd.config.methods.minillm import MiniLLMConfig
 from megakd.config.methods.promptkd import PromptKDConfig
 from megakd.config.parallel import LayoutConfig, ParallelConfig
-from megakd.config.parse import AnyConfig, alike, from_flags, from_values, from_yaml, parse
+from megakd.config.parse import AnyConfig, from_flags, from_values, from_yaml, parse
 from megakd.config.sampling import GenerationConfig, ResponseConfig, SamplingConfig
 from megakd.config.train import METHODS, Config, DataConfig, ModelConfig, OutputConfig
 from megakd.config.training import TrainingConfig
 
 __all__ = [
-    "METHODS", "AnsweringConfig", "AnyConfig", "BaseConfig", "BenchmarkConfig", "Config", "DataConfig", "DistiLLMConfig",
-    "DistillationConfig", "EvaluateConfig", "GenerateConfig", "GenerationConfig", "KDConfig", "LayoutConfig", "MethodConfig",
-    "MiniLLMConfig", "ModelConfig", "OutputConfig", "ParallelConfig", "PromptKDConfig", "ResponseConfig", "SamplingConfig",
+    "METHODS", "AnsweringConfig", "AnyConfig", "BaseConfig", "BenchmarkConfig", "ConditioningConfig", "Config", "DataConfig",
+    "DistiLLMConfig", "DistillationConfig", "EvaluateConfig", "GenerateConfig", "GenerationConfig", "KDConfig", "LayoutConfig",
+    "MethodConfig", "MiniLLMConfig", "ModelConfig", "OutputConfig", "ParallelConfig", "PromptKDConfig", "ResponseConfig", "SamplingConfig",
     "ScoreConfig", "TrainingConfig", "alike", "flag_name", "from_flags", "from_values", "from_yaml", "parse",
 ]  # fmt: skip

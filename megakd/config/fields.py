@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +65,11 @@ def alias(*names: str) -> Any:
 def flag_name(name: str) -> str:
     """`max_length` -> `--max-length`."""
     return "--" + name.replace("_", "-")
+
+
+def alike(name: str, names: Iterable[str]) -> str | None:
+    """The name that was probably meant."""
+    return next(iter(difflib.get_close_matches(name, names, n=1)), None)
 
 
 def as_words(name: str, value: Any) -> list[str]:

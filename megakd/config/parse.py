@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import inspect
 import io
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +16,7 @@ import tyro
 import yaml
 
 from megakd.config.base import BaseConfig
-from megakd.config.fields import as_words
+from megakd.config.fields import alike, as_words
 from megakd.config.train import Config
 from megakd.errors import UserError, fail, file_errors, tell
 
@@ -81,11 +80,6 @@ def from_values(values: Mapping[str, Any], kind: type[AnyConfig] = Config, *, wh
     """
     words = [word for name, value in values.items() if value is not None for word in as_words(name, value)]
     return from_flags(words, kind(), where=where)
-
-
-def alike(name: str, names: Iterable[str]) -> str | None:
-    """The name that was probably meant."""
-    return next(iter(difflib.get_close_matches(name, names, n=1)), None)
 
 
 def description_of(kind: type[BaseConfig]) -> str:

@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from megakd.config.base import BaseConfig
+from megakd.config.conditioning import ConditioningConfig
 from megakd.config.distillation import DistillationConfig
-from megakd.config.fields import POSITIVE, SHARE_BELOW_1, TEMPLATE_HELP, Group, alias, as_words, flag
+from megakd.config.fields import NOT_NEGATIVE, POSITIVE, SHARE_BELOW_1, TEMPLATE_HELP, Group, alias, as_words, flag
 from megakd.config.methods.base import MethodConfig
 from megakd.config.methods.distillm import DistiLLMConfig
 from megakd.config.methods.kd import KDConfig
@@ -80,6 +81,11 @@ class OutputConfig:
         "write rollouts.jsonl: ids and loss mask of every response, so that any step can be recomputed",
         read_by="writes_responses",
     )
+    show_data: int = flag(
+        0,
+        "print so many rows of --train-data as the student and the teacher read them, the part that the loss is on marked, and end",
+        range=NOT_NEGATIVE,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +99,7 @@ class Config(BaseConfig):
     method: MethodName = "promptkd"
     models: Group[ModelConfig] = ModelConfig()
     data: Group[DataConfig] = DataConfig()
+    conditioning: Group[ConditioningConfig] = ConditioningConfig()
     parallel: Group[ParallelConfig] = ParallelConfig()
     training: Group[TrainingConfig] = TrainingConfig()
     distillation: Group[DistillationConfig] = DistillationConfig()
@@ -123,6 +130,7 @@ class Config(BaseConfig):
     def validation_errors(self):
         yield from self._missing()
         yield from self._contradictions()
+        yield from self.conditioning.validation_errors()
         yield from self.distillation.validation_errors(self)
         yield from self.page.validation_errors(self)
 

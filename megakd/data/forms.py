@@ -45,6 +45,7 @@ class Row:
     response: str | None  # what is learnt after the prompt, to the byte; None in a file of prompts
     ends: bool = True  # EOS follows the response
     ids: tuple[list[int], list[int]] | None = None  # of prompt and response, where the record has them
+    teacher_prompt: str | None = None  # what the teacher reads in the prompt's place, where that is something else
 
     @property
     def is_text(self) -> bool:
@@ -65,7 +66,7 @@ class RowReader:
         asked = [name for name in QUESTIONS if name in fields]
         if not asked:
             raise UserError(f"{where} has the fields {short(', '.join(fields))}; it needs {FORMS}")
-        if asked[0] == "messages" or isinstance(fields[asked[0]], list):
+        if is_chat(fields, asked[0]):
             row = self._chat(fields, asked[0], where)
         elif asked[0] == "text":
             row = plain_text(fields, where)
@@ -74,6 +75,13 @@ class RowReader:
             row = Row(where, self._prompt(fields, asked[0], where), right, next(iter(right), None))
         self._note_unread(fields, asked, row)
         return with_generated(row, fields)
+
+    def prompt_of(self, fields: dict, where: str) -> str:
+        """The prompt alone of a record that has one."""
+        name = asked_first(fields)
+        if is_chat(fields, name):
+            return self._opening(Chat(check_turns(fields[name], name, where), tools_of(fields, where), self.tokenizer, where))
+        return self._prompt(fields, name, where)
 
     def _prompt(self, fields: dict, name: str, where: str) -> str:
         """The text that the model is asked to continue."""
@@ -152,6 +160,16 @@ class RowReader:
             self.notes.add("what is learnt is not what the chat template writes for the whole chat", where, f": {differs}")
 
 
+def asked_first(fields: dict) -> str:
+    """The field that asks, of a record that has one."""
+    return next(name for name in QUESTIONS if name in fields)
+
+
+def is_chat(fields: dict, name: str) -> bool:
+    """Whether what asks is a list of turns."""
+    return name == "messages" or isinstance(fields[name], list)
+
+
 def plain_text(fields: dict, where: str) -> Row:
     """Every token is learnt. Raises UserError where it has a response, which would have to follow something."""
     answers = [name for name in ANSWERS if name in fields]
@@ -176,7 +194,7 @@ def unanswered(fields: dict) -> dict:
     """A record that has been read as a row with a prompt, without its answer; that becomes `reference`, unless there is one."""
     kept = {name: value for name, value in fields.items() if name not in (*ANSWERS, *GENERATED)}
     old = next((fields[name] for name in ANSWERS if name in fields), None)
-    asked = next(name for name in QUESTIONS if name in fields)
+    asked = asked_first(fields)
     turns = fields[asked]
     if isinstance(turns, list) and turns[-1]["role"] == "assistant":
         kept[asked], turn = turns[:-1], turns[-1]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from megakd.data.conditioning import Conditioning
 from megakd.data.forms import Row
 from megakd.data.rows import Rows
 from megakd.data.text_dataset import CHECKED_ROWS, TextDataset, report_dropped, tell_if_misspelled
@@ -31,10 +32,12 @@ class PromptDataset(TextDataset):
         *,
         max_prompt_length: int = 256,
         template: str = "alpaca",
+        conditioning: Conditioning | None = None,
         prompts_only: bool = False,
     ) -> None:
-        super().__init__(Rows(path, tokenizer, template=template))
+        super().__init__(Rows(path, tokenizer, template=template, conditioning=conditioning))
         self.tokenizer, self.max_prompt_length, lengths = tokenizer, max_prompt_length, array("q")
+        beginning = list(self._beginning())
         for rows in self._rows.read_in_parts():
             check_prompts(rows, prompts_only=prompts_only)
             whole = encode(tokenizer, [row.response if row.is_text else row.prompt for row in rows])
@@ -44,10 +47,13 @@ class PromptDataset(TextDataset):
             asked = [self._opening(row, ids) for row, ids in zip(rows, whole)]
             kept = [i for i, (_, ids) in enumerate(asked) if 0 < len(ids) <= max_prompt_length]
             responses = self._responses([asked[i] for i in kept])
-            for i, response in zip(kept, responses):
-                self._add(len(lengths) + i, [*self._beginning(), *asked[i][1]], response)
+            primed = self._primed(*zip(*(asked[i] for i in kept)), responses, tokenizer) if kept else []
+            for i, response, ids in zip(kept, responses, primed):
+                if ids is not None:
+                    self._add(len(lengths) + i, beginning + asked[i][1], response, beginning + ids if ids else ids)
             lengths.extend(len(ids) for _, ids in asked)
         report_dropped(path, lengths, max_prompt_length)
+        self._report_primed()
         if not self:
             raise UserError(f"{path} holds no text of two tokens or more; there is nothing to continue")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from megakd.data.conditioning import PLAIN_TEXT, Conditioning
 from megakd.data.forms import Row, RowReader
 from megakd.data.packed import Packed
 from megakd.data.records import records
@@ -37,8 +38,15 @@ class Rows(Sequence[Row]):
     Kept are the records, as JSON: about as much as the file, where rows of text take several times that.
     """
 
-    def __init__(self, path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, *, template: str = "alpaca") -> None:
-        self.path = Path(path)
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        template: str = "alpaca",
+        conditioning: Conditioning | None = None,
+    ) -> None:
+        self.path, self.conditioning = Path(path), conditioning
         self._reader = RowReader(open_template(template), tokenizer)
         self._records = Packed()
 
@@ -46,7 +54,10 @@ class Rows(Sequence[Row]):
         """Every row, once; then what is to be told of them all."""
         for place, fields in records(self.path):
             self._records.append(json.dumps([place, fields], ensure_ascii=False).encode())
-            yield self._reader.row_of(fields, f"{self.path} {place}")
+            row = self._row(place, fields)
+            if self.conditioning and row.is_text:
+                self._reader.notes.add(PLAIN_TEXT, row.where)
+            yield row
         if not self:
             raise UserError(f"{self.path} is empty; it needs one JSON object a line with {FORMS}")
         self._reader.notes.tell()
@@ -67,8 +78,11 @@ class Rows(Sequence[Row]):
         return len(self._records)
 
     def __getitem__(self, index: int) -> Row:
-        place, fields = self._record(index)
-        return self._reader.row_of(fields, f"{self.path} {place}")
+        return self._row(*self._record(index))
+
+    def _row(self, place: str, fields: dict) -> Row:
+        row = self._reader.row_of(fields, f"{self.path} {place}")
+        return self.conditioning.row(row, fields) if self.conditioning else row
 
     def where(self, index: int) -> str:
         """File and place of a row, as in messages."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from megakd.data.conditioning import Conditioning
 from megakd.data.forms import Row
 from megakd.data.rows import Rows
 from megakd.data.text_dataset import CHECKED_ROWS, TextDataset, encode_responses, report_dropped, tell_if_misspelled
@@ -34,10 +35,11 @@ class SFTDataset(TextDataset):
         max_length: int = 512,
         max_prompt_length: int = 256,
         template: str = "alpaca",
+        conditioning: Conditioning | None = None,
         full_rows: bool = False,
         no_response: str = NO_RESPONSE,
     ) -> None:
-        super().__init__(Rows(path, tokenizer, template=template))
+        super().__init__(Rows(path, tokenizer, template=template, conditioning=conditioning))
         if max_prompt_length >= max_length:
             raise UserError(
                 f"--max-prompt-length {max_prompt_length} leaves no room for a response in --max-length {max_length}; lower it"
@@ -51,32 +53,35 @@ class SFTDataset(TextDataset):
             responses = encode_responses(rows, prompts, tokenizer)
             if not lengths:
                 check_spelling(rows, prompts, responses, tokenizer)
-            for number, (prompt, response) in enumerate(zip(prompts, responses), start=len(lengths)):
-                self._add_row(number, prompt, response)
+            first = len(lengths)
             lengths.extend(map(len, prompts))
+            kept = [i for i, prompt in enumerate(prompts) if len(prompt) <= max_prompt_length]
+            learnt = [responses[i][: max_length - len(prompts[i])] if prompts[i] else responses[i] for i in kept]
+            primed = self._primed([rows[i] for i in kept], [prompts[i] for i in kept], learnt, tokenizer)
+            for i, response, ids in zip(kept, learnt, primed):
+                if ids is not None:
+                    self._add_row(first + i, prompts[i], response, ids)
         report_dropped(path, lengths, max_prompt_length)
+        self._report_primed()
         if not self:
             if full_rows:
                 raise UserError(f"{path} holds less text than a row of --max-length {max_length} tokens; give more or lower it")
             raise UserError(f"{path} holds no text; its documents have no tokens to learn")
 
-    def _add_row(self, number: int, prompt: list[int], response: list[int]) -> None:
-        """One sample, or none if the prompt is too long; of plain text as many as it fills."""
+    def _add_row(self, number: int, prompt: list[int], response: list[int], primed: list[int]) -> None:
+        """One sample; of plain text as many as it fills."""
         if self._stream is not None and not prompt:
             self._stream += response
             whole = len(self._stream) // self.max_length * self.max_length
             response, self._stream = self._stream[:whole], self._stream[whole:]
-        if len(prompt) <= self.max_prompt_length:
-            for piece in cut(prompt, response, self.max_length):
-                self._add(number, prompt, piece)
+        for piece in [response] if prompt else pieces(response, self.max_length):
+            self._add(number, prompt, piece, primed)
 
 
-def cut(prompt: list[int], response: list[int], max_length: int) -> list[list[int]]:
-    """The response cut to `max_length` ids with its prompt; plain text in as many pieces as it takes, of two ids or more."""
-    if prompt:
-        return [response[: max_length - len(prompt)]]
-    pieces = [response[first : first + max_length] for first in range(0, len(response), max_length)]
-    return [piece for piece in pieces if len(piece) > 1]  # one id alone has nothing to be predicted from
+def pieces(text: list[int], max_length: int) -> list[list[int]]:
+    """Plain text in as many pieces as it takes, of two ids or more: one alone has nothing to be predicted from."""
+    every = [text[first : first + max_length] for first in range(0, len(text), max_length)]
+    return [piece for piece in every if len(piece) > 1]
 
 
 def check_spelling(

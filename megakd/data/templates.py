@@ -4,11 +4,11 @@
 with the input if there is one. A .jinja file has the fields instruction and input; input may be empty.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megakd.errors import UserError, file_errors
@@ -37,7 +37,9 @@ def open_template(name: str) -> Callable[[str, str], str]:
         return partial(render_prompt, template=name)
     if not (name.endswith(".jinja") and Path(name).is_file()):
         raise UserError(f"--prompt-template {name}: no such template; give {', '.join(TEMPLATES)} or the path of a .jinja file")
-    return jinja_template(Path(name))
+    template = jinja_template(Path(name), "--prompt-template", ("instruction", "input"))
+    template("an instruction", "")
+    return template
 
 
 def render_prompt(instruction: str, input: str = "", *, template: str = "alpaca") -> str:
@@ -46,25 +48,31 @@ def render_prompt(instruction: str, input: str = "", *, template: str = "alpaca"
     return with_input.format(instruction=instruction, input=input) if input else without_input.format(instruction=instruction)
 
 
-def jinja_template(path: Path) -> Callable[[str, str], str]:
-    """By a file's template, which sees two fields and nothing else."""
+def jinja_template(path: Path, flag: str, fields: Sequence[str]) -> Callable[..., str]:
+    """By the template of a file that `flag` names, which sees these fields and nothing else; they are given in this order.
+
+    Raises UserError where the file is none, or asks for another field.
+    """
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-    with file_errors(path, flag="--prompt-template"):
+    with file_errors(path, flag=flag):
         text = path.read_text(encoding="utf-8-sig")  # a byte-order mark is no part of a prompt
+    way_out = f"its fields are {', '.join(fields[:-1])} and {fields[-1]}"
     try:
         template = environment.from_string(text)
+        unknown = meta.find_undeclared_variables(environment.parse(text)) - {*fields, *environment.globals}
     except TemplateSyntaxError as error:
-        raise UserError(f"--prompt-template {path} line {error.lineno}: {failure(error)}; correct it") from error
+        raise UserError(f"{flag} {path} line {error.lineno}: {failure(error)}; correct it") from error
     except Exception as error:  # Python compiles what Jinja makes of it, and has limits of its own
-        raise UserError(f"--prompt-template {path}: {failure(error)}; correct it") from error
+        raise UserError(f"{flag} {path}: {failure(error)}; correct it") from error
+    if unknown:
+        raise UserError(f"{flag} {path}: {sorted(unknown)[0]!r} is undefined; {way_out}")
 
-    def render(instruction: str, input: str) -> str:
+    def render(*values: object) -> str:
         try:
-            return template.render(instruction=instruction, input=input)
+            return template.render(dict(zip(fields, values, strict=True)))
         except Exception as error:  # a template is foreign code, and may raise anything
-            raise UserError(f"--prompt-template {path}: {failure(error)}; its fields are instruction and input") from error
+            raise UserError(f"{flag} {path}: {failure(error)}; {way_out}") from error
 
-    render("an instruction", "")
     return render
 
 

@@ -31,20 +31,42 @@ class TextDataset(Sequence[Sample]):
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
         self._row_of = array("q")  # the row of each sample
-        self._ids = Packed()  # prompt and response of each, int32
+        self._ids = Packed()  # prompt, response and the teacher's prompt of each, int32; the last empty where it is the first
+        self._teacher_lengths = array("q")  # of the rows' teacher prompts, those left out among them
 
-    def _add(self, row: int, prompt: Sequence[int], response: Sequence[int]) -> None:
+    def _add(self, row: int, prompt: Sequence[int], response: Sequence[int], primed: Sequence[int] = ()) -> None:
         self._row_of.append(row)
-        for ids in (prompt, response):
+        for ids in (prompt, response, primed):
             self._ids.append(array("i", ids).tobytes())
+
+    def _primed(
+        self, rows: Sequence[Row], prompts: Sequence[list[int]], responses: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase
+    ) -> list[list[int] | None]:
+        """Ids of what the teacher reads before each response, none where that is the prompt; None in place of them: the row is left out.
+
+        Raises UserError where the teacher has no positions for a row.
+        """
+        conditioning, found = self._rows.conditioning, [[] for _ in rows]
+        conditioned = [i for i, row in enumerate(rows) if row.teacher_prompt is not None]
+        for i, ids in zip(conditioned, encode(tokenizer, [rows[i].teacher_prompt for i in conditioned])):
+            self._teacher_lengths.append(len(ids))
+            fits = conditioning.fits(ids, responses[i], rows[i].where)
+            found[i] = None if not fits else [] if ids == prompts[i] else ids
+        return found
+
+    def _report_primed(self) -> None:
+        """Tells of the rows that were left out for the teacher's sake. Raises UserError where that is all of them."""
+        limit = self._rows.conditioning and self._rows.conditioning.settings.teacher_max_prompt_length
+        if self._teacher_lengths and limit:
+            report_dropped(self._rows.path, self._teacher_lengths, limit, flag="--teacher-max-prompt-length", whose="teacher prompt")
 
     def __len__(self) -> int:
         return len(self._row_of)
 
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self))[index]
-        prompt, response = (tuple(array("i", self._ids[2 * index + part])) for part in (0, 1))
-        return Sample(index, prompt, response)
+        prompt, response, primed = (tuple(array("i", self._ids[3 * index + part])) for part in (0, 1, 2))
+        return Sample(index, prompt, response, primed or None)
 
     def text(self, index: int) -> Row:
         """The text of a sample."""
@@ -114,14 +136,15 @@ def without_spaces(text: str) -> str:
     return text.replace(" ", "")
 
 
-def report_dropped(path: str | Path, lengths: Sequence[int], max_prompt_length: int) -> None:
+def report_dropped(
+    path: str | Path, lengths: Sequence[int], limit: int, *, flag: str = "--max-prompt-length", whose: str = "prompt"
+) -> None:
     """Tells of the number of prompts that are too long. Raises UserError where that is all of them."""
     lengths = np.asarray(lengths)
-    dropped = int((lengths > max_prompt_length).sum())
+    dropped = int((lengths > limit).sum())
     if dropped == len(lengths):
         raise UserError(
-            f"{path}: all {dropped} prompts are longer than --max-prompt-length {max_prompt_length} tokens; "
-            f"the shortest has {lengths.min()}: raise the flag"
+            f"{path}: all {dropped} {whose}s are longer than {flag} {limit} tokens; the shortest has {lengths.min()}: raise the flag"
         )
     if dropped:
-        tell(f"{path}: left out {dropped} of {len(lengths)} rows, prompt longer than {max_prompt_length} tokens")
+        tell(f"{path}: left out {dropped} of {len(lengths)} rows, {whose} longer than {limit} tokens")

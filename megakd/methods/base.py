@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megakd.config import Config
 from megakd.data.batch import Batch, Sample, micro_batches
+from megakd.data.conditioning import Conditioning
 from megakd.data.dataloader import DataLoader
 from megakd.data.end_ids import EndIds
 from megakd.losses.distillation import reverse_kl_loss, sft_loss
@@ -62,7 +63,9 @@ class Method:
         return not cls.on_policy
 
     @classmethod
-    def open_text(cls, config: Config, tokenizer: object, layout: ParallelLayout) -> DataLoader | None:
+    def open_text(
+        cls, config: Config, tokenizer: object, layout: ParallelLayout, conditioning: Conditioning | None = None
+    ) -> DataLoader | None:
         """What the method learns beside its rows, opened before any weight is loaded."""
 
     @classmethod

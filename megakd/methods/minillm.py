@@ -56,12 +56,13 @@ class MiniLLM(Method):
         self.text = inputs.text
 
     @classmethod
-    def open_text(cls, config, tokenizer, layout):
+    def open_text(cls, config, tokenizer, layout, conditioning=None):
         settings, data = config.minillm, config.data
         if not settings.lm_coef:
             return None
         no_response = f"--lm-coef {settings.lm_coef:g} learns it as text: give text with --lm-data, or --lm-coef 0 for prompts alone"
-        dataset = open_responses(settings.lm_data or data.train_data, tokenizer, data, full_rows=True, no_response=no_response)
+        options = {"conditioning": conditioning, "full_rows": True, "no_response": no_response}
+        dataset = open_responses(settings.lm_data or data.train_data, tokenizer, data, **options)
         rows, seed = config.training.global_batch_size, config.training.seed + 1
         return DataLoader(dataset, global_batch_size=rows, seed=seed, dp_rank=layout.dp_rank, dp_size=layout.dp_size)
 
