@@ -40,7 +40,7 @@ def gpu_of(monkeypatch, local_rank: int, visible: int) -> list[int]:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: None)
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout, device_id: taken.append((backend, device_id)))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout, device_id, **place: taken.append((backend, device_id)))
     join()
     return taken
 

@@ -2,7 +2,7 @@
 
 A `RowLoss` says what a row costs and what its gradient is; `LossFromLogits` here and `LossFromHidden` in `heads` carry
 it out. Forward keeps the logits and a few numbers a row, nothing of the logits' size; backward writes one gradient a tensor, or
-writes over the logits where it may. `LossAndGradient` is for kernels that make both in one reading.
+writes over the logits where it may.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ class RowLoss(Protocol):
 
     outputs: int  # the loss and its parts
     shard: VocabShard
-    reads_once: bool  # whether `at_once`, which reads the logits once for loss and gradient, can be called
-    gradient_in_forward: bool  # whether a loss of given logits calls it too, and keeps the gradient until backward
+    reads_once: bool  # whether it has `at_once`, which the fused heads then call
 
     def of_rows(self, rows: slice | Tensor) -> RowLoss:
         """The same loss for some of the rows, where it holds something of each row (labels)."""
@@ -69,36 +68,8 @@ class LossFromLogits(torch.autograd.Function):
         return None, None, None, *grads_NV
 
 
-class LossAndGradient(torch.autograd.Function):
-    """The same for a loss that reads its logits once: the gradient is made in forward, and backward scales its rows.
-
-    In memory of its own: whoever allows the logits to be overwritten allows it in backward, and may read them until then.
-    """
-
-    @staticmethod
-    def forward(ctx, loss: RowLoss, weights_N: Tensor | None, *logits_NV: Tensor) -> tuple[Tensor, ...]:
-        weights_N = weights_for(weights_N, logits_NV[0])
-        ctx.loss, ctx.grads_NV = loss, _gradients(logits_NV, ctx.needs_input_grad[2:], inplace=False)
-        outputs = value_and_gradient(loss, logits_NV, ctx.grads_NV, weights_N)
-        ctx.mark_non_differentiable(*outputs[1:])
-        return outputs
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_N: Tensor, *_parts):
-        if ctx.grads_NV is None:
-            raise RuntimeError("a loss of one launch has one backward: leave launch.use(\"single_launch\") to repeat it")
-        grads_NV, ctx.grads_NV = ctx.grads_NV, None
-        for grad_NV in grads_NV:
-            if grad_NV is not None:
-                ctx.loss.kernels.scale_rows(grad_NV, grad_N)
-        return None, None, *grads_NV
-
-
 def loss_from_logits(loss: RowLoss, weights_N: Tensor | None, inplace: bool, *logits_NV: Tensor) -> tuple[Tensor, ...]:
     """(loss_N, *parts_N) with gradient to the logits that require one."""
-    if loss.gradient_in_forward and torch.is_grad_enabled() and any(x.requires_grad for x in logits_NV):
-        return LossAndGradient.apply(loss, weights_N, *logits_NV)
     return LossFromLogits.apply(loss, weights_N, inplace, *logits_NV)
 
 

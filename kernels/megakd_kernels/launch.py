@@ -2,8 +2,7 @@
 
 Triton is imported at the first call on a CUDA device, never with the package: its interpreter switch (TRITON_INTERPRET) is read
 when a kernel is defined, and a machine without a GPU has no use for it. `use` names an implementation for a block of code; only
-so are the two options reached, which exist for the divergences: `compiled`, torch.compile's version of the CPU's row functions, and
-`single_launch`, which on one GPU reads each logit once.
+so is the option reached that the divergences have: `compiled`, torch.compile's version of the CPU's row functions.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
-IMPLEMENTATIONS = ("rows", "compiled", "triton", "single_launch", "reference")
-OPTIONS = {"compiled": "rows", "single_launch": "triton"}  # of the divergences, and what other operators run in their place
+IMPLEMENTATIONS = ("rows", "compiled", "triton", "reference")
+OPTIONS = {"compiled": "rows"}  # of the divergences, and what other operators run in its place
 _chosen: ContextVar[str | None] = ContextVar("implementation", default=None)
 
 
@@ -42,7 +41,7 @@ def implementation(x: Tensor, operator: str = "kl") -> str:
     chosen = _chosen.get()
     if chosen in OPTIONS and operator != "kl":
         return OPTIONS[chosen]
-    if chosen is not None and not (chosen in OPTIONS and x.dtype == torch.float64):  # the options are for float32 and less
+    if chosen is not None and not (chosen in OPTIONS and x.dtype == torch.float64):  # the option is for float32 and less
         return chosen
     if x.device.type == "cpu":
         return "rows"
@@ -83,12 +82,6 @@ def _kl_triton() -> ModuleType:
     return triton
 
 
-def _kl_single_launch() -> ModuleType:
-    from .experimental import single_launch
-
-    return single_launch
-
-
 def _mixture_rows() -> ModuleType:
     from .mixture import rows
 
@@ -126,7 +119,7 @@ def _prompt_embedding_triton() -> ModuleType:
 
 
 KERNELS: dict[str, dict[str, Callable[[], ModuleType]]] = {
-    "kl": {"rows": _kl_rows, "compiled": _kl_compiled, "triton": _kl_triton, "single_launch": _kl_single_launch},
+    "kl": {"rows": _kl_rows, "compiled": _kl_compiled, "triton": _kl_triton},
     "mixture": {"rows": _mixture_rows, "triton": _mixture_triton},
     "cross_entropy": {"rows": _cross_entropy_rows, "triton": _cross_entropy_triton},
     "prompt_embedding": {"rows": _prompt_embedding_rows, "triton": _prompt_embedding_triton},

@@ -2,6 +2,9 @@
 
 A program walks one row, or one of its splits, in tiles. Rows of an odd width (V = 50257) start at any address: the first numbers
 are peeled off up to a 16-byte boundary, and all other loads are 128 bits wide. Only the first and the last tile are masked.
+
+Numbers that change from one micro-batch to the next (rows, lengths) are not specialised: Triton would compile a kernel anew for one
+row, and for multiples of 16.
 """
 
 from __future__ import annotations

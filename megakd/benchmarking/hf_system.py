@@ -47,7 +47,7 @@ class HFSystem:
         self.student, base = (load(models / name, config.dtype).to(self.device) for name in ("student", "teacher"))
         self.teacher = with_soft_prompt(base, list(workload.prompt_ids))
         self.prompt = [parameter for parameter in self.teacher.parameters() if parameter.requires_grad]
-        self.optimizer = adamw(self.student.parameters(), config.lr)
+        self.optimizer = MasterWeights(self.student, config.lr)
         self.prompt_optimizer = adamw(self.prompt, config.lr)
         self.time, self.counter = Stopwatch(), PositionCounter()
         for model in (self.student, base, self.teacher):
@@ -125,7 +125,7 @@ class HFSystem:
         self.teacher.eval()
         loss = sum(self._student_gradient(batch, tokens) for batch in batches)
         with self.time("optimizer"):
-            _clip_and_step(list(self.student.parameters()), self.optimizer)
+            self.optimizer.step()
         return {"loss/reverse_kl": loss.item()}
 
     def _student_gradient(self, batch: Batch, tokens: int) -> Tensor:
@@ -207,6 +207,28 @@ def reverse_kl(learning_BSV: Tensor, fixed_BSV: Tensor, mask_BS: Tensor) -> Tens
     fixed = torch.masked_fill(p * F.log_softmax(fixed_BSV, dim=-1, dtype=torch.float32), torch.isinf(fixed_BSV), 0)
     learning = torch.masked_fill(p * F.log_softmax(learning_BSV, dim=-1, dtype=torch.float32), torch.isinf(learning_BSV), 0)
     return ((learning - fixed).sum(-1) * mask_BS).sum()
+
+
+class MasterWeights:
+    """AdamW on float32 copies of a model's weights, as DeepSpeed keeps them for bfloat16, which would round most steps away."""
+
+    def __init__(self, model: torch.nn.Module, lr: float):
+        self.weights = list(model.parameters())
+        self.masters = [weight.detach().float().requires_grad_() if weight.dtype != torch.float32 else weight for weight in self.weights]
+        self.adamw = adamw(self.masters, lr)
+
+    def zero_grad(self) -> None:
+        """Of the model's weights, where gradients are summed."""
+        for weight in self.weights:
+            weight.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One clipped step, rounded into the model's weights."""
+        for weight, master in zip(self.weights, self.masters):
+            master.grad = weight.grad.to(master.dtype)
+        _clip_and_step(self.masters, self.adamw)
+        torch._foreach_copy_(self.weights, self.masters)
 
 
 def adamw(parameters, lr: float) -> torch.optim.AdamW:

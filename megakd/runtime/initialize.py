@@ -9,7 +9,6 @@ import atexit
 import datetime
 import os
 import random
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,16 +74,16 @@ def join() -> None:
     parallel_state.destroy_model_parallel()  # forget the groups of a world that has ended
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(free_port())
+    alone = os.environ["WORLD_SIZE"] == "1"  # talks to itself, without a port that another program may have taken meanwhile
+    place = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
     if torch.cuda.is_available():
         device = torch.device("cuda", own_gpu(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()))
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape of a micro-batch, tens of milliseconds a plan
-        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device, **place)
     else:
         share_cores()
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+        dist.init_process_group("gloo", timeout=TIMEOUT, **place)
 
 
 def own_gpu(local_rank: int, visible: int) -> int:
@@ -112,13 +111,6 @@ def share_cores() -> None:
 def usable_cores() -> int:
     """taskset or a container may leave a process fewer cores than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def free_port() -> int:
-    """A port that is free now; a single rank needs one only to talk to itself."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def seed_everything(seed: int, layout: ParallelLayout, *, iteration: int = 0) -> None:
@@ -194,7 +186,7 @@ def among_ranks() -> Iterator[None]:
         atexit.register(lambda: hasattr(sys, "last_value") or leave())  # Python keeps there what ended the program
         yield
     else:
-        added = {*ALONE, "MASTER_PORT"} - os.environ.keys()
+        added = ALONE.keys() - os.environ.keys()
         try:
             join()
             yield

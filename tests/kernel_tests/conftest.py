@@ -15,7 +15,6 @@ def small_tiles(monkeypatch):
     """Tiles so small that a few hundred columns fill heads, whole tiles, tails and splits."""
     from megakd_kernels import triton_rows
     from megakd_kernels.cross_entropy import triton as cross_entropy_triton
-    from megakd_kernels.experimental import single_launch
     from megakd_kernels.kl import triton as kl_triton
     from megakd_kernels.mixture import triton as mixture_triton
 
@@ -23,6 +22,5 @@ def small_tiles(monkeypatch):
         monkeypatch.setattr(kl_triton, "STATISTICS_TILE", {5: (2, 64, 4), 8: (2, 64, 4)})
         monkeypatch.setattr(kl_triton, "GRADIENT_BLOCK", 128)
         monkeypatch.setattr(mixture_triton, "BLOCK", 128)
-        monkeypatch.setattr(single_launch, "BLOCK", 64)
         monkeypatch.setattr(cross_entropy_triton, "BLOCK", 128)
         monkeypatch.setattr(triton_rows, "SPLITS_WANTED", 10)

@@ -1,4 +1,4 @@
-"""Forked gloo ranks that know torch only, so that these tests hold for the package by itself."""
+"""Gloo ranks that know torch only, so that these tests hold for the package by itself. On a GPU all of them share it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 def on_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
     """fn(tp_group, *args) on every rank; what each returned, rank 0 first. A rank's exception is an AssertionError here."""
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")  # CUDA survives no fork
     results = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         ranks = [context.Process(target=_rank, args=(r, world_size, folder, fn, args, results)) for r in range(world_size)]

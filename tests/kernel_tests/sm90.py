@@ -15,7 +15,6 @@ from pathlib import Path
 
 import triton
 from megakd_kernels.cross_entropy import triton as cross_entropy_triton
-from megakd_kernels.experimental import single_launch as kl_single_launch
 from megakd_kernels.kl import triton as kl_triton
 from megakd_kernels.mixture import triton as mixture_triton
 from megakd_kernels.prompt_embedding import triton as prompt_embedding_triton
@@ -27,22 +26,19 @@ INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+(?:
 FLOAT32_POINTERS = re.compile(r"(weights|stats|top_.|sum_.|top|sum|kl_.*|scale|coef|lse|x|y)_ptr")
 INT64_POINTERS = ("labels_ptr", "tokens_ptr", "position_ids_ptr")
 FLOATS = ("k", "share", "log_share", "log_rest")
-INT32_POINTERS = ("ticket_ptr", "done_ptr")
-MULTIPLES_OF_16 = ("split_columns", "slice_columns", "H")  # the first two are multiples of a tile; strides are odd: V = 50257
+MULTIPLES_OF_16 = ("split_columns", "H")  # the first is a multiple of a tile; strides are odd: V = 50257
 
 
 def argument_type(kernel: str, name: str) -> str:
     if name in INT64_POINTERS:
         return "*i64"
-    if name in INT32_POINTERS:
-        return "*i32"
     if FLOAT32_POINTERS.fullmatch(name) or (name == "out_ptr" and kernel != "embed_kernel"):
         return "*fp32"
     return "*bf16" if name.endswith("_ptr") else "fp32" if name in FLOATS else "i32"
 
 
 def compile_for_sm90(kernel, constants: dict[str, object], num_warps: int) -> dict[str, int]:
-    """Registers and stack bytes of a thread; how many global loads and stores there are, in all and of 128 bits, or ordered."""
+    """Registers and stack bytes of a thread; how many global loads and stores there are, in all and of 128 bits."""
     names = kernel.arg_names
     types = {n: argument_type(kernel.fn.__name__, n) for n in names if n not in constants}
     aligned = [n for n, kind in types.items() if kind.startswith("*") or n in MULTIPLES_OF_16]
@@ -61,8 +57,7 @@ def compile_for_sm90(kernel, constants: dict[str, object], num_warps: int) -> di
     ops = Counter(INSTRUCTION.findall(code))
     count = lambda start, part="": sum(n for op, n in ops.items() if op.startswith(start) and part in op)
     return {"registers": registers, "stack": stack, "loads": count("LDG"), "loads_128": count("LDG", ".128"),
-            "stores": count("STG"), "stores_128": count("STG", ".128"),
-            "past_l1": compiled.asm["ptx"].count("ld.global.cg"), "acquires": compiled.asm["ptx"].count(".gpu.acquire"), "releases": compiled.asm["ptx"].count(".gpu.release")}
+            "stores": count("STG"), "stores_128": count("STG", ".128")}
 
 
 def variants():
@@ -76,10 +71,6 @@ def variants():
         for side, (a, b) in sides.items():
             constants = {**head, "WANT_A": a, "WANT_B": b, "BLOCK": kl_triton.GRADIENT_BLOCK}
             yield f"gradient, {name}, {side}", gradient, constants, kl_triton.GRADIENT_WARPS
-            constants = {**constants, "R": R, "L": L, "BLOCK": kl_single_launch.BLOCK, "PARTS": 32}
-            yield f"single launch, {name}, {side}", kl_single_launch.loss_and_gradient_kernel, constants, kl_single_launch.WARPS
-    yield ("scale rows", kl_single_launch.scale_rows_kernel, {"ALIGNED": True, "BLOCK": kl_single_launch.SCALE_BLOCK},
-           kl_single_launch.SCALE_WARPS)
     yield "merge", kl_triton.merge_kernel, {"HAS_C": True, "BLOCK": 128}, 4
     mixture = {"ALIGNED": True, "BLOCK": mixture_triton.BLOCK}
     for op, name in enumerate(("skew", "jsd", "tvd")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import INTERPRETED
+from cases import device_of
 from megakd_kernels import launch, prompt_embedding
 from ranks import on_ranks
 
@@ -29,7 +29,7 @@ def plain(tokens, words, prompt, positions, ids=None):
 @pytest.mark.parametrize("positions", ["counted", "given", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_value_and_prompt_gradient(implementation, positions, dtype):
-    device = "cpu" if INTERPRETED or implementation != "triton" else "cuda"
+    device = device_of(implementation)
     tokens, words, prompt, table, grad = inputs(dtype, device)
     ids = torch.randint(0, 32, (B, P + S), device=device) if positions == "given" else None
     table = None if positions == "none" else table
@@ -49,7 +49,7 @@ def test_value_and_prompt_gradient(implementation, positions, dtype):
 
 def on_a_shard(group, implementation, bounds):
     lo, hi = bounds[group.rank()], bounds[group.rank() + 1]
-    tokens, words, prompt, table, grad = inputs()
+    tokens, words, prompt, table, grad = inputs(device=device_of(implementation))
     prompt.requires_grad_()
     with launch.use(implementation):
         out = prompt_embedding(tokens, words[lo:hi], prompt, table, vocab_start=lo, tp_group=group)
@@ -65,7 +65,7 @@ def test_every_split_of_the_table_gives_the_same(implementation):
 
 @IMPLEMENTATIONS
 def test_a_table_that_would_miss_its_gradient_is_refused(implementation):
-    tokens, words, prompt, *_ = inputs()
+    tokens, words, prompt, *_ = inputs(device=device_of(implementation))
     with launch.use(implementation):
         with pytest.raises(ValueError, match="word_weight requires a gradient: freeze it"):
             prompt_embedding(tokens, words.requires_grad_(), prompt)

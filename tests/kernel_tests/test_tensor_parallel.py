@@ -5,7 +5,7 @@ from __future__ import annotations
 import megakd_kernels as mk
 import pytest
 import torch
-from cases import WEIGHTS, assert_close, error, logits, upstream
+from cases import WEIGHTS, assert_close, device_of, error, logits, upstream
 from megakd_kernels import OBJECTIVES, launch, reference
 from ranks import on_ranks
 
@@ -32,19 +32,20 @@ def leaves(*tensors):
 
 def losses_from_logits(group, implementation, lo, hi, dtype):
     """{name: (values, gradients)} of all operators on columns lo..hi."""
-    s, t, b = (x.to(dtype)[:, lo:hi] for x in logits(3, COLUMNS))
-    options = {"valid_vocab": 199, "vocab_start": lo, "tp_group": group, "weights": WEIGHTS.to(dtype)}
-    results = {}
+    device = device_of(implementation)
+    s, t, b = (x.to(device, dtype)[:, lo:hi] for x in logits(3, COLUMNS))
+    options = {"valid_vocab": 199, "vocab_start": lo, "tp_group": group, "weights": WEIGHTS.to(device, dtype)}
+    grad_N, results = upstream().to(device), {}
     with launch.use(implementation):
         for objective in OBJECTIVES:
             s_, t_ = leaves(s, t)
-            results[objective] = backward(mk.kl_div(s_, t_, objective=objective, **options), upstream(), s_, t_)
+            results[objective] = backward(mk.kl_div(s_, t_, objective=objective, **options), grad_N, s_, t_)
         (t_,) = leaves(t)
-        results["promptkd"] = backward(mk.promptkd_loss(t_, s, b, base_coef=0.7, **options), upstream(), t_)
+        results["promptkd"] = backward(mk.promptkd_loss(t_, s, b, base_coef=0.7, **options), grad_N, t_)
         (s_,) = leaves(s)
-        labels = torch.tensor([3, -100, 100, 198, 0])
-        results["cross_entropy"] = backward(mk.cross_entropy(s_, labels, **options), upstream(), s_)
-    return results
+        labels = torch.tensor([3, -100, 100, 198, 0], device=device)
+        results["cross_entropy"] = backward(mk.cross_entropy(s_, labels, **options), grad_N, s_)
+    return {name: [[x.cpu() for x in part] for part in parts] for name, parts in results.items()}
 
 
 def check_logits(group, implementation, bounds):
@@ -60,7 +61,7 @@ def check_logits(group, implementation, bounds):
 
 
 @pytest.mark.parametrize(("implementation", "split"), [(i, s) for i in ("rows", "reference") for s in SPLITS] + [
-    ("triton", "three uneven ranks"), ("triton", "an empty shard"), ("single_launch", "three uneven ranks")])  # two: the interpreter takes seconds
+    ("triton", "three uneven ranks"), ("triton", "an empty shard")])  # two: the interpreter takes seconds
 def test_losses_from_logits(implementation, split, small_tiles):
     bounds = SPLITS[split]
     ranks = on_ranks(len(bounds) - 1, check_logits, implementation, bounds)
@@ -69,10 +70,11 @@ def test_losses_from_logits(implementation, split, small_tiles):
 
 def losses_from_hidden(group, implementation, lo, hi, dtype, **chunks):
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    device = device_of(implementation)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
     hs, ht, hb, Ws, Wt = draw(5, 8), draw(5, 12), draw(5, 12), draw(COLUMNS, 8)[lo:hi], draw(COLUMNS, 12)[lo:hi]
-    options = {"valid_vocab": 199, "vocab_start": lo, "tp_group": group, "weights": WEIGHTS.to(dtype), **chunks}
-    same = torch.full((5,), 0.25)  # a weight's gradient takes one upstream gradient
+    options = {"valid_vocab": 199, "vocab_start": lo, "tp_group": group, "weights": WEIGHTS.to(device, dtype), **chunks}
+    same = torch.full((5,), 0.25, device=device)  # a weight's gradient takes one upstream gradient
     results = {}
     with launch.use(implementation):
         for objective in OBJECTIVES:
@@ -80,11 +82,11 @@ def losses_from_hidden(group, implementation, lo, hi, dtype, **chunks):
             results[objective] = backward(mk.fused_linear_kl(*four, objective=objective, **options), same, *four)
         (ht_,) = leaves(ht)
         results["promptkd"] = backward(
-            mk.fused_linear_promptkd_loss(ht_, Wt, hb, hs, Ws, base_coef=0.7, **options), upstream(), ht_)
+            mk.fused_linear_promptkd_loss(ht_, Wt, hb, hs, Ws, base_coef=0.7, **options), upstream().to(device), ht_)
         two = leaves(hs, Ws)
         results["cross_entropy"] = backward(
-            mk.fused_linear_cross_entropy(*two, torch.tensor([3, -100, 100, 198, 0]), **options), same, *two)
-    return results
+            mk.fused_linear_cross_entropy(*two, torch.tensor([3, -100, 100, 198, 0], device=device), **options), same, *two)
+    return {name: [[x.cpu() for x in part] for part in parts] for name, parts in results.items()}
 
 
 def check_hidden(group, implementation, bounds):
@@ -102,8 +104,10 @@ def check_hidden(group, implementation, bounds):
 
 
 @splits
-@pytest.mark.parametrize("implementation", ["rows", "reference"])
+@pytest.mark.parametrize("implementation", ["rows", "reference", pytest.param("triton", marks=pytest.mark.gpu)])
 def test_losses_from_hidden_states(split, implementation):
+    if implementation == "triton" and not torch.cuda.is_available():
+        pytest.skip("interpreted, this takes minutes")
     bounds = SPLITS[split]
     on_ranks(len(bounds) - 1, check_hidden, implementation, bounds)
 

@@ -27,7 +27,6 @@ class LabelLoss:
 
     outputs: ClassVar[int] = 1
     reads_once: ClassVar[bool] = False
-    gradient_in_forward: ClassVar[bool] = False
     labels_N: Tensor
     shard: VocabShard
     kernels: ModuleType

@@ -28,7 +28,7 @@ def _label_column(labels_ptr, row, stride, ALIGNED: tl.constexpr):
     return tl.where(label < 0, -1, column)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def label_statistics_kernel(
     logits_ptr,     # [N, V] any float type
     labels_ptr,     # [N] int64

@@ -24,7 +24,6 @@ class ByAutograd:
 
     outputs: ClassVar[int] = 1
     reads_once: ClassVar[bool] = True
-    gradient_in_forward: ClassVar[bool] = False
     function: DivergenceFunction
     temperature: float
     shard: VocabShard

@@ -17,7 +17,6 @@ from ..shards import FLOOR
 from . import rows as rows_
 from .rows import Merged, merge
 
-READS_ONCE = False
 VERSIONS = torch._dynamo.config.patch(recompile_limit=64)  # dtypes, sides, a third tensor, single rows: past 8, torch gives up compiling
 __all__ = ["gradient", "merge", "statistics"]
 

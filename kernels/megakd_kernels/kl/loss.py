@@ -20,20 +20,11 @@ class KLLoss:
     """A RowLoss of (student, teacher) logits."""
 
     outputs: ClassVar[int] = 1
+    reads_once: ClassVar[bool] = False
     objective: str
     temperature: float
     shard: VocabShard
     kernels: ModuleType
-
-    @property
-    def reads_once(self) -> bool:
-        """Whole rows on this rank, and an implementation that has the single launch."""
-        return self.kernels.READS_ONCE and self.shard.ranks == 1
-
-    @property
-    def gradient_in_forward(self) -> bool:
-        """With the single launch."""
-        return self.reads_once
 
     def of_rows(self, rows: slice | Tensor) -> KLLoss:
         return self
@@ -51,10 +42,3 @@ class KLLoss:
         grad_a, grad_b = self.ordered(*grads_NV)
         self.kernels.gradient(*self.ordered(*logits_NV), None, Merged(*state), scale_N / self.temperature,
                               temperature=self.temperature, grad_a=grad_a, grad_b=grad_b)
-
-    def at_once(self, logits_NV, scale_N, grads_NV):
-        grad_a, grad_b = self.ordered(*grads_NV)
-        divergences_2N = self.kernels.loss_and_gradient(
-            *self.ordered(*logits_NV), None, scale_N / self.temperature, temperature=self.temperature, grad_a=grad_a,
-            grad_b=grad_b)
-        return (divergences_2N[0],)

@@ -30,21 +30,12 @@ class PromptLoss:
     """A RowLoss of (prompted, student) or (prompted, student, base or difference) logits."""
 
     outputs: ClassVar[int] = 3
+    reads_once: ClassVar[bool] = False
     coef: float | Tensor
     difference: bool
     temperature: float
     shard: VocabShard
     kernels: ModuleType
-
-    @property
-    def reads_once(self) -> bool:
-        """Whole rows on this rank, and an implementation that has the single launch."""
-        return self.kernels.READS_ONCE and self.shard.ranks == 1
-
-    @property
-    def gradient_in_forward(self) -> bool:
-        """With the single launch."""
-        return self.reads_once
 
     def of_rows(self, rows: slice | Tensor) -> PromptLoss:
         return self
@@ -64,12 +55,6 @@ class PromptLoss:
         t_NV, s_NV, *third = logits_NV
         self.kernels.gradient(t_NV, s_NV, third[0] if third else None, Merged(*state), scale_N / self.temperature,
                               temperature=self.temperature, coef=self.coef, difference=self.difference, grad_a=grads_NV[0])
-
-    def at_once(self, logits_NV, scale_N, grads_NV):
-        t_NV, s_NV, *third = logits_NV
-        return self.with_parts(*self.kernels.loss_and_gradient(
-            t_NV, s_NV, third[0] if third else None, scale_N / self.temperature, temperature=self.temperature, coef=self.coef,
-            difference=self.difference, grad_a=grads_NV[0]))
 
 
 def prompt_loss(x: Tensor, coef: float | Tensor, difference: bool, temperature: float, shard: VocabShard) -> PromptLoss:

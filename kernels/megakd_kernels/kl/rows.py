@@ -25,8 +25,6 @@ from torch import Tensor
 from ..row_chunks import accumulation_dtype, centred, clear_inactive, row_chunks, scaled, scratch, write_rows
 from ..shards import FLOOR
 
-READS_ONCE = False  # no `loss_and_gradient` here
-
 
 class Merged(NamedTuple):
     """A row's statistics over the whole vocabulary, each [N]: maxima, sums of exponentials less the maximum, divergences."""

@@ -30,7 +30,6 @@ from ..triton_rows import (
 )
 from .rows import Merged
 
-READS_ONCE = False  # `single_launch` does
 STATISTICS_TILE = {5: (4, 1024, 4), 8: (2, 1024, 4)}  # K: R, L, warps. Three tensors at R = 4 take all 255 registers
 GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 8
 
@@ -109,7 +108,7 @@ def store_statistics(
         tl.store(out + 7 * rows, tl.sum(SC * tl.exp2(C - top_c), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def statistics_kernel(
     a_ptr, b_ptr, c_ptr,          # [N, V] any float type; c is read where HAS_C, and holds a - c where DIFFERENCE
     weights_ptr,                  # [N] float32; a row of weight 0 is not read
@@ -135,7 +134,7 @@ def statistics_kernel(
     store_statistics(a, b, c, out, rows, start, lo, hi, k, HAS_C, DIFFERENCE, R, L)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "parts"])
 def merge_kernel(
     stats_ptr,  # [P, K, N] float32, of all splits of all ranks
     out_ptr,    # [K, N] float32: A, SA, B, SB (base 2), KL_ab (nats) (, C, SC, KL_ac)

@@ -23,7 +23,6 @@ class MixtureLoss:
 
     outputs: ClassVar[int] = 1
     reads_once: ClassVar[bool] = False
-    gradient_in_forward: ClassVar[bool] = False
     objective: str
     share: float
     temperature: float

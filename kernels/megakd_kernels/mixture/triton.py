@@ -74,7 +74,7 @@ def _mixture_gradient_tile(q, p, grad_q, grad_p, offs, lo, hi, k, top_q, log_q, 
         store_columns(grad_p, offs, dp * scale, lo, hi, MASKED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def mixture_sums_kernel(
     q_ptr, p_ptr,              # [N, V]: the roles of `rows` (exchanged by the caller for skew_reverse_kl)
     top_q_ptr, sum_q_ptr, top_p_ptr, sum_p_ptr,    # [N] float32, from merge_kernel

@@ -16,7 +16,7 @@ from ..triton_rows import on_device_of
 BLOCK, WARPS = 1024, 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "P", "stride_tokens", "stride_ids"])
 def embed_kernel(
     tokens_ptr,             # [B, S] int64, indices of the whole vocabulary
     word_ptr,               # [Vp, H] any float type
@@ -52,7 +52,7 @@ def embed_kernel(
     tl.store(out_ptr + row * H + column, x.to(out_ptr.dtype.element_ty), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "T"])
 def prompt_gradient_kernel(
     grad_ptr,  # [B, T, H] any float type
     out_ptr,   # [P, H] float32

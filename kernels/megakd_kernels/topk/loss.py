@@ -29,7 +29,6 @@ class TopKLoss:
 
     outputs: ClassVar[int] = 1
     reads_once: ClassVar[bool] = False
-    gradient_in_forward: ClassVar[bool] = False
     rows: TopKRows
     function: DivergenceFunction
     shard: VocabShard
