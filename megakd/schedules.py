@@ -2,7 +2,7 @@
 
 N supervised tokens of a micro-batch, H hidden size.
 
-A model is any pipeline stage with a `layout` that is called with (tokens, position_ids, soft_prompt) and knows the `handed_on_shape` of
+A model is any pipeline stage with a `layout` that is called with (tokens, position_ids, soft_prompt) and knows the `p2p_shape` of
 what it then gives to the next one: models.gpt_model's.
 What comes out of the last stage is the hidden states of the supervised positions, [N, H], and never logits. A loss gets them one
 micro-batch at a time and gives a value per token; values are summed here, over micro-batches and data-parallel ranks, and divided
@@ -135,7 +135,7 @@ def run_schedule(
     inner = unwrap(model)
     layout = inner.layout
     if layout.pp_size > 1:
-        options["p2p_communicator"] = KnownShapes(inner, [inner.handed_on_shape(batch.tokens, soft_prompt) for batch in batches])
+        options["p2p_communicator"] = KnownShapes(inner, [inner.p2p_shape(batch.tokens, soft_prompt) for batch in batches])
     return get_forward_backward_func(pp_size=layout.pp_size)(
         forward_step_func=step,
         data_iterator=iter(list(zip(batches, context or [None] * len(batches), strict=True))),

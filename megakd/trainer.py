@@ -21,7 +21,7 @@ from megakd.checkpointing.training import load_checkpoint, save_checkpoint
 from megakd.config import Config
 from megakd.data.batch import Sample
 from megakd.data.conditioning import Conditioning
-from megakd.data.dataloader import DataLoader, deal
+from megakd.data.dataloader import DataLoader, split_across_dp
 from megakd.data.open_data import open_prompts, open_responses
 from megakd.data.sft_dataset import NO_RESPONSE
 from megakd.data.shown import as_read
@@ -158,27 +158,10 @@ class Trainer:
         models, parallel = self.config.models, self.config.parallel
         student, *teachers = self.folders.load(
             self.layout, models.dtype, sequence_parallel=parallel.sequence_parallel,
-            student=self._student_options(), teacher=self._teacher_options(),
+            student=student_options(self.config), teacher=teacher_options(self.config),
         )
         teacher = LiveTeacher(*teachers) if teachers else None
         return build_method(self.config, student, teacher, self.tokenizer, self.ends, self.data.text, total_iters=self.total_iters)
-
-    def _student_options(self) -> dict:
-        models = self.config.models
-        dropouts = {"hidden_dropout": models.hidden_dropout, "attention_dropout": models.attention_dropout}
-        if not METHODS[self.config.method].has_dropout:
-            dropouts = dict.fromkeys(dropouts, 0.0)
-        return {name: value for name, value in dropouts.items() if value is not None} | self._recomputation()
-
-    def _teacher_options(self) -> dict:
-        """Dropout is the reference's alone; a gradient that passes through the teacher to a soft prompt keeps activations, too."""
-        with_dropout = self.config.training.reference_compat.teacher_dropout
-        return ({} if with_dropout else {"hidden_dropout": 0.0, "attention_dropout": 0.0}) | self._recomputation()
-
-    def _recomputation(self) -> dict:
-        if not self.config.training.recompute:
-            return {}
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
     def _resume(self) -> int:
         """The iteration of the run's last checkpoint, loaded; 0 where there is none."""
@@ -343,6 +326,27 @@ def check_prompts(dataset: Sequence[Sample]) -> None:
         )
 
 
+def student_options(config: Config) -> dict:
+    """TransformerConfig fields that a run decides for its student."""
+    dropouts = {"hidden_dropout": config.models.hidden_dropout, "attention_dropout": config.models.attention_dropout}
+    if not METHODS[config.method].has_dropout:
+        dropouts = dict.fromkeys(dropouts, 0.0)
+    return {name: value for name, value in dropouts.items() if value is not None} | recomputation(config)
+
+
+def teacher_options(config: Config) -> dict:
+    """Dropout is the reference's alone; a gradient that passes through the teacher to a soft prompt keeps activations, too."""
+    with_dropout = config.training.reference_compat.teacher_dropout
+    return ({} if with_dropout else {"hidden_dropout": 0.0, "attention_dropout": 0.0}) | recomputation(config)
+
+
+def recomputation(config: Config) -> dict:
+    """Of activations, --recompute."""
+    if not config.training.recompute:
+        return {}
+    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
 def total_iterations(config: Config, loader: DataLoader, dp_size: int) -> int:
     """Optimizer steps of the run. The reference's loop leaves before the last one when it accumulates gradients."""
     training = config.training
@@ -373,11 +377,11 @@ def remarks(config: Config, loader: DataLoader, total_iters: int) -> Iterator[st
 
 def held_out_losses(method: Method, samples: Sequence[Sample], layout: ParallelLayout) -> dict[str, float]:
     """Token means of the method's held-out losses, as `valid/<name>`."""
-    mine = deal(samples, layout.dp_size)[layout.dp_rank]
+    mine = split_across_dp(samples, layout.dp_size)[layout.dp_rank]
     step = max(1, method.config.training.global_batch_size // layout.dp_size)
     sums = sum(method.evaluate(mine[first : first + step]) for first in range(0, max(1, len(mine)), step))
     *totals, tokens = layout.sum_over_data_parallel(sums).tolist()
-    return {name.replace("loss/", "valid/"): total / max(1, tokens) for name, total in zip(method.evaluation_names, totals)}
+    return {f"valid/{name}": total / max(1, tokens) for name, total in zip(method.evaluation_names, totals)}
 
 
 def check_finite(metrics: dict[str, float], iteration: int, checkpoints: Path) -> None:

@@ -18,7 +18,7 @@ from tiny import tiny_config, tiny_model
 
 from megakd.config import Config
 from megakd.data.batch import Sample
-from megakd.data.dataloader import deal
+from megakd.data.dataloader import split_across_dp
 from megakd.generation.sampling import gumbel, noise_streams
 
 SEED, TOTAL_ITERS, LIMIT, TEMPERATURE = 137, 6, 6, 0.8
@@ -71,7 +71,7 @@ class Batches:
         self.dataset = [sample for number in range(3) for sample in batch(number)]
 
     def samples(self, iteration):
-        return deal(self.batch(iteration), self.layout.dp_size)[self.layout.dp_rank]
+        return split_across_dp(self.batch(iteration), self.layout.dp_size)[self.layout.dp_rank]
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def tell_minillm(oracle, dp, **changes):
         fresh = {}
         if epoch == position == 0:
             writer = oracle.student_now()
-            hands = [deal(oracle.batch(2 * phase + i), dp) for i in range(2)]
+            hands = [split_across_dp(oracle.batch(2 * phase + i), dp) for i in range(2)]
             mine = [[sample for hand in hands for sample in hand[replica]] for replica in range(dp)]
             written = [answers(oracle, [(writer, 0.7), (oracle.teacher, 0.3)], samples, iteration) for samples in mine]
             fresh = {i: response for samples in written for i, response in responses(samples).items()}

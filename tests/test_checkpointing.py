@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import run_distributed
+from megakd_kernels import VocabShard
 from tiny import tiny_folder
 from transformers import AutoModelForCausalLM
 
@@ -25,7 +26,6 @@ from megakd.checkpointing.reshard import reshard
 from megakd.config import TrainingConfig
 from megakd.data.batch import Sample, micro_batches
 from megakd.losses.distillation import sft_loss
-from megakd.losses.token_loss import VocabularySplit
 from megakd.models.model_provider import build_model, padded_vocab_size
 from megakd.optimizer import StudentOptimizer
 from megakd.schedules import forward_backward
@@ -64,7 +64,7 @@ class Run:
         return means["loss/lm"].item()
 
     def _loss(self, q, batch, _):
-        return sft_loss(q, batch.supervised_labels, VocabularySplit(VOCABULARY, self.layout.tp_group))
+        return sft_loss(q, batch.supervised_labels, VocabShard(VOCABULARY, tp_group=self.layout.tp_group))
 
     def save(self, root: Path, iteration: int) -> None:
         options = {"optimizer": self.student.optimizer, "source": self.source, "extra_tensors": EXTRA}

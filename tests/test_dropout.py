@@ -6,7 +6,7 @@ import pytest
 import torch
 from distributed import run_distributed
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from test_methods import PAIRS, TOTAL_ITERS, cast, deal, run_config, samples
+from test_methods import PAIRS, TOTAL_ITERS, method_inputs, run_config, samples, split_across_dp
 from test_trainer import command, inputs, numbers, run  # noqa: F401, `inputs` is a fixture
 
 from megakd import trainer
@@ -46,9 +46,9 @@ def losses(layout, method_name, pair):
     logged, held_out = [], []
     for spec in (pair, PAIRS["gpt2"]):
         config = run_config(method_name, 4, {})
-        method = METHODS[method_name](cast(layout, config, spec), config, total_iters=TOTAL_ITERS)
+        method = METHODS[method_name](method_inputs(layout, config, spec), config, total_iters=TOTAL_ITERS)
         seed_everything(1234, layout, iteration=1)
-        mine = deal(samples(), layout.dp_size)[layout.dp_rank]
+        mine = split_across_dp(samples(), layout.dp_size)[layout.dp_rank]
         method.student.train()
         held_out.append(method.evaluate(mine).tolist())
         assert torch.equal(*(supervised_hidden(method.student, method.batches(mine[:1]))[0] for _ in range(2))), "read twice"

@@ -233,9 +233,9 @@ def test_bos_stands_before_prompts_only_where_it_is_asked_for(data_folder, tmp_p
     tokenizer = load_tokenizer(data_folder / "models" / "stories260K")
     write(tmp_path / "data.jsonl", [{"prompt": "Once upon", "response": "a time"}])
     options = {"max_prompt_length": 16, "max_response_length": 16}
-    plain, quirk = (EvaluationSet("s", tmp_path / "data.jsonl", tokenizer, **options, add_bos=bos)[0] for bos in (False, True))
-    assert quirk.prompt == (tokenizer.bos_token_id, *plain.prompt)
-    assert quirk.response == plain.response
+    plain, with_bos = (EvaluationSet("s", tmp_path / "data.jsonl", tokenizer, **options, add_bos=bos)[0] for bos in (False, True))
+    assert with_bos.prompt == (tokenizer.bos_token_id, *plain.prompt)
+    assert with_bos.response == plain.response
 
 
 # ---- GSM8K

@@ -8,6 +8,7 @@ from functools import cache, partial
 import pytest
 import torch
 from distributed import run_distributed
+from megakd_kernels import VocabShard
 from tiny import tiny_config, tiny_folder, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megakd.generation import rows, sampling
 from megakd.generation.decoder import slices_of_like_length
 from megakd.generation.generate import generate
-from megakd.generation.rows import Voice
-from megakd.generation.sampling import Sampler, Sampling, Vocabulary, gumbel, noise_streams, uniform31
+from megakd.generation.rows import MixtureComponent
+from megakd.generation.sampling import Sampler, Sampling, gumbel, noise_streams, uniform31
 from megakd.models.hf_checkpoint import HFCheckpoint
 from megakd.models.model_provider import build_model, load_weights, padded_vocab_size
 
@@ -80,7 +81,7 @@ def more_kinds(run, teacher):
         "no repeats": run(NO_REPEATS),
         "one by one": run(SAMPLED, batch_size=1),
         "tails cut": run(TAILS_CUT),
-        "mixed": run(SAMPLED, mix_with=[Voice(teacher, 0.4, soft_prompt())]),
+        "mixed": run(SAMPLED, mix_with=[MixtureComponent(teacher, 0.4, soft_prompt())]),
     }
 
 
@@ -190,19 +191,19 @@ def test_the_step_of_fixed_shape_gives_the_same_tokens(folders, monkeypatch):
 
     def check(layout, limits):
         model, teacher = load(layout, folders["gpt2"]), load(layout, folders["llama"])
-        options = {"mix_with": [Voice(teacher, 0.4, soft_prompt())], "limits": limits}
+        options = {"mix_with": [MixtureComponent(teacher, 0.4, soft_prompt())], "limits": limits}
         given = [*prompts(), list(range(2, 62))], [*IDS, 1], Sampling(max_new_tokens=30)
         never = generate(model, *given, eos_id=-1, **options)
-        eos = never[0][10]  # a token that ends some rows between two looks, and the first of them early
+        eos = never[0][10]  # a token that ends some rows between two fetches, and the first of them early
         expected = generate(model, *given, eos_id=eos, **options)
         monkeypatch.setattr(rows, "is_capturable", lambda device, sampling: True)
         monkeypatch.setattr(rows, "CapturedStep", EagerStep)
-        looks, look = [], rows.RowGroup.look
-        monkeypatch.setattr(rows.RowGroup, "look", lambda group: looks.append(group.read) or look(group))
+        fetched, fetch = [], rows.RowGroup.sync_tokens_to_host
+        monkeypatch.setattr(rows.RowGroup, "sync_tokens_to_host", lambda group: fetched.append(group.read) or fetch(group))
         assert generate(model, *given, eos_id=eos, **options) == expected
-        looks.clear()
+        fetched.clear()
         assert generate(model, *given, eos_id=-1, **options) == never
-        return looks
+        return fetched
 
     limits = [30, 20, 9, 25, 12, 30, 30, 30]
     assert run_distributed(check, 1, limits) == [[8, 16, 24, 30]]
@@ -242,7 +243,7 @@ def test_stories260k_tells_its_story_to_the_letter(data_folder, tp, pp):
 def draws(sampling: Sampling, logits: list[Tensor], shares: list[float], count: int) -> Tensor:
     """`count` samples of one distribution, as frequencies [V]."""
     size = logits[0].shape[0]
-    sampler = Sampler(sampling, Vocabulary(size), shares, size, torch.device("cpu"))
+    sampler = Sampler(sampling, VocabShard(size), shares, size, torch.device("cpu"))
     streams = noise_streams(sampling.seed, list(range(count)), torch.device("cpu"))
     tokens = sampler([z.expand(count, -1).clone() for z in logits], streams, torch.tensor(4), None)
     return torch.bincount(tokens, minlength=size)
@@ -352,9 +353,9 @@ def test_models_that_cannot_be_mixed_are_refused(folders, tmp_path):
         model = load(layout, folders["llama"])
         other = load(layout, tiny_folder(tmp_path / "other", "llama", vocab_size=90, layers=1))
         with pytest.raises(ValueError, match="vocabularies of 97 and 90 tokens cannot be mixed"):
-            generate(model, [[1]], [0], GREEDY, eos_id=EOS, mix_with=[Voice(other, 0.5)])
+            generate(model, [[1]], [0], GREEDY, eos_id=EOS, mix_with=[MixtureComponent(other, 0.5)])
         with pytest.raises(ValueError, match=r"shares \[0.0, 1.0\].*above 0"):
-            generate(model, [[1]], [0], GREEDY, eos_id=EOS, mix_with=[Voice(model, 1.0)])
+            generate(model, [[1]], [0], GREEDY, eos_id=EOS, mix_with=[MixtureComponent(model, 1.0)])
 
     run_distributed(check, 1)
 
@@ -381,7 +382,7 @@ def test_slices_hold_prompts_of_like_length():
 def test_mixture_of_a_model_with_itself_is_the_model(folders):
     def check(layout):
         model = load(layout, folders["opt"])
-        both = generate(model, prompts(), IDS, SAMPLED, eos_id=EOS, mix_with=[Voice(model, 0.3)])
+        both = generate(model, prompts(), IDS, SAMPLED, eos_id=EOS, mix_with=[MixtureComponent(model, 0.3)])
         return both == generate(model, prompts(), IDS, SAMPLED, eos_id=EOS)
 
     assert all(run_distributed(check, 2, tp=2))
@@ -390,7 +391,7 @@ def test_mixture_of_a_model_with_itself_is_the_model(folders):
 def test_greedy_mixture_is_the_argmax_of_the_mixed_probabilities(folders):
     def check(layout):
         student, teacher = load(layout, folders["llama"]), load(layout, folders["gpt2"])
-        return generate(student, prompts(), IDS, GREEDY, eos_id=-1, mix_with=[Voice(teacher, 0.4)])
+        return generate(student, prompts(), IDS, GREEDY, eos_id=-1, mix_with=[MixtureComponent(teacher, 0.4)])
 
     models = [tiny_model(tiny_config(**VARIANTS[name])) for name in ("llama", "gpt2")]
     for prompt, response in zip(prompts(), run_distributed(check, 1)[0]):

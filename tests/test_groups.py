@@ -9,7 +9,7 @@ import pytest
 from distributed import run_distributed
 from megatron.core import parallel_state
 from stories import Batches, global_batch, text_batch
-from test_methods import PAIRS, TOTAL_ITERS, cast, run_config, samples
+from test_methods import PAIRS, TOTAL_ITERS, method_inputs, run_config, samples
 
 from megakd.methods import METHODS, minillm
 from megakd.runtime.initialize import seed_everything
@@ -40,7 +40,7 @@ def train_without_global_groups(layout, method_name, parallel):
     )
     minillm.open_responses = lambda *args, **options: text_batch()
     seed_everything(1234, layout)
-    method = METHODS[method_name](cast(layout, config, PAIRS["gpt2"]), config, total_iters=TOTAL_ITERS)
+    method = METHODS[method_name](method_inputs(layout, config, PAIRS["gpt2"]), config, total_iters=TOTAL_ITERS)
     logged = method.train_iteration(Batches(global_batch, layout), 1)
     method.evaluate(samples())
     return logged["grad_norm"]

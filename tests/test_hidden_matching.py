@@ -25,7 +25,7 @@ from test_methods import (
 from tiny import tiny_config, tiny_model
 
 from megakd.config import parse
-from megakd.data.dataloader import deal
+from megakd.data.dataloader import split_across_dp
 from megakd.loading import align_vocabularies
 from megakd.methods import build_method
 from megakd.models.model_provider import build_model, load_weights
@@ -91,7 +91,7 @@ def check_matching(layout, pair_name, distance, parallel, kd_ratio=0.5, batch=gl
     torch.distributed.all_gather_object(parts, {k: w.detach().double() for k, w in mine.items()}, group=layout.pp_group)
     weights = {k: w.requires_grad_() for part in parts for k, w in part.items()}
     assert set(weights) == (set(LAYERS) if pair_name == "gpt2" else set()), "a projection where the widths differ"
-    got = method.train(deal(batch(), layout.dp_size)[layout.dp_rank], 1)
+    got = method.train(split_across_dp(batch(), layout.dp_size)[layout.dp_rank], 1)
     reference = oracle(pair)
     hidden, total = expected(reference, rows(batch()), weights, distance, kd_ratio)
     assert got["loss/hidden"] == pytest.approx(hidden, rel=1e-6, abs=1e-6)

@@ -9,7 +9,7 @@ import pytest
 import stories
 import torch
 from distributed import run_distributed
-from megakd_kernels import launch
+from megakd_kernels import VocabShard, launch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from oracle import Adam, Oracle, StateDictSource
 from stories import (
@@ -39,12 +39,12 @@ from megakd.config import (
     TrainingConfig,
 )
 from megakd.data.batch import Sample
-from megakd.data.dataloader import DataLoader, deal
+from megakd.data.dataloader import DataLoader, split_across_dp
 from megakd.data.end_ids import EndIds
 from megakd.loading import align_vocabularies
 from megakd.losses.distillation import Divergence, sft_loss
 from megakd.losses.policy_gradient import advantages, importance_weights
-from megakd.losses.token_loss import HeadRows, VocabularySplit
+from megakd.losses.token_loss import HeadRows
 from megakd.methods import METHODS, minillm
 from megakd.methods import rollout as rollout_module
 from megakd.methods.base import MethodInputs
@@ -52,7 +52,7 @@ from megakd.methods.minillm import MiniLLM
 from megakd.models.model_provider import build_model, load_weights, parameter_mappings
 from megakd.optimizer import StudentOptimizer, learning_rate
 from megakd.teachers.live import LiveTeacher
-from megakd.trainer import held_out_losses
+from megakd.trainer import held_out_losses, teacher_options
 
 TOTAL_ITERS = 10
 CONSTANT = Adam([1e-2] * TOTAL_ITERS, betas=(0.9, 0.999), eps=1e-3, weight_decay=0.1, clip=0.5)  # of the tests of one iteration
@@ -92,12 +92,13 @@ TOKENIZER = SimpleNamespace(encode=lambda text, add_special_tokens: [11, 12, 13]
 ENDS = EndIds(stop=(0,), taught=0)
 
 
-def cast(layout, config, pair, dtype=torch.float32, total_iters=TOTAL_ITERS) -> MethodInputs:
+def method_inputs(layout, config, pair, dtype=torch.float32, total_iters=TOTAL_ITERS) -> MethodInputs:
     """Student and teacher from the same seeds that the oracle takes."""
     specs = [tiny_config(**spec) for spec in pair]
     options = align_vocabularies([spec.vocab_size for spec in specs], layout.tp_size)
     options |= {"sequence_parallel": config.parallel.sequence_parallel, "dtype": dtype}
-    student, teacher = (build_model(spec, layout, **options) for spec in specs)
+    student = build_model(specs[0], layout, **options)
+    teacher = build_model(specs[1], layout, **options, **teacher_options(config))
     load_weights(student, StateDictSource(tiny_model(specs[0], seed=1)))
     load_weights(teacher, StateDictSource(tiny_model(specs[1], seed=2)))
     teacher.eval().requires_grad_(False)
@@ -114,7 +115,7 @@ def oracle(pair, dtype=torch.float32) -> Oracle:
 def check_story(layout, case, told: Story, pair, micro_batch_size, parallel):
     """Every iteration: what is logged, what is written on all replicas, the weights of this rank; then the held-out losses."""
     config = story_config(case, micro_batch_size, parallel)
-    parts = replace(cast(layout, config, pair, total_iters=stories.TOTAL_ITERS), text=Batches(text_batch, layout) if config.minillm.lm_coef else None)
+    parts = replace(method_inputs(layout, config, pair, total_iters=stories.TOTAL_ITERS), text=Batches(text_batch, layout) if config.minillm.lm_coef else None)
     method = METHODS[config.method](parts, config, total_iters=stories.TOTAL_ITERS)
     extra = method.extra_tensors()
     if "vectors" in extra:
@@ -131,7 +132,7 @@ def check_story(layout, case, told: Story, pair, micro_batch_size, parallel):
         if "vectors" in step.metrics:
             check_prompt(method, step.metrics, where)
     *valid, tokens = told.valid
-    means = dict(zip(("valid/lm", "valid/reverse_kl"), (total / tokens for total in valid)))
+    means = dict(zip(("valid/lm_loss", "valid/reverse_kl"), (total / tokens for total in valid)))
     assert held_out_losses(method, CASES[case].batch(0), layout) == pytest.approx(means, rel=1e-5), (case, pair)
 
 
@@ -211,14 +212,14 @@ def one_iteration(reference, method, method_name):
 def check_bfloat16(layout, method_name, parallel):
     for name, pair in [("tied llama", PAIRS["llama student of a gpt2"]), ("opt", PAIRS["opt"])][: 3 - layout.tp_size]:
         config = run_config(method_name, 2, parallel)
-        method = METHODS[method_name](cast(layout, config, pair, torch.bfloat16), config, total_iters=TOTAL_ITERS)
-        got = method.train(deal(samples(), layout.dp_size)[layout.dp_rank], 1)
+        method = METHODS[method_name](method_inputs(layout, config, pair, torch.bfloat16), config, total_iters=TOTAL_ITERS)
+        got = method.train(split_across_dp(samples(), layout.dp_size)[layout.dp_rank], 1)
         assert all(param.main_grad.dtype == torch.float32 for param in method.student.parameters()), "gradients are summed in float32"
         want = one_iteration(oracle(pair, torch.bfloat16), method, method_name)
         for key in want.keys() - {"gradient", "vectors"}:
             assert got[key] == pytest.approx(float(want[key]), rel=2e-2, abs=1e-3), (name, key)
         loss = {"sft": "loss/lm", "kd": "loss/total", "promptkd": "loss/reverse_kl"}[method_name]
-        later = [method.train(deal(samples(), layout.dp_size)[layout.dp_rank], i)[loss] for i in range(2, 7)]
+        later = [method.train(split_across_dp(samples(), layout.dp_size)[layout.dp_rank], i)[loss] for i in range(2, 7)]
         assert later[-1] < got[loss], (name, later)
 
 
@@ -240,8 +241,8 @@ def test_the_heads_gradient_is_never_rounded_to_bfloat16():
     exact_head = head.detach().double().requires_grad_()
     head.main_grad = torch.zeros(30, 16)
     alone, labels = SimpleNamespace(size=lambda: 1), torch.arange(40) % 30
-    for loss in (lambda q: sft_loss(q, labels, VocabularySplit(30, alone)).objective_N,
-                 lambda q: Divergence("reverse_kl")(q, HeadRows(hidden, head.detach().flip(0)), VocabularySplit(30, alone))):  # fmt: skip
+    for loss in (lambda q: sft_loss(q, labels, VocabShard(30, tp_group=alone)).objective_N,
+                 lambda q: Divergence("reverse_kl")(q, HeadRows(hidden, head.detach().flip(0)), VocabShard(30, tp_group=alone))):  # fmt: skip
         loss(HeadRows(hidden, head)).sum().backward()
     log_q = torch.log_softmax(hidden.double() @ exact_head.t(), -1)
     log_p = torch.log_softmax(hidden.double() @ exact_head.detach().flip(0).t(), -1)
@@ -277,8 +278,8 @@ def check_divergences(layout, parallel):
         config = replace(
             config, distillation=replace(config.distillation, kd_objective=objective, kd_temperature=2.0, beta=0.3, kd_ratio=0.8)
         )
-        method = METHODS["kd"](cast(layout, config, pair), config, total_iters=TOTAL_ITERS)
-        got = method.train(deal(samples(), layout.dp_size)[layout.dp_rank], 1)
+        method = METHODS["kd"](method_inputs(layout, config, pair), config, total_iters=TOTAL_ITERS)
+        got = method.train(split_across_dp(samples(), layout.dp_size)[layout.dp_rank], 1)
         reference = oracle(pair)
         want = reference.kd(stories.rows(samples()), 0.8, objective, 2.0, 0.3, 0.1)
         for key, value in want.items():
@@ -294,11 +295,11 @@ def test_every_divergence_equals_float64_transformers(tp, pp, dp):
 
 def check_seqkd_writes_once(layout):
     config = run_config("seqkd", 2, {})
-    method = METHODS["seqkd"](cast(layout, config, PAIRS["gpt2"]), config, total_iters=TOTAL_ITERS)
-    method.train(deal(samples(), layout.dp_size)[layout.dp_rank], 1)
+    method = METHODS["seqkd"](method_inputs(layout, config, PAIRS["gpt2"]), config, total_iters=TOTAL_ITERS)
+    method.train(split_across_dp(samples(), layout.dp_size)[layout.dp_rank], 1)
     first = dict(method.written)
     method.write = lambda missing: pytest.fail("written twice") if missing else None
-    method.train(deal(samples(), layout.dp_size)[1 - layout.dp_rank], 2)  # the other replica's prompts
+    method.train(split_across_dp(samples(), layout.dp_size)[1 - layout.dp_rank], 2)  # the other replica's prompts
     return {i: sample.response for i, sample in first.items()}
 
 
@@ -313,7 +314,7 @@ def losses_by_budget(layout):
     for tokens in (None, 24, 1):
         config = run_config("kd", 8, {})
         config = replace(config, training=replace(config.training, micro_batch_tokens=tokens))
-        method = METHODS["kd"](cast(layout, config, PAIRS["gpt2"]), config, total_iters=TOTAL_ITERS)
+        method = METHODS["kd"](method_inputs(layout, config, PAIRS["gpt2"]), config, total_iters=TOTAL_ITERS)
         logged.append((len(method.batches(samples())), method.train(samples(), 1)))
     return logged
 
@@ -331,21 +332,21 @@ def check_distillm(layout):
     config = run_config("distillm", 2, {})
     config = replace(config, distillation=replace(config.distillation, kd_objective="skew_reverse_kl"), distillm=replace(config.distillm, replay_capacity=16))
     config = replace(config, data=replace(config.data, max_length=32))
-    method = METHODS["distillm"](cast(layout, config, PAIRS["gpt2"]), config, total_iters=1000)
-    mine = deal(samples(), layout.dp_size)[layout.dp_rank]
+    method = METHODS["distillm"](method_inputs(layout, config, PAIRS["gpt2"]), config, total_iters=1000)
+    mine = split_across_dp(samples(), layout.dp_size)[layout.dp_rank]
     learnt = []
     method.learn = lambda rows, iteration, *, kd_ratio: learnt.append(rows) or {"kd_ratio": kd_ratio}
     method.train(mine, 1)
     assert learnt[-1] == mine, "φ = 0: the data"
     for loss in (2.0, 1.0, 2.05, 2.1):  # compared with the first, 2.0
-        method.on_evaluation({"valid/lm": loss})
+        method.on_evaluation({"valid/lm_loss": loss})
     assert method.threshold.item() == pytest.approx(0.1)
     method.threshold.fill_(1.0)
     method.dataset = global_batch(0)
     assert method.train(mine, 2)["kd_ratio"] == 1.0 and [s.prompt for s in learnt[-1]] == [s.prompt for s in mine]
     assert method.buffer.written == 8 and learnt[-1] != mine, "the student writes, and the buffer keeps it"
     method.train(mine, 3)
-    again = METHODS["distillm"](cast(layout, config, PAIRS["gpt2"]), config, total_iters=1000)
+    again = METHODS["distillm"](method_inputs(layout, config, PAIRS["gpt2"]), config, total_iters=1000)
     for name, tensor in again.extra_tensors().items():
         tensor.copy_(method.extra_tensors()[name])
     kept = [again.buffer[i] for i in range(16)]
@@ -365,8 +366,8 @@ def losses_of_three_iterations(layout, method_name):
     for implementation in ("rows", "reference"):
         with launch.use(implementation):
             config = run_config(method_name, 4, {})
-            method = METHODS[method_name](cast(layout, config, PAIRS["llama"]), config, total_iters=TOTAL_ITERS)
-            logged[implementation] = [method.train(deal(samples(), layout.dp_size)[layout.dp_rank], i) for i in (1, 2, 3)]
+            method = METHODS[method_name](method_inputs(layout, config, PAIRS["llama"]), config, total_iters=TOTAL_ITERS)
+            logged[implementation] = [method.train(split_across_dp(samples(), layout.dp_size)[layout.dp_rank], i) for i in (1, 2, 3)]
     return logged
 
 
@@ -412,8 +413,8 @@ def test_without_the_teacher_in_the_mixture_the_importance_weight_is_one():
 
 def positions_of(layout):
     config = run_config("sft", 8, {})
-    method = METHODS["sft"](cast(layout, config, PAIRS["gpt2"]), config, total_iters=TOTAL_ITERS)
-    return method.train(deal(samples(), layout.dp_size)[layout.dp_rank], 1)
+    method = METHODS["sft"](method_inputs(layout, config, PAIRS["gpt2"]), config, total_iters=TOTAL_ITERS)
+    return method.train(split_across_dp(samples(), layout.dp_size)[layout.dp_rank], 1)
 
 
 def test_positions_and_tokens_of_the_global_batch_are_counted():
@@ -421,7 +422,7 @@ def test_positions_and_tokens_of_the_global_batch_are_counted():
     read = [len(s.prompt) + len(s.response) - 1 for s in samples()]
     for replicas in (1, 2):
         (logged, *_) = run_distributed(positions_of, replicas)
-        hands = [[s.num_positions for s in hand] for hand in deal(samples(), replicas)]
+        hands = [[s.num_positions for s in hand] for hand in split_across_dp(samples(), replicas)]
         computed = sum(len(hand) * max(hand) for hand in hands)
         assert (logged["positions"], logged["tokens"]) == (sum(read), sum(len(s.response) for s in samples()))
         assert logged["real_share"] == pytest.approx(sum(read) / computed) and sum(read) < computed
@@ -432,7 +433,7 @@ def random_prompts(layout):
     for seed in (1, 1, 2):
         config = run_config("promptkd", 4, {})
         config = replace(config, training=replace(config.training, seed=seed), promptkd=replace(config.promptkd, prompt_init="random"))
-        method = METHODS["promptkd"](cast(layout, config, PAIRS["llama"]), config, total_iters=TOTAL_ITERS)
+        method = METHODS["promptkd"](method_inputs(layout, config, PAIRS["llama"]), config, total_iters=TOTAL_ITERS)
         prompts.append(method.prompt.vectors.tolist())
     return prompts
 
@@ -482,7 +483,7 @@ def test_minillms_text_comes_in_an_order_of_its_own():
 def check_frozen_prompt(layout):
     config = run_config("promptkd", 4, {})
     config = replace(config, promptkd=replace(config.promptkd, teacher_lr=0.0))
-    method = METHODS["promptkd"](cast(layout, config, PAIRS["gpt2"]), config, total_iters=TOTAL_ITERS)
+    method = METHODS["promptkd"](method_inputs(layout, config, PAIRS["gpt2"]), config, total_iters=TOTAL_ITERS)
     before = method.prompt.vectors.detach().clone()
     method.train(samples(), 1)
     assert torch.equal(method.prompt.vectors, before)
@@ -503,7 +504,7 @@ def flags_read(layout, method_name):
     settings = replace(config.distillation, hidden_coef=0.5, kd_ratio=0.5 if method_name == "seqkd" else None)
     on_policy = replace(config.kd, on_policy_ratio=1.0 if method_name == "kd" else 0.0)
     config = replace(config, distillation=settings, kd=on_policy, minillm=replace(config.minillm, num_rollouts=8))
-    parts, read = cast(layout, config, PAIRS["gpt2"]), set()
+    parts, read = method_inputs(layout, config, PAIRS["gpt2"]), set()
 
     def get(self, name):
         read.add(name)

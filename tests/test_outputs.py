@@ -470,11 +470,20 @@ def test_what_a_crash_left_damaged_at_the_end_of_a_file_is_cut_and_told(lab, tmp
         JsonLines(file, resumed_iteration=2)
 
 
+def test_a_file_of_an_earlier_version_is_read_and_continued_under_todays_names(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"iteration": 1, "valid/lm": 2.5, "loss/lm": 3.0}\n')
+    expected = [{"iteration": 1, "valid/lm_loss": 2.5, "loss/lm": 3.0}]
+    assert read_jsonl(file) == expected
+    JsonLines(file, resumed_iteration=1).close()
+    assert list(map(json.loads, file.read_text().splitlines())) == expected
+
+
 def test_distillm_becomes_on_policy_by_default_when_the_held_out_loss_rises(lab, tmp_path):
     flags = {"method": "distillm", "teacher-model": lab / "teacher", "valid-data": lab / "valid.jsonl", "lr": 10, "train-iters": 20}
     run(trainer.train, run_config(lab, tmp_path / "run", **flags, **{"lr-decay-style": "constant"}))
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
-    held_out = {row["iteration"]: row["valid/lm"] for row in rows if "valid/lm" in row}
+    held_out = {row["iteration"]: row["valid/lm_loss"] for row in rows if "valid/lm_loss" in row}
     assert list(held_out) == list(range(0, 21, 2))  # 2.5 batches an epoch, and a tenth of the run is 2 iterations
     assert max(held_out.values()) > held_out[0] + 0.1
     assert [row["on_policy_share"] for row in rows if "on_policy_share" in row][-1] > 0

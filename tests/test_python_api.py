@@ -117,8 +117,8 @@ def test_objects_give_the_numbers_of_the_script(inputs, by_script):  # noqa: F81
     assert numbers(inputs / "by-call") == numbers(by_script) and not dist.is_initialized() and launcher_variables() == variables
     assert all(tensor.equal(before[name]) for name, tensor in models["student"].state_dict().items())
     assert [i for i, _ in told["iteration"]] == [1, 2, 3, 4] and [i for i, _ in told["evaluation"]] == [0, 2, 4]
-    assert [{"iteration": i, **metrics} for i, metrics in told["iteration"]] == [row for row in result.log if "valid/lm" not in row]
-    assert result.metrics["valid/lm"] == told["evaluation"][-1][1]["valid/lm"] and result.metrics["iteration"] == 4
+    assert [{"iteration": i, **metrics} for i, metrics in told["iteration"]] == [row for row in result.log if "valid/lm_loss" not in row]
+    assert result.metrics["valid/lm_loss"] == told["evaluation"][-1][1]["valid/lm_loss"] and result.metrics["iteration"] == 4
     ours, theirs = result.load().state_dict(), AutoModelForCausalLM.from_pretrained(by_script / "hf").state_dict()
     assert ours.keys() == theirs.keys() and all(tensor.equal(theirs[name]) for name, tensor in ours.items())
 

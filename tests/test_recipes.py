@@ -185,8 +185,8 @@ def test_test_sets_are_cut_to_the_rows_of_the_scale(tmp_path, capsys):
 
 
 def test_the_initial_student_is_the_saved_checkpoint_with_the_lowest_held_out_loss(tmp_path):
-    rows = [{"iteration": 0, "valid/lm": 9.0}, {"iteration": 5, "loss/lm": 1.0}, {"iteration": 10, "valid/lm": 2.0}]
-    rows += [{"iteration": 20, "valid/lm": 1.0}, {"iteration": 30, "valid/lm": 1.5}]
+    rows = [{"iteration": 0, "valid/lm_loss": 9.0}, {"iteration": 5, "loss/lm": 1.0}, {"iteration": 10, "valid/lm_loss": 2.0}]
+    rows += [{"iteration": 20, "valid/lm_loss": 1.0}, {"iteration": 30, "valid/lm_loss": 1.5}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for iteration in (10, 30):  # 20 was not saved
         (tmp_path / "checkpoints" / f"iter_{iteration:07d}").mkdir(parents=True)

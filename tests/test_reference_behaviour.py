@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from distributed import run_distributed
-from test_methods import ENDS, PAIRS, TOTAL_ITERS, cast, oracle, run_config, samples
+from test_methods import ENDS, PAIRS, TOTAL_ITERS, method_inputs, oracle, run_config, samples
 
 from megakd.config import TrainingConfig
 from megakd.losses.policy_gradient import whiten
@@ -22,8 +22,8 @@ from megakd.trainer import total_iterations
 ROOT = Path(__file__).parents[1]
 
 
-def with_quirks(config, *quirks):
-    return replace(config, training=replace(config.training, reference_behaviour=quirks))
+def with_compat(config, *compat):
+    return replace(config, training=replace(config.training, reference_behaviour=compat))
 
 
 def test_all_means_every_one_and_a_name_its_own_alone():
@@ -57,7 +57,7 @@ def test_decay_begins_at_the_top_and_every_iteration_moves(style, values):
 
 def test_the_last_step_is_lost_only_where_gradients_accumulate():
     loader = SimpleNamespace(iterations_per_epoch=7)
-    config = with_quirks(run_config("sft", 4, {}), "lost-last-step")
+    config = with_compat(run_config("sft", 4, {}), "lost-last-step")
     config = replace(config, training=replace(config.training, epochs=2))
     assert [total_iterations(config, loader, dp_size=dp) for dp in (1, 2)] == [13, 14]
 
@@ -66,11 +66,11 @@ def check_mean_of_means(layout):
     """Rows of very unequal length: the two means differ, and each equals its own float64 formula."""
     pair, rows = PAIRS["gpt2"], sorted(samples(), key=lambda s: -s.num_positions)
 
-    def trained(rows, *quirks):
-        config = with_quirks(run_config("sft", 2, {}), *quirks)
-        return METHODS["sft"](cast(layout, config, pair), config, total_iters=TOTAL_ITERS).train(rows, 1)["loss/lm"]
+    def trained(rows, *compat):
+        config = with_compat(run_config("sft", 2, {}), *compat)
+        return METHODS["sft"](method_inputs(layout, config, pair), config, total_iters=TOTAL_ITERS).train(rows, 1)["loss/lm"]
 
-    values = {quirks: trained(rows, *quirks) for quirks in ((), ("mean-of-means",))}
+    values = {compat: trained(rows, *compat) for compat in ((), ("mean-of-means",))}
     reference = oracle(pair)
     nll = [reference.nll(s.prompt, s.response).detach() for s in rows]
     pairs_of_rows = [torch.cat(nll[i : i + 2]) for i in range(0, 8, 2)]
@@ -86,9 +86,9 @@ def test_the_mean_over_tokens_is_no_mean_of_means():
     run_distributed(check_mean_of_means, 1)
 
 
-def decays(layout, family, quirks):
-    config = with_quirks(run_config("sft", 4, {}), *quirks)
-    optimizer = cast(layout, config, (PAIRS[family][0], PAIRS[family][0])).optimizer
+def decays(layout, family, compat):
+    config = with_compat(run_config("sft", 4, {}), *compat)
+    optimizer = method_inputs(layout, config, (PAIRS[family][0], PAIRS[family][0])).optimizer
     groups = optimizer.optimizer.param_groups
     return sorted(sum(p.ndim == 1 for p in group["params"]) for group in groups if group["wd_mult"])
 
@@ -105,32 +105,32 @@ def test_a_response_cut_at_the_limit_keeps_its_tokens_and_the_reference_ends_it(
     config = run_config("promptkd", 4, {})
     written = lambda config: [s.response for s in rollout_module.rollout(None, samples()[:2], config, ENDS, 1)]
     assert written(config) == [(5,) * 12, (5, 0)]
-    assert written(with_quirks(config, "forced-eos")) == [(5,) * 11 + (0,), (5, 0)]
+    assert written(with_compat(config, "forced-eos")) == [(5,) * 11 + (0,), (5, 0)]
 
 
-def check_initial_prompt(layout, quirks):
+def check_initial_prompt(layout, compat):
     encode = lambda text, add_special_tokens: [1, 11, 12] if add_special_tokens else [11, 12]
-    config = with_quirks(run_config("promptkd", 4, {}), *quirks)
-    parts = replace(cast(layout, config, PAIRS["llama"]), tokenizer=SimpleNamespace(encode=encode))
+    config = with_compat(run_config("promptkd", 4, {}), *compat)
+    parts = replace(method_inputs(layout, config, PAIRS["llama"]), tokenizer=SimpleNamespace(encode=encode))
     method = METHODS["promptkd"](parts, config, total_iters=TOTAL_ITERS)
     words = method.teacher.model.embedding.word_embeddings.weight
-    expected = [1, 11, 12, 1, 11, 12, 1] if quirks else [11, 12, 11, 12, 11, 12, 11]
+    expected = [1, 11, 12, 1, 11, 12, 1] if compat else [11, 12, 11, 12, 11, 12, 11]
     assert torch.equal(method.prompt.vectors, words[expected])
 
 
-@pytest.mark.parametrize("quirks", [(), ("special-tokens-in-prompt",)])
-def test_the_prompt_starts_from_its_text_repeated_without_special_tokens(quirks):
-    run_distributed(check_initial_prompt, 1, quirks)
+@pytest.mark.parametrize("compat", [(), ("special-tokens-in-prompt",)])
+def test_the_prompt_starts_from_its_text_repeated_without_special_tokens(compat):
+    run_distributed(check_initial_prompt, 1, compat)
 
 
 def check_teacher_dropout(layout):
     """With dropout the prompt's loss differs from the one without; the teacher is back in evaluation mode either way."""
     losses = {}
     teacher = {"family": "gpt2", "layers": 2, "resid_pdrop": 0.3, "embd_pdrop": 0.3}
-    for quirks in ((), ("teacher-dropout",)):
-        config = with_quirks(run_config("promptkd", 4, {}), *quirks)
-        method = METHODS["promptkd"](cast(layout, config, (PAIRS["gpt2"][0], teacher)), config, total_iters=TOTAL_ITERS)
-        losses[quirks] = method.train(samples(), 1)["loss/prompt_kd"]
+    for compat in ((), ("teacher-dropout",)):
+        config = with_compat(run_config("promptkd", 4, {}), *compat)
+        method = METHODS["promptkd"](method_inputs(layout, config, (PAIRS["gpt2"][0], teacher)), config, total_iters=TOTAL_ITERS)
+        losses[compat] = method.train(samples(), 1)["loss/prompt_kd"]
         assert not method.teacher.model.training
     assert abs(losses[()] - losses[("teacher-dropout",)]) > 1e-3
 

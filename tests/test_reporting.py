@@ -77,11 +77,11 @@ def test_iterations_and_evaluations_to_come_are_estimated_each_by_its_own_time(t
         clock[0] += seconds
         logger.log(iteration, {name: 1.0})
 
-    log(0, "valid/lm", 10)
+    log(0, "valid/lm_loss", 10)
     for iteration in range(1, 11):
         log(iteration, "loss/lm", 1)
         if iteration == 10 or (eval_interval and iteration % eval_interval == 0):
-            log(iteration, "valid/lm", 10)
+            log(iteration, "valid/lm_loss", 10)
     first, *lines = capsys.readouterr().out.splitlines()
     assert "ETA" not in first  # no iteration to estimate from yet
     assert [line.rpartition("ETA ")[2] for line in lines] == [f"0:00:{seconds:02d}" for seconds in etas]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from distributed import run_distributed
 from megakd_kernels import TopKRows
-from test_methods import PAIRS, TOTAL_ITERS, cast, run_config, samples
+from test_methods import PAIRS, TOTAL_ITERS, method_inputs, run_config, samples
 from torch import distributed as dist
 
-from megakd.data.dataloader import deal
+from megakd.data.dataloader import split_across_dp
 from megakd.methods import METHODS
 from megakd.teachers.live import LiveTeacher
 from megakd.teachers.teacher import Teacher
@@ -41,10 +41,10 @@ def losses_by_k(layout, objective, parallel):
     config = replace(config, distillation=replace(config.distillation, kd_objective=objective, kd_ratio=0.8))
     logged = {}
     for k in (None, 97, 40, 5):
-        inputs = cast(layout, config, PAIRS["llama"])
+        inputs = method_inputs(layout, config, PAIRS["llama"])
         inputs.teacher = TruncatedTeacher(inputs.teacher, k) if k else inputs.teacher
         method = METHODS["kd"](inputs, config, total_iters=TOTAL_ITERS)
-        logged[k] = method.train(deal(samples(), layout.dp_size)[layout.dp_rank], 1)
+        logged[k] = method.train(split_across_dp(samples(), layout.dp_size)[layout.dp_rank], 1)
     return logged
 
 

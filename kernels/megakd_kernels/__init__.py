@@ -11,11 +11,13 @@ from .heads.fused_linear import (
 )
 from .kl.promptkd_loss import promptkd_loss
 from .prompt_embedding.operator import prompt_embedding
+from .shards import VocabShard
 from .topk import TopKRows
 
 __all__ = [
     "OBJECTIVES",
     "TopKRows",
+    "VocabShard",
     "cross_entropy",
     "fused_linear_cross_entropy",
     "fused_linear_kl",

@@ -26,6 +26,11 @@ class VocabShard:
     tp_group: dist.ProcessGroup | None = None
 
     @property
+    def arguments(self) -> dict:
+        """Keywords of the losses."""
+        return {"valid_vocab": self.valid_vocab, "vocab_start": self.vocab_start, "tp_group": self.tp_group}
+
+    @property
     def ranks(self) -> int:
         """1 without a group."""
         return 1 if self.tp_group is None else dist.get_world_size(self.tp_group)

@@ -8,7 +8,7 @@ from pathlib import Path
 from megakd.benchmarking.workload import PositionCounter, Workload
 from megakd.config import BenchmarkConfig, Config, DataConfig, ModelConfig, TrainingConfig
 from megakd.data.batch import Sample
-from megakd.data.dataloader import deal
+from megakd.data.dataloader import split_across_dp
 from megakd.data.end_ids import EndIds
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
@@ -61,7 +61,7 @@ class MegakdSystem:
         return self.method.write(self._mine(batch), seed=0)
 
     def _mine(self, batch: Sequence[Sample]) -> list[Sample]:
-        return deal(batch, self.layout.dp_size)[self.layout.dp_rank]
+        return split_across_dp(batch, self.layout.dp_size)[self.layout.dp_rank]
 
 
 def _build_method(config: BenchmarkConfig, workload: Workload, models: Path, layout: ParallelLayout) -> GivenEndsPromptKD:

@@ -54,7 +54,7 @@ class DataLoader:
 
     def samples(self, iteration: int) -> list[Sample]:
         """This rank's share of global batch `iteration`, which counts from 0."""
-        return deal(self.global_samples(iteration), self.dp_size)[self.dp_rank]
+        return split_across_dp(self.global_samples(iteration), self.dp_size)[self.dp_rank]
 
     def global_samples(self, iteration: int) -> list[Sample]:
         """The whole global batch, the same on every rank."""
@@ -68,11 +68,11 @@ class DataLoader:
         return self._order_of[1]
 
 
-def deal(samples: Sequence[Sample], ranks: int) -> list[list[Sample]]:
-    """Equal hands of like total length: sorted by length, dealt to the ranks there and back again (0 1 2 2 1 0 0 1 ...)."""
+def split_across_dp(samples: Sequence[Sample], ranks: int) -> list[list[Sample]]:
+    """Equal shares of like total length: sorted by length, given to the ranks there and back again (0 1 2 2 1 0 0 1 ...)."""
     ordered = sorted(samples, key=lambda sample: -sample.num_positions)
     there_and_back = [*range(ranks), *reversed(range(ranks))]
-    hands: list[list[Sample]] = [[] for _ in range(ranks)]
-    for turn, sample in enumerate(ordered):
-        hands[there_and_back[turn % (2 * ranks)]].append(sample)
-    return hands
+    shares: list[list[Sample]] = [[] for _ in range(ranks)]
+    for place, sample in enumerate(ordered):
+        shares[there_and_back[place % (2 * ranks)]].append(sample)
+    return shares

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.config import AnsweringConfig, ResponseConfig
 from megakd.data.batch import Sample
-from megakd.data.dataloader import deal
+from megakd.data.dataloader import split_across_dp
 from megakd.data.end_ids import EndIds
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
@@ -75,7 +75,7 @@ class Writer:
         """One chunk, dealt to the replicas so that each has as many rows and about as long prompts."""
         layout = self.model.layout
         numbered = [Sample(i, sample.prompt, ()) for i, sample in enumerate(samples)]  # sample ids may begin anywhere
-        mine = [sample.sample_id for sample in deal(numbered, layout.dp_size)[layout.dp_rank]]
+        mine = [sample.sample_id for sample in split_across_dp(numbered, layout.dp_size)[layout.dp_rank]]
         prompts, ids = [samples[i].prompt for i in mine], [samples[i].sample_id for i in mine]
         responses = generate(self.model, prompts, ids, sampling, eos_id=self.ends.stop, batch_size=self.batch_size)
         gathered = gather_by_index(dict(zip(mine, responses)), layout.dp_group)

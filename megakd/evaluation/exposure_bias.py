@@ -18,13 +18,13 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from megakd_kernels import VocabShard
 
 from megakd.data.batch import Batch, Sample, micro_batches
-from megakd.data.dataloader import deal
+from megakd.data.dataloader import split_across_dp
 from megakd.evaluation.answers import gather_by_index
 from megakd.evaluation.held_out import passes
 from megakd.losses.distillation import Divergence
-from megakd.losses.token_loss import VocabularySplit
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.teachers.live import LiveStudent
 from megakd.teachers.teacher import Teacher
@@ -39,7 +39,7 @@ def token_divergences(
     layout = model.layout
     numbered = [replace(sample, sample_id=i) for i, sample in enumerate(samples)]
     mine: dict[int, np.ndarray] = {}
-    for part in passes(deal(numbered, layout.dp_size)[layout.dp_rank], micro_batch_size):
+    for part in passes(split_across_dp(numbered, layout.dp_size)[layout.dp_rank], micro_batch_size):
         mine |= replica_divergences(model, teacher, micro_batches(part, micro_batch_size))
     gathered = gather_by_index(mine, layout.dp_group)
     return [gathered[i] for i in range(len(samples))]
@@ -52,7 +52,7 @@ def replica_divergences(
     layout = model.layout
     batches = [batch.to(layout.device) for batch in batches]
     pairs = zip(*(who.read(batches, to=layout) for who in (LiveStudent(model), teacher)))  # the last stage alone has any
-    vocabulary, kl = VocabularySplit(model.real_vocab_size, layout.tp_group), Divergence("forward_kl")
+    vocabulary, kl = VocabShard(model.real_vocab_size, tp_group=layout.tp_group), Divergence("forward_kl")
     total = sum(batch.num_supervised for batch in batches)
     values = torch.zeros(total, dtype=torch.double, device=layout.device)
     with torch.no_grad():

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from megakd_kernels import VocabShard
 
 from megakd.data.batch import Sample, micro_batches
-from megakd.data.dataloader import deal
+from megakd.data.dataloader import split_across_dp
 from megakd.losses.distillation import Divergence, label_loss
-from megakd.losses.token_loss import TokenLoss, VocabularySplit
+from megakd.losses.token_loss import TokenLoss
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.schedules import evaluate_loss, token_means
 from megakd.teachers.teacher import Teacher
@@ -29,7 +30,7 @@ def held_out_losses(
     layout = model.layout
     names = ("lm_loss", "reverse_kl", "forward_kl") if teacher else ("lm_loss",)
     sums = torch.zeros(len(names) + 1, dtype=torch.double, device=layout.device)
-    for part in passes(deal(samples, layout.dp_size)[layout.dp_rank], micro_batch_size):
+    for part in passes(split_across_dp(samples, layout.dp_size)[layout.dp_rank], micro_batch_size):
         sums += sums_of(model, teacher, part, names, micro_batch_size)
     return {name: float(value) for name, value in token_means(sums, names, layout).items()}
 
@@ -44,7 +45,7 @@ def passes(samples: Sequence[Sample], micro_batch_size: int) -> Iterator[Sequenc
 def sums_of(model, teacher, samples: Sequence[Sample], names: Sequence[str], micro_batch_size: int) -> torch.Tensor:
     """Sums of `names` and the token count over some samples, on every stage."""
     batches = [batch.to(model.layout.device) for batch in micro_batches(samples, micro_batch_size)]
-    vocabulary = VocabularySplit(model.real_vocab_size, model.layout.tp_group)
+    vocabulary = VocabShard(model.real_vocab_size, tp_group=model.layout.tp_group)
 
     def loss(q, batch, p):
         lm = label_loss(q, batch.supervised_labels, vocabulary)

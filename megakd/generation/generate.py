@@ -16,12 +16,13 @@ from functools import partial
 from itertools import pairwise
 
 import torch
+from megakd_kernels import VocabShard
 from torch import Tensor
 
 from megakd.errors import UserError
-from megakd.generation.ring import turn
-from megakd.generation.rows import Row, RowGroup, Voice
-from megakd.generation.sampling import NO_TOKEN, Sampler, Sampling, Vocabulary
+from megakd.generation.ring import run_pipeline_ring
+from megakd.generation.rows import MixtureComponent, Row, RowGroup
+from megakd.generation.sampling import NO_TOKEN, Sampler, Sampling
 from megakd.models.decoding import decoding
 from megakd.models.gpt_model import HiddenStateGPTModel
 
@@ -36,7 +37,7 @@ def generate(
     eos_id: int | Collection[int],
     batch_size: int | None = None,
     soft_prompt: Tensor | None = None,
-    mix_with: Sequence[Voice] = (),
+    mix_with: Sequence[MixtureComponent] = (),
     limits: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Token ids of the responses in the prompts' order, the EOS included where one was sampled; the same on every rank of the model.
@@ -50,30 +51,30 @@ def generate(
         batch_size: most rows under way at once, None for all: the cache holds as many.
         soft_prompt: [P, H], stands before every prompt and takes positions 0..P-1.
         mix_with: further models, of the same layout and vocabulary, whose next-token distributions are mixed in by their shares;
-            `model` has the rest. MiniLLM's (1 - α) q + α p is `mix_with=[Voice(teacher, α)]`.
+            `model` has the rest. MiniLLM's (1 - α) q + α p is `mix_with=[MixtureComponent(teacher, α)]`.
         limits: most response tokens of each row, below `max_new_tokens`.
 
     Raises:
         ValueError: an empty prompt, one that leaves no room for a response, or models that do not go together.
         UserError: a model's logits are NaN or infinite.
     """
-    voices = [Voice(model, 1 - sum(voice.share for voice in mix_with), soft_prompt), *mix_with]
-    check_voices(voices)
+    components = [MixtureComponent(model, 1 - sum(component.share for component in mix_with), soft_prompt), *mix_with]
+    check_components(components)
     limits = limits or [sampling.max_new_tokens] * len(prompts)
     ends = frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
     rows = [
-        Row(prompt, sample_id, min(limit, sampling.max_new_tokens, room(i, prompt, voices)), ends)
+        Row(prompt, sample_id, min(limit, sampling.max_new_tokens, room(i, prompt, components)), ends)
         for i, (prompt, sample_id, limit) in enumerate(zip(prompts, sample_ids, limits))
     ]
-    sampler = make_sampler(sampling, voices)
+    sampler = make_sampler(sampling, components)
     groups = split_by_length(rows, model.layout.pp_size, batch_size)
-    with decoding([voice.model for voice in voices]):
-        turn(iter([partial(RowGroup, group, voices, sampler) for group in groups]), model.layout)
+    with decoding([component.model for component in components]):
+        run_pipeline_ring(iter([partial(RowGroup, group, components, sampler) for group in groups]), model.layout)
     check_chosen(rows)
     return [row.response for row in rows]
 
 
-def room(i: int, prompt: Sequence[int], voices: Sequence[Voice]) -> int:
+def room(i: int, prompt: Sequence[int], components: Sequence[MixtureComponent]) -> int:
     """Tokens that fit behind a prompt.
 
     Raises:
@@ -81,12 +82,12 @@ def room(i: int, prompt: Sequence[int], voices: Sequence[Voice]) -> int:
     """
     if not len(prompt):
         raise ValueError(f"prompt {i} has no tokens; begin it with BOS or EOS")
-    voice = min(voices, key=lambda voice: voice.context - voice.soft_length)
-    left = voice.context - voice.soft_length - len(prompt)
+    component = min(components, key=lambda component: component.context - component.soft_length)
+    left = component.context - component.soft_length - len(prompt)
     if left < 1:
         raise ValueError(
-            f"prompt {i} has {len(prompt)} tokens and the soft prompt {voice.soft_length}: no room for a response in the model's "
-            f"context of {voice.context} (max_position_embeddings); cut prompts to {len(prompt) + left - 1} tokens or fewer"
+            f"prompt {i} has {len(prompt)} tokens and the soft prompt {component.soft_length}: no room for a response in the model's "
+            f"context of {component.context} (max_position_embeddings); cut prompts to {len(prompt) + left - 1} tokens or fewer"
         )
     return left
 
@@ -105,35 +106,35 @@ def check_chosen(rows: Sequence[Row]) -> None:
             )
 
 
-def check_voices(voices: Sequence[Voice]) -> None:
+def check_components(components: Sequence[MixtureComponent]) -> None:
     """Models that are mixed hold the same vocabulary columns on the same ranks.
 
     Raises:
         ValueError: they do not, or the shares are no distribution.
     """
-    first = voices[0]
-    if not all(0 < voice.share <= 1 for voice in voices):
-        raise ValueError(f"shares {[voice.share for voice in voices]} of the mixed models: each must be above 0, with sum 1")
-    for voice in voices[1:]:
-        ours, theirs = ((v.model.layout.tp_size, v.model.layout.pp_size) for v in (first, voice))
+    first = components[0]
+    if not all(0 < component.share <= 1 for component in components):
+        raise ValueError(f"shares {[component.share for component in components]} of the mixed models: each must be above 0, with sum 1")
+    for component in components[1:]:
+        ours, theirs = ((v.model.layout.tp_size, v.model.layout.pp_size) for v in (first, component))
         if ours != theirs:
             raise ValueError(
                 f"a model at TP {theirs[0]} × PP {theirs[1]} cannot be mixed with one at TP {ours[0]} × PP {ours[1]}: "
                 "they sample together, so give both the same layout"
             )
-        if voice.model.real_vocab_size != first.model.real_vocab_size or voice.model.vocab_size != first.model.vocab_size:
+        if component.model.real_vocab_size != first.model.real_vocab_size or component.model.vocab_size != first.model.vocab_size:
             raise ValueError(
-                f"vocabularies of {first.model.real_vocab_size} and {voice.model.real_vocab_size} tokens cannot be mixed; "
+                f"vocabularies of {first.model.real_vocab_size} and {component.model.real_vocab_size} tokens cannot be mixed; "
                 "use models with one tokenizer and one padded width"
             )
 
 
-def make_sampler(sampling: Sampling, voices: Sequence[Voice]) -> Sampler:
+def make_sampler(sampling: Sampling, components: Sequence[MixtureComponent]) -> Sampler:
     """For the vocabulary columns of this rank, padding among them."""
-    model = voices[0].model
+    model = components[0].model
     layout, columns = model.layout, model.vocab_size // model.layout.tp_size
-    vocabulary = Vocabulary(model.real_vocab_size, layout.tp_rank * columns, layout.tp_group)
-    return Sampler(sampling, vocabulary, [voice.share for voice in voices], columns, next(model.parameters()).device)
+    shard = VocabShard(model.real_vocab_size, tp_group=layout.tp_group)
+    return Sampler(sampling, shard, [component.share for component in components], columns, next(model.parameters()).device)
 
 
 def split_by_length(rows: Sequence[Row], stages: int, batch_size: int | None) -> list[list[Row]]:

@@ -21,7 +21,7 @@ from megakd.runtime.parallel_layout import ParallelLayout
 
 
 class Group(Protocol):
-    """What turns: the same group exists on every stage, and each stage can tell what the next message will be."""
+    """What goes round: the same group exists on every stage, and each stage can tell what the next message will be."""
 
     finished: bool
 
@@ -35,7 +35,7 @@ class Group(Protocol):
 Waiting = Iterator[Callable[[], Group]]
 
 
-def turn(waiting: Waiting, layout: ParallelLayout) -> None:
+def run_pipeline_ring(waiting: Waiting, layout: ParallelLayout) -> None:
     """Run all waiting groups to their end. Every stage is given the same groups in the same order."""
     places = [start(waiting) for _ in range(layout.pp_size)]
     message: list[Tensor] = []

@@ -19,7 +19,7 @@ from megakd.generation.sampling import NO_TOKEN, Sampler, Sampling, noise_stream
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.model_provider import context_length
 
-LOOK_EVERY = 8  # steps of a captured group between two looks at its tokens: each look waits for the GPU
+SYNC_EVERY = 8  # steps of a captured group before its tokens come to the host: to fetch them waits for the GPU
 
 
 @dataclass
@@ -41,8 +41,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Voice:
-    """A model that has a say in the next token: Σ share · softmax(z / T), the shares of all voices summing to 1."""
+class MixtureComponent:
+    """One model of the mixture Σ share · softmax(z / T) that next tokens are drawn from; the shares of all components sum to 1."""
 
     model: HiddenStateGPTModel
     share: float = 1.0
@@ -72,15 +72,15 @@ class RowGroup:
     stages after the same ones: what a row was given after its end is left out, and the GPU seldom waits.
     """
 
-    def __init__(self, rows: list[Row], voices: Sequence[Voice], sampler: Sampler):
-        self.rows, self.sampler, self.layout = rows, sampler, voices[0].model.layout
+    def __init__(self, rows: list[Row], components: Sequence[MixtureComponent], sampler: Sampler):
+        self.rows, self.sampler, self.layout = rows, sampler, components[0].model.layout
         prompts, self.longest = [row.prompt for row in rows], max(row.limit for row in rows)
-        self.decoders = [Decoder(voice.model, prompts, self.longest, voice.soft_prompt) for voice in voices]
+        self.decoders = [Decoder(component.model, prompts, self.longest, component.soft_prompt) for component in components]
         self.device, self.width = self.decoders[0].device, self.decoders[0].width
         self.streams_B = noise_streams(sampler.sampling.seed, [row.sample_id for row in rows], self.device)
         self.seen_BK = torch.tensor([[-1] * (self.width - len(prompt)) + list(prompt) for prompt in prompts], device=self.device)
         self.read = 0  # response tokens that this stage has read
-        self.unseen: list[Tensor] = []  # [B] each, read since the last look
+        self.unseen: list[Tensor] = []  # [B] each, read since the last ones came to the host
         self.prefilled = self.finished = False
         self.captures = is_capturable(self.device, sampler.sampling)
         self.captured: CapturedStep | None = None
@@ -139,12 +139,12 @@ class RowGroup:
         """The tokens [B] of one step. Rows that have ended but not left sample on; theirs are dropped."""
         self.read += 1
         self.unseen.append(tokens_B.clone())  # the next replay of a graph writes over its output
-        if not self.captures or self.read % LOOK_EVERY == 0 or self.read == self.longest:
-            self.look()
+        if not self.captures or self.read % SYNC_EVERY == 0 or self.read == self.longest:
+            self.sync_tokens_to_host()
         if self.sampler.sampling.limits_repetition:
             self.seen_BK = torch.cat([self.seen_BK, tokens_B[:, None]], 1)
 
-    def look(self) -> None:
+    def sync_tokens_to_host(self) -> None:
         """Bring the tokens to the host: what they say, and which rows they end."""
         for tokens in torch.stack(self.unseen).tolist():
             for row, token in zip(self.rows, tokens):

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from megakd_kernels import VocabShard
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from megakd.errors import UserError
 
@@ -71,67 +71,18 @@ class Sampling:
         return self.limits_repetition or self.cuts_the_tail
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """The columns of the logits that this rank holds: token ids `first` and up, real below `size`; None: it holds them all."""
-
-    size: int
-    first: int = 0
-    tp_group: ProcessGroup | None = None
-
-    @property
-    def is_split(self) -> bool:
-        """Whether there are columns on other ranks."""
-        return self.tp_group is not None and self.tp_group.size() > 1
-
-    def without_padding(self, logits_BVp: Tensor) -> Tensor:
-        """Padded columns at -inf, in place."""
-        logits_BVp[:, max(self.size - self.first, 0) :] = -math.inf
-        return logits_BVp
-
-    def gather(self, logits_BVp: Tensor) -> Tensor:
-        """Whole rows, [B, V], on every rank."""
-        if not self.is_split:
-            return logits_BVp[:, : self.size]
-        return torch.cat(list(all_gather(logits_BVp, self.tp_group)), 1)[:, : self.size]
-
-    def log_softmax(self, logits_BVp: Tensor) -> Tensor:
-        """log_softmax over whole rows, of this rank's columns."""
-        if not self.is_split:
-            return logits_BVp.log_softmax(-1)
-        total = all_gather(logits_BVp.logsumexp(-1), self.tp_group).logsumexp(0)  # [B]
-        return logits_BVp - total[:, None]
-
-    def argmax(self, scores_BVp: Tensor) -> Tensor:
-        """Token ids [B] of the highest scores of whole rows, the lowest id among equals; NO_TOKEN where the highest is none."""
-        score, column = scores_BVp.max(-1)  # NaN counts as the highest
-        token = (column + self.first).masked_fill(~(score < math.inf), NO_TOKEN)
-        if not self.is_split:
-            return token
-        pair = torch.stack([score.double(), token.double()], -1)  # [B, 2], exact in float64
-        pairs = all_gather(pair, self.tp_group)
-        winner = pairs[..., 0].argmax(0)
-        return pairs[..., 1].gather(0, winner[None])[0].long()
-
-
-def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
-    """[ranks, *x.shape]"""
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
-    dist.all_gather(parts, x.contiguous(), group=group)
-    return torch.stack(parts)
-
-
 class Sampler:
     """Chooses the next tokens of a group of rows from the logits of one model, or of several that are mixed.
 
     `shares` are the weights of the mixture Σ share · softmax(z / T), one a model, with sum 1.
     """
 
-    def __init__(self, sampling: Sampling, vocabulary: Vocabulary, shares: list[float], columns: int, device: torch.device):
-        self.sampling, self.vocabulary, self.shares = sampling, vocabulary, shares
-        self.whole = Vocabulary(vocabulary.size) if sampling.needs_whole_rows else vocabulary
-        columns = vocabulary.size if sampling.needs_whole_rows else columns
-        self.tokens = torch.arange(self.whole.first, self.whole.first + columns, dtype=torch.int32, device=device)
+    def __init__(self, sampling: Sampling, shard: VocabShard, shares: list[float], columns: int, device: torch.device):
+        self.sampling, self.shard, self.shares = sampling, shard, shares
+        self.whole = VocabShard(shard.valid_vocab) if sampling.needs_whole_rows else shard
+        columns = shard.valid_vocab if sampling.needs_whole_rows else columns
+        first = self.whole.start(columns)
+        self.tokens = torch.arange(first, first + columns, dtype=torch.int32, device=device)
 
     def __call__(self, logits: list[Tensor], streams_B: Tensor, position: Tensor, seen_BK: Tensor | None) -> Tensor:
         """Token ids [B].
@@ -144,21 +95,21 @@ class Sampler:
         """
         z = self.mix([self.prepare(x, seen_BK) for x in logits])
         if self.sampling.greedy:
-            return self.whole.argmax(z)
+            return argmax(z, self.whole)
         if self.sampling.top_k:
             z = keep_top_k(z, self.sampling.top_k)
         if self.sampling.top_p < 1:
             z = keep_top_p(z, self.sampling.top_p)
-        token = self.whole.argmax(gumbel(streams_B, position, self.tokens).add_(z))
-        if self.sampling.top_p < 1 and self.vocabulary.is_split:  # each rank sums the row, in an order that a GPU does not promise
-            dist.broadcast(token, group=self.vocabulary.tp_group, group_src=0)
+        token = argmax(gumbel(streams_B, position, self.tokens).add_(z), self.whole)
+        if self.sampling.top_p < 1 and self.shard.ranks > 1:  # each rank sums the row, in an order that a GPU does not promise
+            dist.broadcast(token, group=self.shard.tp_group, group_src=0)
         return token
 
     def prepare(self, logits_BVp: Tensor, seen_BK: Tensor | None) -> Tensor:
         """One model's logits in float32: padding out, repetition limited, divided by the temperature."""
-        z = self.vocabulary.without_padding(logits_BVp.float())
+        z = pad_(logits_BVp.float(), self.shard)
         if self.sampling.needs_whole_rows:
-            z = self.vocabulary.gather(z)
+            z = gather_rows(z, self.shard)
         if self.sampling.repetition_penalty != 1:
             z = penalize(z, seen_BK, self.sampling.repetition_penalty)
         if self.sampling.no_repeat_ngram_size:
@@ -169,8 +120,41 @@ class Sampler:
         """log Σ share · softmax(z); a single model's logits as they are."""
         if len(logits) == 1:
             return logits[0]
-        parts = [self.whole.log_softmax(z).add_(math.log(share)) for z, share in zip(logits, self.shares)]
+        parts = [log_softmax(z, self.whole).add_(math.log(share)) for z, share in zip(logits, self.shares)]
         return torch.stack(parts).logsumexp(0)
+
+
+# A whole row of logits, of which each rank has Vp columns.
+
+
+def pad_(logits_BVp: Tensor, shard: VocabShard) -> Tensor:
+    """Padded columns at -inf, in place."""
+    logits_BVp[:, shard.columns(logits_BVp.shape[1]) :] = -math.inf
+    return logits_BVp
+
+
+def gather_rows(logits_BVp: Tensor, shard: VocabShard) -> Tensor:
+    """Whole rows, [B, V], on every rank."""
+    return torch.cat(list(shard.all_gather(logits_BVp[None])), 1)[:, : shard.valid_vocab]
+
+
+def log_softmax(logits_BVp: Tensor, shard: VocabShard) -> Tensor:
+    """log_softmax over whole rows, of this rank's columns."""
+    if shard.ranks == 1:
+        return logits_BVp.log_softmax(-1)
+    total = shard.all_gather(logits_BVp.logsumexp(-1)[None]).logsumexp(0)  # [B]
+    return logits_BVp - total[:, None]
+
+
+def argmax(scores_BVp: Tensor, shard: VocabShard) -> Tensor:
+    """Token ids [B] of the highest scores of whole rows, the lowest id among equals; NO_TOKEN where the highest is none."""
+    score, column = scores_BVp.max(-1)  # NaN counts as the highest
+    token = (column + shard.start(scores_BVp.shape[1])).masked_fill(~(score < math.inf), NO_TOKEN)
+    if shard.ranks == 1:
+        return token
+    pairs = shard.all_gather(torch.stack([score.double(), token.double()])[None])  # [tp, 2, B], exact in float64
+    winner = pairs[:, 0].argmax(0)
+    return pairs[:, 1].gather(0, winner[None])[0].long()
 
 
 def keep_top_k(logits_BV: Tensor, k: int) -> Tensor:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import megakd_kernels
 import torch
-from megakd_kernels import TopKRows
+from megakd_kernels import TopKRows, VocabShard
 from torch import Tensor
 
-from megakd.losses.token_loss import HeadRows, Rows, TokenLoss, VocabularySplit
+from megakd.losses.token_loss import HeadRows, Rows, TokenLoss
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Divergence:
     beta: float = 0.5
     alpha: float = 0.1
 
-    def __call__(self, q: HeadRows, p: Rows, vocabulary: VocabularySplit) -> Tensor:
+    def __call__(self, q: HeadRows, p: Rows, vocabulary: VocabShard) -> Tensor:
         """Per token [N], with gradient to whichever side requires it; of a truncated p over its K tokens and one bucket for the rest."""
         truncated = isinstance(p, TopKRows)
         distance = megakd_kernels.fused_linear_topk_kl if truncated else megakd_kernels.fused_linear_kl
@@ -48,7 +48,7 @@ def sums_in_main_grad(rows: HeadRows) -> bool:
     return hasattr(rows.head_VpH, "main_grad")
 
 
-def label_loss(q: HeadRows, labels_N: Tensor, vocabulary: VocabularySplit, weights_N: Tensor | None = None) -> Tensor:
+def label_loss(q: HeadRows, labels_N: Tensor, vocabulary: VocabShard, weights_N: Tensor | None = None) -> Tensor:
     """−log q(label) times the weights, per token [N]."""
     return megakd_kernels.fused_linear_cross_entropy(
         q.hidden_NH,
@@ -60,20 +60,20 @@ def label_loss(q: HeadRows, labels_N: Tensor, vocabulary: VocabularySplit, weigh
     )
 
 
-def sft_loss(q: HeadRows, labels_N: Tensor, vocabulary: VocabularySplit) -> TokenLoss:
+def sft_loss(q: HeadRows, labels_N: Tensor, vocabulary: VocabShard) -> TokenLoss:
     """−log q(label)."""
     loss = label_loss(q, labels_N, vocabulary)
     return TokenLoss(loss, {"loss/lm": loss})
 
 
-def reverse_kl_loss(q: HeadRows, p: Rows, vocabulary: VocabularySplit) -> TokenLoss:
+def reverse_kl_loss(q: HeadRows, p: Rows, vocabulary: VocabShard) -> TokenLoss:
     """KL(q‖p), with gradient to the student."""
     loss = Divergence("reverse_kl")(q, p, vocabulary)
     return TokenLoss(loss, {"loss/reverse_kl": loss})
 
 
 def kd_loss(
-    q: HeadRows, p: Rows, labels_N: Tensor, vocabulary: VocabularySplit, *, kd_ratio: float, divergence: Divergence
+    q: HeadRows, p: Rows, labels_N: Tensor, vocabulary: VocabShard, *, kd_ratio: float, divergence: Divergence
 ) -> TokenLoss:
     """(1 − r)·(−log q(label)) + r·D(p, q): with KL(p‖q) that of Hinton et al. 2015 as MiniLLM's `finetune.py` weighs it."""
     with torch.set_grad_enabled(kd_ratio < 1 and torch.is_grad_enabled()):  # at 1 it is for the log alone
@@ -83,7 +83,7 @@ def kd_loss(
     return TokenLoss(total, {"loss/total": total, "loss/lm": lm, f"loss/{divergence.objective}": distance})
 
 
-def function_of_log_q(f: Callable[[Tensor], Tensor], q: HeadRows, labels_N: Tensor, vocabulary: VocabularySplit) -> Tensor:
+def function_of_log_q(f: Callable[[Tensor], Tensor], q: HeadRows, labels_N: Tensor, vocabulary: VocabShard) -> Tensor:
     """f(log q(label)) per token, f any differentiable function of each token's log-probability.
 
     The fused head makes its weight's gradient in the forward pass, with one factor a token known beforehand: f' comes from a pass
@@ -102,7 +102,7 @@ def prompt_loss(
     prompted: HeadRows,
     q: HeadRows,
     p: HeadRows,
-    vocabulary: VocabularySplit,
+    vocabulary: VocabShard,
     *,
     base_coef: float,
     kinds: tuple[str, str] = ("reverse", "reverse"),

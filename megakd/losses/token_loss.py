@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from megakd_kernels import TopKRows
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -40,16 +39,3 @@ class TokenLoss:
     def scaled(self, factor: float) -> TokenLoss:
         """Objective and logs times one number."""
         return TokenLoss(self.objective_N * factor, {name: value * factor for name, value in self.logs.items()})
-
-
-@dataclass(frozen=True)
-class VocabularySplit:
-    """How the vocabulary lies over ranks, the same for both models: ids at or past `size` are padding and have no probability."""
-
-    size: int
-    tp_group: ProcessGroup
-
-    @property
-    def arguments(self) -> dict:
-        """Keywords of megakd_kernels' losses. A group of one rank is None there: no collective is called."""
-        return {"valid_vocab": self.size, "tp_group": self.tp_group if self.tp_group.size() > 1 else None}

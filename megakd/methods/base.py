@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megakd_kernels import VocabShard
 
 from megakd.config import Config
 from megakd.data.batch import Batch, Sample, micro_batches
@@ -15,7 +16,7 @@ from megakd.data.conditioning import Conditioning
 from megakd.data.dataloader import DataLoader
 from megakd.data.end_ids import EndIds
 from megakd.losses.distillation import reverse_kl_loss, sft_loss
-from megakd.losses.token_loss import Rows, TokenLoss, VocabularySplit
+from megakd.losses.token_loss import Rows, TokenLoss
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.optimizer import StudentOptimizer
 from megakd.reporting.stopwatch import Stopwatch
@@ -49,7 +50,7 @@ class Method:
         self.tokenizer, self.ends, self.time = inputs.tokenizer, inputs.ends, inputs.stopwatch
         self.config, self.total_iters = config, total_iters
         self.layout = inputs.student.layout
-        self.vocabulary = VocabularySplit(self.student.real_vocab_size, self.layout.tp_group)
+        self.vocabulary = VocabShard(self.student.real_vocab_size, tp_group=self.layout.tp_group)
 
     @classmethod
     def modules(cls, student: HiddenStateGPTModel, teacher: Teacher | None, config: Config) -> dict[str, torch.nn.Module]:
@@ -142,16 +143,16 @@ class Method:
         teacher = self.teacher.read(batches, to=self.layout) if self.teacher else []
 
         def loss(q, batch, p):
-            lm = sft_loss(q, batch.supervised_labels, self.vocabulary)
-            kl = reverse_kl_loss(q, p, self.vocabulary).logs if self.teacher else {}
-            return TokenLoss(lm.objective_N, lm.logs | kl)
+            lm = sft_loss(q, batch.supervised_labels, self.vocabulary).objective_N
+            kl = {"reverse_kl": reverse_kl_loss(q, p, self.vocabulary).objective_N} if self.teacher else {}
+            return TokenLoss(lm, {"lm_loss": lm, **kl})
 
         return evaluate_loss(self.student, batches, loss, self.evaluation_names, teacher)
 
     @property
     def evaluation_names(self) -> tuple[str, ...]:
         """Held-out losses on the gold responses: −log q, and KL(q‖p) against the teacher without a prompt."""
-        return ("loss/lm", "loss/reverse_kl") if self.teacher else ("loss/lm",)
+        return ("lm_loss", "reverse_kl") if self.teacher else ("lm_loss",)
 
 
 def to_floats(values: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -15,12 +15,12 @@ from dataclasses import replace
 import torch
 
 from megakd.data.batch import Sample
-from megakd.data.dataloader import deal
+from megakd.data.dataloader import split_across_dp
 from megakd.methods.kd import KD
 from megakd.methods.rollout import rollout
 
 STEP, TOLERANCE = 0.1, 0.1  # how far φ rises, and after which rise of the held-out loss
-WATCHED = "valid/lm"
+WATCHED = "valid/lm_loss"
 
 
 class DistiLLM(KD):
@@ -49,7 +49,7 @@ class DistiLLM(KD):
             self.buffer.add(self.all_gather_samples(samples))
         elif u < threshold:
             drawn = [self.as_taught(sample) for sample in self.buffer.draw(self.config.training.global_batch_size, rng)]
-            samples = deal(drawn, self.layout.dp_size)[self.layout.dp_rank]
+            samples = split_across_dp(drawn, self.layout.dp_size)[self.layout.dp_rank]
         learnt = self.learn(samples, iteration, kd_ratio=self.config.distillation.ratio(1.0))
         return learnt | {"on_policy_share": threshold}
 

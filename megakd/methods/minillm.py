@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from megakd.data.dataloader import DataLoader
 from megakd.data.open_data import open_responses
-from megakd.generation.rows import Voice
+from megakd.generation.rows import MixtureComponent
 from megakd.losses.distillation import Divergence, function_of_log_q, kd_loss, label_loss, reverse_kl_loss
 from megakd.losses.policy_gradient import advantages, clipped_policy_loss, importance_weights, token_rewards, whiten
 from megakd.losses.token_loss import HeadRows, TokenLoss
@@ -78,8 +78,8 @@ class MiniLLM(Method):
         """Write the responses, and remember log q, r, w and the teacher's hidden states of every token."""
         settings = self.settings
         with self.time("rollout"):
-            voices = [Voice(self.teacher.model, settings.teacher_mixed_alpha)] if settings.teacher_mixed_alpha else []
-            self.rollouts = rollout(self.student, samples, self.config, self.ends, iteration, mix_with=voices)
+            components = [MixtureComponent(self.teacher.model, settings.teacher_mixed_alpha)] if settings.teacher_mixed_alpha else []
+            self.rollouts = rollout(self.student, samples, self.config, self.ends, iteration, mix_with=components)
         self.numbered = [replace(sample, sample_id=number) for number, sample in enumerate(self.rollouts)]
         batches, self.experience = self.batches(self.numbered), {}
         teacher = self.read_teacher(batches)

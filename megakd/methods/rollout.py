@@ -9,7 +9,7 @@ from megakd.config import Config
 from megakd.data.batch import Sample
 from megakd.data.end_ids import EndIds
 from megakd.generation.generate import generate
-from megakd.generation.rows import Voice
+from megakd.generation.rows import MixtureComponent
 from megakd.generation.sampling import Sampling
 from megakd.models.gpt_model import HiddenStateGPTModel
 
@@ -23,7 +23,7 @@ def rollout(
     ends: EndIds,
     iteration: int,
     *,
-    mix_with: Sequence[Voice] = (),
+    mix_with: Sequence[MixtureComponent] = (),
 ) -> list[Sample]:
     """The samples with responses of the student, or of a mixture with it; the end included where one was written.
 

@@ -10,7 +10,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from transformers import PretrainedConfig
 
 from megakd.models.layer_specs import LAYER
-from megakd.models.param_mapping import Cut, HFTensor, Table, Whole
+from megakd.models.param_mapping import HFTensor, Replicated, Sharded, Table
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Family:
 
 def linear(megatron: str, hf: str, *, axis: int, transposed: bool = False, bias: bool = True) -> Table:
     """A column-parallel (axis 0) or row-parallel (axis 1) layer; a row-parallel bias is whole on every rank."""
-    weight = {f"{megatron}.weight": Cut(tensor=HFTensor(f"{hf}.weight", transposed), axis=axis)}
+    weight = {f"{megatron}.weight": Sharded(tensor=HFTensor(f"{hf}.weight", transposed), axis=axis)}
     if not bias:
         return weight
-    kind = Cut if axis == 0 else Whole
+    kind = Sharded if axis == 0 else Replicated
     return weight | {f"{megatron}.bias": kind(tensor=HFTensor(f"{hf}.bias"))}
 
 
 def norm(megatron: str, hf: str, *, bias: bool = True) -> Table:
     """A LayerNorm, or an RMSNorm without bias."""
     parts = ("weight", "bias") if bias else ("weight",)
-    return {f"{megatron}.{part}": Whole(tensor=HFTensor(f"{hf}.{part}")) for part in parts}
+    return {f"{megatron}.{part}": Replicated(tensor=HFTensor(f"{hf}.{part}")) for part in parts}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import GPT2Config
 
 from megakd.models.family import Family, linear, norm
-from megakd.models.param_mapping import QKV, HFTensor, Table, Vocabulary, Whole
+from megakd.models.param_mapping import QKV, HFTensor, Replicated, Table, Vocabulary
 
 ACTIVATIONS = {"gelu_new": partial(F.gelu, approximate="tanh"), "gelu": F.gelu, "relu": F.relu}
 
@@ -48,7 +48,7 @@ def table(hf: GPT2Config, padded_vocab_size: int) -> Table:
     layer = "decoder.layers.*"
     return {
         "embedding.word_embeddings.weight": Vocabulary(tensor=words, padded_size=padded_vocab_size),
-        "embedding.position_embeddings.weight": Whole(tensor=HFTensor("transformer.wpe.weight")),
+        "embedding.position_embeddings.weight": Replicated(tensor=HFTensor("transformer.wpe.weight")),
         **norm(f"{layer}.input_layernorm", "transformer.h.*.ln_1"),
         f"{layer}.self_attention.linear_qkv.weight": _qkv(hf, "weight"),
         f"{layer}.self_attention.linear_qkv.bias": _qkv(hf, "bias"),

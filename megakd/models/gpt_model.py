@@ -83,7 +83,7 @@ class HiddenStateGPTModel(GPTModel):
         first = 0 if soft_prompt_PH is None else soft_prompt_PH.shape[0]
         return hidden[first : first + tokens_BS.shape[1]]
 
-    def handed_on_shape(self, tokens_BS: Tensor, soft_prompt_PH: Tensor | None = None) -> tuple[int, int, int]:
+    def p2p_shape(self, tokens_BS: Tensor, soft_prompt_PH: Tensor | None = None) -> tuple[int, int, int]:
         """[P + S, B, H] that goes from stage to stage, this rank's part of it under sequence parallelism."""
         rows, positions = tokens_BS.shape
         positions += 0 if soft_prompt_PH is None else soft_prompt_PH.shape[0]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from transformers import OPTConfig
 
 from megakd.models.family import Family, linear, norm
-from megakd.models.param_mapping import QKV, HFTensor, Table, Vocabulary, Whole
+from megakd.models.param_mapping import QKV, HFTensor, Replicated, Table, Vocabulary
 
 POSITIONS = "model.decoder.embed_positions.weight"
 UNUSED_POSITIONS = 2  # Hugging Face keeps two rows before position 0
@@ -54,7 +54,7 @@ def table(hf: OPTConfig, padded_vocab_size: int) -> Table:
     layer, hf_layer = "decoder.layers.*", "model.decoder.layers.*"
     return {
         "embedding.word_embeddings.weight": Vocabulary(tensor=words, padded_size=padded_vocab_size),
-        "embedding.position_embeddings.weight": Whole(tensor=HFTensor(POSITIONS, skip_rows=UNUSED_POSITIONS)),
+        "embedding.position_embeddings.weight": Replicated(tensor=HFTensor(POSITIONS, skip_rows=UNUSED_POSITIONS)),
         **norm(f"{layer}.input_layernorm", f"{hf_layer}.self_attn_layer_norm"),
         f"{layer}.self_attention.linear_qkv.weight": _qkv(hf, "weight"),
         f"{layer}.self_attention.linear_qkv.bias": _qkv(hf, "bias"),

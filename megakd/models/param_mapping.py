@@ -3,8 +3,8 @@
 A mapping sees the *full* Megatron parameter (as at TP 1) and can read any range of it along the axis that tensor parallelism cuts,
 touching only the bytes it needs. The mapping knows the topology; the family's table does not.
 
-    Whole       every rank holds all of it (norms, position embeddings, biases of row-parallel layers)
-    Cut         rows (axis 0) or columns (axis 1) in even ranges
+    Replicated  every rank holds all of it (norms, position embeddings, biases of row-parallel layers)
+    Sharded     rows (axis 0) or columns (axis 1) in even ranges
     Vocabulary  rows, padded with zeros to the padded vocabulary
     QKV         rows per key/value group: [the group's q heads | k | v]
     GatedMLP    [gate; up], each cut on its own and then joined on the rank
@@ -110,7 +110,7 @@ class Mapping:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Whole(Mapping):
+class Replicated(Mapping):
     """The same on every rank: norms, position embeddings, biases of row-parallel layers."""
 
     tensor: HFTensor
@@ -129,7 +129,7 @@ class Whole(Mapping):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut(Whole):
+class Sharded(Replicated):
     """One even range of rows (axis 0) or columns (axis 1) a rank."""
 
     axis: int = 0

@@ -10,6 +10,8 @@ from typing import Any
 from megakd.errors import UserError, file_errors, tell
 from megakd.reporting.own_folder import hidden
 
+RENAMED = {"valid/lm": "valid/lm_loss"}  # as earlier versions wrote it: today's name
+
 
 class JsonLines:
     """Appends objects to `path`. Lines after `resumed_iteration` are removed first; all of them where it is None (a new run).
@@ -69,12 +71,14 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def row_of(line: bytes) -> dict[str, Any] | None:
-    """An object with its iteration; None where a crash left something else, such as NULs."""
+    """An object with its iteration, under today's names; None where a crash left something else, such as NULs."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("iteration"), int) else None
+    if not isinstance(row, dict) or not isinstance(row.get("iteration"), int):
+        return None
+    return {RENAMED.get(name, name): value for name, value in row.items()}
 
 
 def dump(values: Mapping[str, Any]) -> str:

@@ -27,7 +27,7 @@ PANELS = {  # names begin with: title, unit
 }
 HELD_OUT = {  # valid/*: title, unit
     "valid/reverse_kl": ("Held-out KL(q‖p)", "nats per token"),
-    "valid/lm": ("Held-out LM loss", "nats per token"),
+    "valid/lm_loss": ("Held-out LM loss", "nats per token"),
     "valid/exact_match": ("Held-out exact match", "% of answers"),
     "valid/rouge_l": ("Held-out Rouge-L", "F-measure × 100"),
 }

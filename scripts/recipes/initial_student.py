@@ -31,7 +31,7 @@ def best_checkpoint(run: Path) -> tuple[int, float]:
         SystemExit: there is none, or none with a held-out loss.
     """
     saved = {int(folder.name.removeprefix("iter_")) for folder in (run / "checkpoints").glob("iter_*")}
-    losses = {row["iteration"]: row["valid/lm"] for row in read_jsonl(run / "metrics.jsonl") if "valid/lm" in row}
+    losses = {row["iteration"]: row["valid/lm_loss"] for row in read_jsonl(run / "metrics.jsonl") if "valid/lm_loss" in row}
     if not saved & losses.keys():
         sys.exit(f"error: --run {run}: no checkpoint whose held-out loss was logged; give the folder of an SFT run with --valid-data")
     return min(((i, losses[i]) for i in saved & losses.keys()), key=lambda pair: pair[1])

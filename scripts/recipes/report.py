@@ -32,7 +32,7 @@ TITLES = {
 }
 FIRST = "dolly"  # the set of the held-out columns and of the exposure bias: the one that training data are like
 COLUMNS = {"lm_loss": "LM loss", "reverse_kl": "KL(q‖p)", "ex_acc_err": "ExAccErr(16), %"}
-PANELS = {"valid/lm": ("held-out LM loss", "nats per token"), "valid/reverse_kl": ("held-out KL(q‖p)", "nats per token")}
+PANELS = {"valid/lm_loss": ("held-out LM loss", "nats per token"), "valid/reverse_kl": ("held-out KL(q‖p)", "nats per token")}
 
 
 def main() -> None:
