@@ -190,7 +190,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     of("test_methods", "minillms_text_comes_in_an_order_of_its_own"): [
         (METHODS + "minillm.py", "config.training.seed + 1", "config.training.seed"),
         (METHODS + "minillm.py", "settings.lm_data or data.train_data", "data.train_data"),
-        (METHODS + "minillm.py", "full_rows=True", "full_rows=False"),
+        (METHODS + "minillm.py", '"full_rows": True', '"full_rows": False'),
     ],
     of("test_dropout", "the_student_learns_with_dropout_and_is_read_without"): [
         (SCHEDULES, "    with torch.no_grad(), evaluation_mode(model):\n        return run_schedule", "    with torch.no_grad():\n        return run_schedule"),
@@ -295,7 +295,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (DATA + "batch.py", "MICRO_BATCH_COST = 128", "MICRO_BATCH_COST = 0"),
     ],
     "tests/test_data_forms.py|tests/test_data_minillm.py|tests/test_data_errors.py": [
-        (DATA + "sft_dataset.py", "return [response[: max_length - len(prompt)]]", "return [response[:max_length]]"),
+        (DATA + "sft_dataset.py", "responses[i][: max_length - len(prompts[i])] if", "responses[i][:max_length] if"),
         (DATA + "sft_dataset.py", "if len(prompt) <= self.max_prompt_length:", "if True:"),
         (DATA + "sft_dataset.py", "whole = len(self._stream) // self.max_length * self.max_length", "whole = len(self._stream)"),
     ],
