@@ -240,9 +240,9 @@ def test_the_heads_gradient_is_never_rounded_to_bfloat16():
     hidden, head = draw(40, 16).bfloat16(), draw(30, 16).bfloat16().requires_grad_()
     exact_head = head.detach().double().requires_grad_()
     head.main_grad = torch.zeros(30, 16)
-    alone, labels = SimpleNamespace(size=lambda: 1), torch.arange(40) % 30
-    for loss in (lambda q: sft_loss(q, labels, VocabShard(30, tp_group=alone)).objective_N,
-                 lambda q: Divergence("reverse_kl")(q, HeadRows(hidden, head.detach().flip(0)), VocabShard(30, tp_group=alone))):  # fmt: skip
+    vocabulary, labels = VocabShard(30), torch.arange(40) % 30
+    for loss in (lambda q: sft_loss(q, labels, vocabulary).objective_N,
+                 lambda q: Divergence("reverse_kl")(q, HeadRows(hidden, head.detach().flip(0)), vocabulary)):  # fmt: skip
         loss(HeadRows(hidden, head)).sum().backward()
     log_q = torch.log_softmax(hidden.double() @ exact_head.t(), -1)
     log_p = torch.log_softmax(hidden.double() @ exact_head.detach().flip(0).t(), -1)

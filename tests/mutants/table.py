@@ -296,7 +296,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "tests/test_data_forms.py|tests/test_data_minillm.py|tests/test_data_errors.py": [
         (DATA + "sft_dataset.py", "responses[i][: max_length - len(prompts[i])] if", "responses[i][:max_length] if"),
-        (DATA + "sft_dataset.py", "if len(prompt) <= self.max_prompt_length:", "if True:"),
+        (DATA + "sft_dataset.py", "if len(prompt) <= max_prompt_length]", "]"),
         (DATA + "sft_dataset.py", "whole = len(self._stream) // self.max_length * self.max_length", "whole = len(self._stream)"),
     ],
     of("test_generation", "noise_is_uniform_over_tokens_rows_positions_and_seeds"): [
