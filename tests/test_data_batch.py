@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megakd.data.batch import MICRO_BATCH_COST, Sample, collate, cut_by_length, micro_batches
+from megakd.data.batch import Sample, collate, cut_by_length, micro_batches
 
 EOS = 9
 
@@ -106,8 +106,14 @@ def test_micro_batches_hold_every_sample_once_and_rows_of_like_length_share_one(
 
 
 def test_a_long_row_has_a_micro_batch_to_itself_where_padding_costs_more():
-    assert cut_by_length([500, 110, 100, 90, 80], 4) == [slice(0, 1), slice(1, 5)]
-    assert cut_by_length([110, 100, 90, 80], 4) == [slice(0, 4)]
+    assert cut_by_length([500, 110, 100, 90, 80], 4, cost=128) == [slice(0, 1), slice(1, 5)]
+    assert cut_by_length([110, 100, 90, 80], 4, cost=128) == [slice(0, 4)]
+    assert cut_by_length([500, 400], 4, cost=1024) == [slice(0, 2)]
+
+
+def test_fewer_micro_batches_on_a_gpu_which_waits_for_launches():
+    samples = samples_of((300, 5), (10, 5))
+    assert [len(micro_batches(samples, 4, device=device)) for device in ("cpu", "meta")] == [2, 1]
 
 
 def test_no_cut_into_micro_batches_is_cheaper():
@@ -115,14 +121,14 @@ def test_no_cut_into_micro_batches_is_cheaper():
         yield from [[]] if first == len(lengths) else ([slice(first, n), *rest] for n in range(first + 1, min(first + 3, len(lengths)) + 1) for rest in cuts(n))
 
     def cost(groups):
-        return sum((group.stop - group.start) * lengths[group.start] + MICRO_BATCH_COST for group in groups)
+        return sum((group.stop - group.start) * lengths[group.start] + 128 for group in groups)
 
     lengths = [400, 390, 210, 200, 190, 80, 70, 10]
-    assert cost(cut_by_length(lengths, 3)) == min(map(cost, cuts(0)))
+    assert cost(cut_by_length(lengths, 3, cost=128)) == min(map(cost, cuts(0)))
 
 
 def test_a_token_budget_limits_positions_and_a_longer_row_stands_alone():
     lengths = [400, 100, 100, 90, 30, 30]
-    groups = cut_by_length(lengths, 6, most_tokens=200)
+    groups = cut_by_length(lengths, 6, most_tokens=200, cost=128)
     assert lengths[groups[0]] == [400] and sum(len(lengths[group]) for group in groups) == 6
     assert all((group.stop - group.start) * lengths[group.start] <= 200 for group in groups[1:])

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-MICRO_BATCH_COST = 128  # positions of padding that are worth one more micro-batch
+MICRO_BATCH_COST, GPU_MICRO_BATCH_COST = 128, 1024  # positions of padding that are worth one more micro-batch, and its launches
 ON_DEVICE = ("tokens", "labels", "loss_mask", "position_ids", "supervised_positions")  # of a Batch; the rest stays with the host
 PADDING = 0  # any valid id: padded positions are masked out of attention and loss, whatever they hold
 
@@ -151,33 +151,34 @@ def round_up(number: int, multiple_of: int) -> int:
 
 
 def micro_batches(
-    samples: Sequence[Sample], micro_batch_size: int, *, most_tokens: int | None = None, multiple_of: int = 1
+    samples: Sequence[Sample], micro_batch_size: int, *, most_tokens: int | None = None, device: torch.device | str = "cpu"
 ) -> list[Batch]:
-    """Batches of at most `micro_batch_size` rows of like length, each as wide as its own longest row.
+    """Batches on `device` of at most `micro_batch_size` rows of like length, each as wide as its own longest row.
 
     `most_tokens` limits the positions of a batch as well, padding included; a row that is longer stands alone. A row is as long as it is
     to whoever reads more of it, the student or the teacher.
 
     Longest first, so that memory that does not suffice shows in the first micro-batch. The order depends on `samples` alone.
     """
+    device = torch.device(device)
     ordered = sorted(samples, key=lambda sample: -sample.longest)
-    parts = cut_by_length([sample.longest for sample in ordered], micro_batch_size, most_tokens)
-    return [collate(ordered[part], multiple_of=multiple_of) for part in parts]
+    parts = cut_by_length([sample.longest for sample in ordered], micro_batch_size, most_tokens, cost=MICRO_BATCH_COST if device.type == "cpu" else GPU_MICRO_BATCH_COST)
+    return [collate(ordered[part]).to(device) for part in parts]
 
 
-def cut_by_length(lengths: Sequence[int], most: int, most_tokens: int | None = None) -> list[slice]:
+def cut_by_length(lengths: Sequence[int], most: int, most_tokens: int | None = None, *, cost: int) -> list[slice]:
     """Groups of at most `most` neighbours and `most_tokens` positions, with the fewest computed positions.
 
     `lengths` fall, and a group is as wide as its first.
 
-    A group costs as much as `MICRO_BATCH_COST` positions, so that few are made and rows of unlike length still part.
+    A group costs as much as `cost` positions, so that few are made and rows of unlike length still part.
     """
-    cost, start = [0.0], [0]  # of the best cut of the first n rows: its cost, and where its last group starts
+    total, start = [0.0], [0]  # of the best cut of the first n rows: its cost, and where its last group starts
     for stop in range(1, len(lengths) + 1):
         sizes = {lo: (stop - lo) * lengths[lo] for lo in range(max(0, stop - most), stop)}
         fits = {lo: size for lo, size in sizes.items() if most_tokens is None or size <= most_tokens or lo == stop - 1}
-        best, first = min((cost[lo] + size + MICRO_BATCH_COST, lo) for lo, size in fits.items())
-        cost.append(best)
+        best, first = min((total[lo] + size + cost, lo) for lo, size in fits.items())
+        total.append(best)
         start.append(first)
     groups, stop = [], len(lengths)
     while stop:

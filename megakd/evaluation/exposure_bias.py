@@ -40,7 +40,7 @@ def token_divergences(
     numbered = [replace(sample, sample_id=i) for i, sample in enumerate(samples)]
     mine: dict[int, np.ndarray] = {}
     for part in passes(split_across_dp(numbered, layout.dp_size)[layout.dp_rank], micro_batch_size):
-        mine |= replica_divergences(model, teacher, micro_batches(part, micro_batch_size))
+        mine |= replica_divergences(model, teacher, micro_batches(part, micro_batch_size, device=layout.device))
     gathered = gather_by_index(mine, layout.dp_group)
     return [gathered[i] for i in range(len(samples))]
 
@@ -50,7 +50,6 @@ def replica_divergences(
 ) -> dict[int, np.ndarray]:
     """The same by sample id for one replica's batches, on each of its ranks."""
     layout = model.layout
-    batches = [batch.to(layout.device) for batch in batches]
     pairs = zip(*(who.read(batches, to=layout) for who in (LiveStudent(model), teacher)))  # the last stage alone has any
     vocabulary, kl = VocabShard(model.real_vocab_size, tp_group=layout.tp_group), Divergence("forward_kl")
     total = sum(batch.num_supervised for batch in batches)

@@ -44,7 +44,7 @@ def passes(samples: Sequence[Sample], micro_batch_size: int) -> Iterator[Sequenc
 
 def sums_of(model, teacher, samples: Sequence[Sample], names: Sequence[str], micro_batch_size: int) -> torch.Tensor:
     """Sums of `names` and the token count over some samples, on every stage."""
-    batches = [batch.to(model.layout.device) for batch in micro_batches(samples, micro_batch_size)]
+    batches = micro_batches(samples, micro_batch_size, device=model.layout.device)
     vocabulary = VocabShard(model.real_vocab_size, tp_group=model.layout.tp_group)
 
     def loss(q, batch, p):

@@ -92,8 +92,8 @@ class Method:
     def batches(self, samples: Sequence[Sample]) -> list[Batch]:
         """Micro-batches within --micro-batch-size and --micro-batch-tokens, of rows of like length."""
         training = self.config.training
-        cut = micro_batches(samples, training.micro_batch_size, most_tokens=training.micro_batch_tokens)
-        return [batch.to(self.layout.device) for batch in cut]
+        most = training.micro_batch_tokens
+        return micro_batches(samples, training.micro_batch_size, most_tokens=most, device=self.layout.device)
 
     def read_teacher(self, batches: Sequence[Batch]) -> list[Rows]:
         """What the teacher says at the supervised positions of every micro-batch, on the last stage."""

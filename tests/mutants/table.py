@@ -292,7 +292,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (DATA + "batch.py", "twin=self.twin and self.twin.to(device)", "twin=None"),
         (DATA + "batch.py", "ordered = sorted(samples, key=lambda sample: -sample.longest)", "ordered = sorted(samples, key=lambda sample: -sample.num_positions)"),
         (DATA + "batch.py", "most_tokens is None or size <= most_tokens", "most_tokens is None or size <= 2 * most_tokens"),
-        (DATA + "batch.py", "MICRO_BATCH_COST = 128", "MICRO_BATCH_COST = 0"),
+        (DATA + "batch.py", "MICRO_BATCH_COST, GPU_MICRO_BATCH_COST = 128", "MICRO_BATCH_COST, GPU_MICRO_BATCH_COST = 0"),
     ],
     "tests/test_data_forms.py|tests/test_data_minillm.py|tests/test_data_errors.py": [
         (DATA + "sft_dataset.py", "responses[i][: max_length - len(prompts[i])] if", "responses[i][:max_length] if"),
