@@ -162,7 +162,8 @@ def micro_batches(
     """
     device = torch.device(device)
     ordered = sorted(samples, key=lambda sample: -sample.longest)
-    parts = cut_by_length([sample.longest for sample in ordered], micro_batch_size, most_tokens, cost=MICRO_BATCH_COST if device.type == "cpu" else GPU_MICRO_BATCH_COST)
+    cost = MICRO_BATCH_COST if device.type == "cpu" else GPU_MICRO_BATCH_COST
+    parts = cut_by_length([sample.longest for sample in ordered], micro_batch_size, most_tokens, cost=cost)
     return [collate(ordered[part]).to(device) for part in parts]
 
 
