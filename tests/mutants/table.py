@@ -114,7 +114,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (GENERATION + "generate.py", "MixtureComponent(model, 1 - sum(component.share for component in mix_with), soft_prompt)", "MixtureComponent(model, 1.0, soft_prompt)"),
     ],
     story(DP2, "sft and kd"): [
-        (TRAINER, "mine = split_across_dp(samples, layout.dp_size)[layout.dp_rank]", "mine = split_across_dp(samples, layout.dp_size)[0]"),
+        (EVALUATION + "held_out.py", "split_across_dp(samples, layout.dp_size)[layout.dp_rank]", "split_across_dp(samples, layout.dp_size)[0]"),
         (SCHEDULES, "    layout.sum_over_data_parallel(sums)\n    *totals", "    *totals"),
         (RUNTIME + "parallel_layout.py", "dist.all_reduce(tensor, group=self.dp_group)", "dist.all_reduce(tensor, group=self.tp_group)"),
         (OPTIMIZER, "use_distributed_optimizer=distributed)\n", "use_distributed_optimizer=False)\n"),
