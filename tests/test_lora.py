@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import run_distributed
+from tasks import make_rows
 from test_trainer import command, numbers, run
 from tiny import tiny_folder
+from train_tokenizer import train_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megakd.checkpointing.model_folder import ModelFolder
 from megakd.checkpointing.native import NativeCheckpoint
 from megakd.config import LoRAConfig
 from megakd.data.sft_dataset import SFTDataset
-from megakd.data.tasks import make_rows
-from megakd.data.train_tokenizer import train_tokenizer
 from megakd.errors import UserError
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling

@@ -14,8 +14,10 @@ import pytest
 import torch
 from distributed import run_distributed
 from safetensors.torch import load_file, save_file
+from tasks import make_rows
 from test_models import batches, difference
 from tiny import tiny_config, tiny_folder, tiny_model
+from train_tokenizer import train_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
@@ -23,9 +25,7 @@ from megakd.checkpointing import ModelFolder, export_to_hf
 from megakd.checkpointing.import_hf import hf_to_native
 from megakd.checkpointing.reshard import reshard
 from megakd.data.chat import Chat
-from megakd.data.tasks import make_rows
 from megakd.data.tokenizer import check_same_tokenizer, load_tokenizer
-from megakd.data.train_tokenizer import train_tokenizer
 from megakd.errors import UserError
 from megakd.loading import check_tokenizers
 from megakd.models.model_provider import build_model, padded_vocab_size
@@ -337,8 +337,8 @@ FILES = {
     "no header": (lambda f: (f / "model.safetensors").write_bytes(b"\x10" + bytes(40)), r"model.safetensors: 41 bytes, truncated or damaged"),
     "shards without an index": (lone_shards, r"holds model-00001-of-\d+.safetensors and \d+ more, but no model.safetensors.index.json .*download it"),
     "a cache of the hub": (hub_cache, r"no config.json; give \S+/snapshots/0a1b2c$"),
-    "an adapter": (adapter, r"says base_model_name_or_path 'org/base', which is no folder here; write the base model's folder there"),
-    "an adapter with a config": (adapter_with_config, r"says base_model_name_or_path 'org/base', which is no folder here"),
+    "an adapter": (adapter, r"(says base_model_name_or_path 'org/base', which is no folder here; write the base|holds an adapter of org/base, not a model; merge)"),
+    "an adapter with a config": (adapter_with_config, r"(says base_model_name_or_path 'org/base', which is no folder here|holds an adapter of org/base)"),
     "adapted layers": (lora_instead_of_weights, r"'model.layers.0.self_attn.q_proj.weight' is missing beside LoRA tensors; merge them with peft's"),
     "a pickle": (pickled, r"pytorch_model.bin is a pickle, which can run code .* give the folder that save_pretrained writes"),
     "another dtype": (lambda f: change_weights(f, lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int64)})), r"model.norm.weight is stored as I64, which is no number here; save the model with one of F64, F32, BF16, F16"),

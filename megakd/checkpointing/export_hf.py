@@ -17,6 +17,7 @@ from megakd.checkpointing.description import versions
 from megakd.checkpointing.hf_files import copy_hf_files
 from megakd.checkpointing.hf_source import WindowedCheckpoint
 from megakd.checkpointing.hf_view import HuggingFaceView
+from megakd.checkpointing.hf_writer import TensorPlan, write_weights
 from megakd.checkpointing.model_folder import ModelFolder
 from megakd.checkpointing.native import NativeCheckpoint
 from megakd.checkpointing.parameters import Grid, Parameter, checkpoint_parameters
@@ -26,7 +27,6 @@ from megakd.checkpointing.verify import compare_blocks, progress
 from megakd.errors import UserError
 from megakd.models.gpt_model import METHOD_PARTS
 from megakd.models.hf_checkpoint import DTYPES
-from megakd.models.hf_writer import TensorPlan, write_weights
 from megakd.models.inspection import inspect
 from megakd.models.param_mapping import Source, Vocabulary
 

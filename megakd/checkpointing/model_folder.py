@@ -53,10 +53,8 @@ class ModelFolder:
     def _of_adapter(cls, adapter: PeftAdapter, flag: str) -> ModelFolder:
         """The base model's, with the adapter in its weights."""
         if not adapter.base.is_dir():
-            raise UserError(
-                f"{flag} {adapter.folder}: {ADAPTER} says base_model_name_or_path {adapter.config.get('base_model_name_or_path')!r}, which is "
-                "no folder here; write the base model's folder there"
-            )
+            said = f"{flag} {adapter.folder}: {ADAPTER} says base_model_name_or_path {adapter.config.get('base_model_name_or_path')!r}"
+            raise UserError(f"{said}, which is no folder here; write the base model's folder there")
         base = cls.open(adapter.base, flag=flag)
         return cls(adapter.folder, flag, base.config, base.hf_folder, MergedSource(base.source, adapter, flag))
 
