@@ -106,9 +106,8 @@ def public(tree: ast.Module) -> list[tuple[ast.ClassDef | None, ast.FunctionDef 
 
 
 def inherits_docstring(owner: ast.ClassDef, method: str) -> bool:
-    """A base class documents the method, or the protocol that the class's docstring names first, as in "A RowLoss of ..."."""
-    said = (ast.get_docstring(owner) or "").split()
-    names = [base.id for base in owner.bases if isinstance(base, ast.Name)] + said[1:2]
+    """A base class documents the method."""
+    names = [base.id for base in owner.bases if isinstance(base, ast.Name)]
     for base in (CLASSES[name] for name in names if name in CLASSES):
         own = [node for node in base.body if isinstance(node, ast.FunctionDef) and node.name == method]
         if any(map(ast.get_docstring, own)) or inherits_docstring(base, method):
