@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -92,6 +95,14 @@ def test_every_room_has_a_name_and_kernels_is_no_package():
     assert not list(ROOT.glob("kernels/*.py")) and not is_kernels_available(), (
         "transformers takes kernels/ for Hugging Face's library"
     )
+
+
+def test_an_installation_has_megakd_and_its_kernels_alone(tmp_path):
+    """Asked from another folder, so that only what is installed answers."""
+    names = {"kernels", "benchmarks", "megakd_benchmarks", "scripts", "checkpoint_tools", "tests", "tasks", "train_tokenizer"}
+    code = f"from importlib.util import find_spec; print(*filter(find_spec, {['megakd', 'megakd_kernels', *sorted(names)]}))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""})
+    assert found.stdout.split() == ["megakd", "megakd_kernels"], found.stderr
 
 
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
