@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from megakd import preflight
 from megakd.checkpointing.export_hf import export_to_hf
 from megakd.checkpointing.native import read_latest
-from megakd.checkpointing.training import load_checkpoint, save_checkpoint
+from megakd.checkpointing.training import TeacherWeights, load_checkpoint, save_checkpoint
 from megakd.config import Config
 from megakd.data.batch import Sample
 from megakd.data.conditioning import Conditioning
@@ -32,6 +32,7 @@ from megakd.generation.sampling import Sampling
 from megakd.loading import ModelFolders, start
 from megakd.methods import METHODS, build_method
 from megakd.methods.base import Method
+from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.model_provider import context_length
 from megakd.reporting.jsonl import JsonLines
 from megakd.reporting.logger import RunLogger
@@ -41,6 +42,8 @@ from megakd.runtime.initialize import is_rank_zero, seed_everything
 from megakd.runtime.parallel_layout import ParallelLayout
 from megakd.schedules import TOKENS
 from megakd.teachers.live import LiveTeacher
+from megakd.teachers.moving_average import MovingAverage
+from megakd.teachers.teacher import Teacher
 
 SAMPLES_SHOWN = 4  # held-out prompts that the student answers greedily at every evaluation, for people to read
 GIB = 1024**3
@@ -162,7 +165,7 @@ class Trainer:
             self.layout, models.dtype, sequence_parallel=parallel.sequence_parallel,
             student=student_options(self.config), teacher=teacher_options(self.config),
         )
-        teacher = LiveTeacher(*teachers) if teachers else None
+        teacher = make_teacher(self.config, *teachers) if teachers else None
         return build_method(self.config, student, teacher, self.tokenizer, self.ends, self.data.text, total_iters=self.total_iters)
 
     def _resume(self) -> int:
@@ -172,8 +175,15 @@ class Trainer:
             return 0
         method = self.method
         saved = load_checkpoint(
-            self.checkpoints, iteration, model=method.student, optimizer=method.optimizer.optimizer, flag="--save"
+            self.checkpoints,
+            iteration,
+            model=method.student,
+            optimizer=method.optimizer.optimizer,
+            teacher=teacher_weights(method.teacher),
+            flag="--save",
         )
+        if method.teacher:
+            method.teacher.go_on()
         for name, tensor in method.extra_tensors().items():
             tensor.copy_(saved[name])
         return iteration
@@ -263,6 +273,7 @@ class Trainer:
             extra_tensors=self.method.extra_tensors(),
             run_config=self.folder / "config.yaml",
             teacher_layout=self.method.teacher.model.layout if self.method.teacher else None,
+            teacher=teacher_weights(self.method.teacher),
         )
 
     def _finish(self) -> None:
@@ -273,6 +284,18 @@ class Trainer:
             print(f"the student is {self.folder / 'hf'}; {self.folder} has its checkpoints, numbers and figures", flush=True)
         self.logger.close()
         dist.barrier()
+
+
+def teacher_weights(teacher: Teacher | None) -> TeacherWeights | None:
+    """What a checkpoint keeps of the teacher, if anything."""
+    weights = teacher.learnt_weights() if teacher else {}
+    return TeacherWeights(teacher.model, weights) if weights else None
+
+
+def make_teacher(config: Config, model: HiddenStateGPTModel) -> Teacher:
+    """The loaded model, frozen or following the student."""
+    decay = config.models.teacher_ema
+    return LiveTeacher(model) if decay is None else MovingAverage(model, decay)
 
 
 def conditioning_of(config: Config, folders: ModelFolders) -> Conditioning | None:

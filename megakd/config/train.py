@@ -28,6 +28,8 @@ from megakd.config.parallel import ParallelConfig
 from megakd.config.sampling import GenerationConfig
 from megakd.config.training import TrainingConfig
 
+SELF = "self"  # as --teacher-model: the student's own folder
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -35,7 +37,14 @@ class ModelConfig:
 
     model: Annotated[str, alias("--model-name-or-path", "--model-path")] = flag("", "the student's folder", path=True)
     teacher_model: Annotated[str, alias("--teacher-model-name-or-path", "--teacher-model-path")] = flag(
-        "", "the teacher's folder", path=True, read_by="needs_teacher"
+        "", "the teacher's folder; self: the student as it begins, frozen", path=True, read_by="needs_teacher"
+    )
+    teacher_ema: float | None = flag(
+        None,
+        "with --teacher-model self: after each step the teacher becomes so much of itself and the rest of the student; 0: the student of "
+        "the step before; default: it stays as it began",
+        range=SHARE_BELOW_1,
+        read_by="needs_teacher",
     )
     dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "bf16 has fp32 master weights; auto: bf16 on a GPU, else fp32")
     hidden_dropout: float | None = flag(
@@ -151,12 +160,23 @@ class Config(BaseConfig):
             yield f"--train-iters {training.train_iters} and --epochs {training.epochs}: give exactly one of them"
         if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
             yield "--sequence-parallel needs --tensor-model-parallel-size of at least 2; leave it out"
+        if parallel.use_distributed_optimizer and training.optimizer == "sgd":
+            yield "--use-distributed-optimizer splits AdamW's moments, which --optimizer sgd does not have; leave it out"
         if data.max_prompt_length >= data.max_length:
             yield f"--max-prompt-length {data.max_prompt_length} leaves no room for a response in --max-length {data.max_length}; lower it"
         if training.min_lr > training.lr:
             yield f"--min-lr {training.min_lr} is above --lr {training.lr}; lower it"
+        if self.models.teacher_ema is not None:
+            yield from self._no_average()
         if self.generation.temperature == 0:
             yield f"--temperature 0: --method {self.method} samples its responses and has no greedy ones; give a number above 0"
+
+    def _no_average(self) -> Iterator[str]:
+        given, teacher = f"--teacher-ema {self.models.teacher_ema}", self.models.teacher_model
+        if teacher != SELF:
+            yield f"{given} is an average of the student, and --teacher-model {teacher} another model; give --teacher-model self"
+        if not self.page.teacher_may_move:
+            yield f"{given}: --method {self.method} keeps what its teacher said over many steps; leave it out: it stays as it began"
 
     def readers(self) -> dict[str, tuple[str, ...]]:
         """The methods that read each flag: those whose pages say so, and all where no page knows it."""
@@ -171,9 +191,12 @@ class Config(BaseConfig):
                 yield f"--method {self.method} has no use for {words}, a flag of {', '.join(methods)}; leave it out"
 
     def unless(self) -> dict[str, tuple[Any, str]]:
-        held_out = (self.data.valid_data, "without --valid-data")
+        held_out, training = (self.data.valid_data, "without --valid-data"), self.training
+        adam = (training.optimizer == "adamw" or self.page.soft_prompt_len, "with --optimizer sgd")
         return {
-            "min_lr": (self.training.lr_decay_style != "constant", "with --lr-decay-style constant"),
+            "momentum": (training.optimizer == "sgd", "without --optimizer sgd"),
+            **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_eps"), adam),
+            "min_lr": (training.lr_decay_style != "constant", "with --lr-decay-style constant"),
             **dict.fromkeys(("eval_interval", "eval_iters"), held_out),
             **self.distillation.unless(),
             **self.page.unless(self),

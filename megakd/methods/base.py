@@ -112,6 +112,8 @@ class Method:
             means = forward_backward(self.optimizer.ddp, batches, loss, context=context, layout=self.layout)
         with self.time("optimizer"):
             step = self.optimizer.step(iteration)
+            if self.teacher:
+                self.teacher.follow(self.student)
         return to_floats(means) | step | self.positions(batches)
 
     def cross_entropy_step(self, samples: Sequence[Sample], iteration: int) -> dict[str, float]:
