@@ -328,8 +328,8 @@ def open_training_rows(
     if not method.reads_responses(config):
         return open_prompts(data.train_data, tokenizer, data, conditioning=conditioning)
     rows = open_responses(data.train_data, tokenizer, data, conditioning=conditioning, no_response=no_response(config))
-    if method.answers_prompts(config):
-        check_prompts(rows)
+    if method.needs_prompts(config):
+        check_prompts(rows, config)
     return rows
 
 
@@ -338,8 +338,8 @@ def no_response(config: Config) -> str:
     return config.page.no_response(NO_RESPONSE)
 
 
-def check_prompts(dataset: Sequence[Sample]) -> None:
-    """A student that answers the data's prompts, be it now and then, needs one in every row.
+def check_prompts(dataset: Sequence[Sample], config: Config) -> None:
+    """A student that answers the data's prompts, be it now and then, needs one in every row; so do losses on prompts.
 
     Raises:
         UserError: a row of plain text.
@@ -347,7 +347,7 @@ def check_prompts(dataset: Sequence[Sample]) -> None:
     plain = next((i for i, sample in enumerate(dataset) if not sample.prompt), None)
     if plain is not None:
         raise UserError(
-            f"{dataset.where(plain)} has no prompt that the student could answer; give data with prompts, or leave out --on-policy-ratio"
+            f"{dataset.where(plain)} has no prompt, which --method {config.method} needs; give data with prompts{config.page.no_prompt}"
         )
 
 

@@ -100,6 +100,7 @@ def test_an_average_of_16_bit_weights_is_kept_in_float32():
 SELF = {"teacher-model": "self", "teacher-ema": 0.9, "teacher-priming": "Think first.", "kd-objective": "reverse_kl"}
 RUNS = {
     "a moving average, a soft prompt": ("promptkd", {"teacher-model": "self", "teacher-ema": 0.5, "teacher-prompt-field": "response"}),
+    "gradient descent": ("response_priming", {"optimizer": "sgd", "momentum": 0.8, "lr": 1e-2, "teacher-prompt-field": "response"}),
     "a primed teacher and old answers": ("distillm", {"teacher-priming": "Think first.", "lr": 0.05, "eval-interval": 1, "seed": 7}),
 }
 ROOM = {"max-length": 20, "max-prompt-length": 12}

@@ -16,43 +16,19 @@ import tyro
 from megakd.config.base import BaseConfig
 from megakd.config.conditioning import ConditioningConfig
 from megakd.config.distillation import DistillationConfig
-from megakd.config.fields import NOT_NEGATIVE, POSITIVE, SHARE_BELOW_1, TEMPLATE_HELP, Group, alias, as_words, flag
+from megakd.config.fields import NOT_NEGATIVE, POSITIVE, TEMPLATE_HELP, Group, alias, as_words, flag
 from megakd.config.methods.base import MethodConfig
 from megakd.config.methods.distillm import DistiLLMConfig
 from megakd.config.methods.kd import KDConfig
 from megakd.config.methods.minillm import MiniLLMConfig
 from megakd.config.methods.promptkd import PromptKDConfig
+from megakd.config.methods.response_priming import ResponsePrimingConfig
 from megakd.config.methods.seqkd import SeqKDConfig
 from megakd.config.methods.sft import SFTConfig
+from megakd.config.models import ModelConfig
 from megakd.config.parallel import ParallelConfig
 from megakd.config.sampling import GenerationConfig
 from megakd.config.training import TrainingConfig
-
-SELF = "self"  # as --teacher-model: the student's own folder
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Student and teacher: Hugging Face folders or native checkpoints."""
-
-    model: Annotated[str, alias("--model-name-or-path", "--model-path")] = flag("", "the student's folder", path=True)
-    teacher_model: Annotated[str, alias("--teacher-model-name-or-path", "--teacher-model-path")] = flag(
-        "", "the teacher's folder; self: the student as it begins, frozen", path=True, read_by="needs_teacher"
-    )
-    teacher_ema: float | None = flag(
-        None,
-        "with --teacher-model self: after each step the teacher becomes so much of itself and the rest of the student; 0: the student of "
-        "the step before; default: it stays as it began",
-        range=SHARE_BELOW_1,
-        read_by="needs_teacher",
-    )
-    dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "bf16 has fp32 master weights; auto: bf16 on a GPU, else fp32")
-    hidden_dropout: float | None = flag(
-        None, "the student's dropout while it learns; default: what its config.json says, 0 with minillm", range=SHARE_BELOW_1
-    )
-    attention_dropout: float | None = flag(
-        None, "the student's attention dropout; default: what its config.json says, 0 with minillm", range=SHARE_BELOW_1
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +94,7 @@ class Config(BaseConfig):
     distillm: Group[DistiLLMConfig] = DistiLLMConfig()
     minillm: Group[MiniLLMConfig] = MiniLLMConfig()
     promptkd: Group[PromptKDConfig] = PromptKDConfig()
+    response_priming: Group[ResponsePrimingConfig] = ResponsePrimingConfig()
     generation: Group[GenerationConfig] = GenerationConfig()
     output: Group[OutputConfig] = OutputConfig()
 
@@ -139,6 +116,7 @@ class Config(BaseConfig):
     def validation_errors(self):
         yield from self._missing()
         yield from self._contradictions()
+        yield from self.models.validation_errors(self)
         yield from self.conditioning.validation_errors()
         yield from self.distillation.validation_errors(self)
         yield from self.page.validation_errors(self)
@@ -166,17 +144,8 @@ class Config(BaseConfig):
             yield f"--max-prompt-length {data.max_prompt_length} leaves no room for a response in --max-length {data.max_length}; lower it"
         if training.min_lr > training.lr:
             yield f"--min-lr {training.min_lr} is above --lr {training.lr}; lower it"
-        if self.models.teacher_ema is not None:
-            yield from self._no_average()
         if self.generation.temperature == 0:
             yield f"--temperature 0: --method {self.method} samples its responses and has no greedy ones; give a number above 0"
-
-    def _no_average(self) -> Iterator[str]:
-        given, teacher = f"--teacher-ema {self.models.teacher_ema}", self.models.teacher_model
-        if teacher != SELF:
-            yield f"{given} is an average of the student, and --teacher-model {teacher} another model; give --teacher-model self"
-        if not self.page.teacher_may_move:
-            yield f"{given}: --method {self.method} keeps what its teacher said over many steps; leave it out: it stays as it began"
 
     def readers(self) -> dict[str, tuple[str, ...]]:
         """The methods that read each flag: those whose pages say so, and all where no page knows it."""

@@ -23,6 +23,8 @@ class MethodConfig:
     teacher_may_move: ClassVar[bool] = True  # it is asked anew in every iteration: --teacher-ema is refused where it is not
     learns_from_evaluations: ClassVar[bool] = False  # when they come decides results
 
+    no_prompt: ClassVar[str] = ""  # what else can be done about a row without a prompt, which the method needs
+
     @property
     def soft_prompt_len(self) -> int:
         """Positions that a soft prompt takes of the teacher's."""
