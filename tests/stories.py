@@ -244,7 +244,7 @@ PRIMING = {
 ORIGINAL = PRIMING | {"response_priming": PRIMING["response_priming"] | {"priming_objective": "original"}}
 for name, settings in {"response_priming, primed": PRIMING, "response_priming, original, primed": ORIGINAL}.items():
     CASES[name] = Case("response_priming", tell_response_priming(settings is ORIGINAL), settings, primed_batch, DESCENT)
-CASES |= {f"{name}, primed": replace(CASES[name], batch=primed_batch) for name in ("kd", "seqkd", "distillm", "promptkd")}
+CASES |= {f"{name}, primed": replace(CASES[name], batch=primed_batch) for name in ("kd", "seqkd", "distillm", "minillm", "promptkd")}
 
 
 def story_config(name: str, micro_batch_size: int, parallel: dict) -> Config:

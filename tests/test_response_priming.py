@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from distributed import run_distributed
+from megakd_kernels import VocabShard
 from test_trainer import command, inputs, run  # noqa: F401  a fixture
 
 from megakd.config import from_flags, from_yaml
 from megakd.losses.distillation import priming_loss
-from megakd.losses.token_loss import HeadRows, VocabularySplit
+from megakd.losses.token_loss import HeadRows
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "response-priming"
-ALONE = VocabularySplit(2, SimpleNamespace(size=lambda: 1))
+ALONE = VocabShard(2)
 
 
 def rows(*probabilities: float) -> HeadRows:

@@ -20,7 +20,6 @@ from tiny import tiny_config, tiny_model
 from megakd.checkpointing.native import NativeCheckpoint
 from megakd.checkpointing.reshard import reshard
 from megakd.config import parse
-from megakd.data.dataloader import deal
 from megakd.loading import align_vocabularies
 from megakd.methods import METHODS
 from megakd.methods.base import MethodInputs
@@ -65,7 +64,7 @@ def check_average(layout, spec, parallel, decay):
     method = kd_of_itself(layout, spec, parallel, lambda model: MovingAverage(model, decay))
     reference = Oracle(*(tiny_model(tiny_config(**spec), seed=1) for _ in range(2)), CONSTANT)
     for number in range(3):
-        got = method.train(deal(primed_batch(number), layout.dp_size)[layout.dp_rank], number + 1)
+        got = method.train(split_across_dp(primed_batch(number), layout.dp_size)[layout.dp_rank], number + 1)
         want = reference.kd(stories.rows(primed_batch(number)), 1.0, "reverse_kl")
         for name in ("loss/reverse_kl", "grad_norm"):
             assert got[name] == pytest.approx(float(want[name]), rel=3e-6, abs=1e-6), (number, name)
