@@ -20,6 +20,7 @@ from tiny import tiny_config, tiny_model
 from megakd.checkpointing.native import NativeCheckpoint
 from megakd.checkpointing.reshard import reshard
 from megakd.config import parse
+from megakd.data.dataloader import split_across_dp
 from megakd.loading import align_vocabularies
 from megakd.methods import METHODS
 from megakd.methods.base import MethodInputs
