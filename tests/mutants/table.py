@@ -288,6 +288,52 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     of("test_hidden_matching", "hidden_states_of_a_teacher_that_reads_another_text_are_those_of_the_same_tokens[1-1]"): [
         (TEACHERS + "live.py", "batches, found = self.text(batches), {", "batches, found = batches, {"),
     ],
+    "tests/test_priming.py": [
+        (DATA + "priming.py", "text if text[-1].isspace() else", "text if True else"),
+        (DATA + "priming.py", 'f"{field}\\n\\n" if field else ""', 'f"{field} " if field else ""'),
+        (DATA + "priming.py", '("", " Briefly', '(" Briefly", " '),
+        (DATA + "conditioning.py", 'if turn["role"] == "user"), default=None)', 'if turn["role"] != "assistant"), default=None)'),
+        (DATA + "conditioning.py", "last = max((i", "last = min((i"),
+        (DATA + "conditioning.py", "teacher if own_template else student", "student"),
+        (DATA + "conditioning.py", "own_template in (None, ", "own_template in (own_template, "),
+        (DATA + "conditioning.py", "max(len(response), self.new_tokens)", "len(response)"),
+        (DATA + "conditioning.py", "len(prompt) > self.settings.teacher_max_prompt_length", "len(prompt) >= 10 * self.settings.teacher_max_prompt_length"),
+        (DATA + "conditioning.py", "if len(prompt) > room:", "if len(prompt) > room + 1:"),
+        (DATA + "text_dataset.py", "else [] if ids == prompts[i] else ids", "else ids"),
+        (DATA + "sft_dataset.py", "tokenizer)\n            for i, response, ids in zip(kept, learnt, primed)", "tokenizer)\n            for i, response, ids in zip(kept, learnt, [[]] * len(primed))"),
+        (DATA + "shown.py", "sample.for_teacher, tokenizer, written)", "sample, tokenizer, written)"),
+        (CONFIG + "conditioning.py", '.replace("_", "-").lower()', ""),
+    ],
+    "tests/test_response_priming.py": [
+        (LOSSES + "distillation.py", 'Divergence("reverse_kl", temperature)', 'Divergence("forward_kl", temperature)'),
+        (LOSSES + "distillation.py", "(1 - alpha) * temperature**2 * distance", "(1 - alpha) * temperature * distance"),
+        (METHODS + "response_priming.py", 'priming_objective == "original"\n\n    def', 'priming_objective == "none"\n\n    def'),
+    ],
+    of("test_self_distillation", "a_teacher_that_averages_the_student_equals_float64_transformers[2-1-1-False]", "an_average_of_16_bit_weights_is_kept_in_float32"): [
+        (TEACHERS + "moving_average.py", "1 - self.decay)", "self.decay)"),
+        (TEACHERS + "moving_average.py", "weight.detach().float()", "weight.detach()"),
+        (TEACHERS + "moving_average.py", "            weight.copy_(self.average[name])", "            pass"),
+        (METHODS + "base.py", "self.teacher.follow(self.student)", "pass"),
+    ],
+    of("test_self_distillation", "a_run_cut_off_and_continued_logs_the_same_numbers"): [
+        (OPTIMIZER, "sgd_momentum=config.momentum,", "sgd_momentum=0.0,"),
+        (TRAINER, "teacher=teacher_weights(method.teacher),", "teacher=None,"),
+        (CHECKPOINTS + "training.py", 'tensor.copy_(loaded["teacher"][name])', "pass"),
+    ],
+    of("test_self_distillation", "an_average_goes_on_at_another_layout_and_is_resharded", "an_empty_priming_is_none_to_the_bit"): [
+        (TRAINER, "LiveTeacher(model) if decay is None else", "LiveTeacher(model) if True else"),
+        (TRAINER, "loader = DataLoader(\n            open_training_rows(config, tokenizer, conditioning),", "loader = DataLoader(\n            open_training_rows(config, tokenizer, None),"),
+    ],
+    of("test_self_distillation", "show_data_prints_rows_as_they_are_read_and_leaves_nothing"): [
+        (TRAINER, "if not config.output.show_data:", "if True:"),
+        (TRAINER, "config.output.show_data or int(config.conditioning.adds_text)", "config.output.show_data"),
+    ],
+    "tests/test_primed_evaluation.py": [
+        (EVALUATION + "evaluator.py", "open_sets(config, tokenizer, conditioning_of(config, folders))", "open_sets(config, tokenizer, None)"),
+        (EVALUATION + "evaluator.py", 'data.teacher_questions() if writer == "teacher" else data.questions()', "data.questions()"),
+        (EVALUATION + "exposure_bias.py", "replace(sample, sample_id=i)", "Sample(i, sample.prompt, sample.response)"),
+        ("megakd/loading.py", "model if teacher_model == SELF else teacher_model", "teacher_model"),
+    ],
     "tests/test_data_batch.py": [
         (DATA + "batch.py", "(lengths - torch.tensor(labels))", "(lengths - torch.tensor(labels) + 1)"),
         (DATA + "batch.py", "return len(self.response) - (not self.prompt)", "return len(self.response)"),
