@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from test_readme import commands
 from tiny import tiny_folder
+from train_tokenizer import train_tokenizer
 
-from megakd.data.train_tokenizer import train_tokenizer
 from megakd.reporting.jsonl import read_jsonl
 
 ROOT = Path(__file__).parents[1]
