@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from megakd import preflight
 from megakd.checkpointing.export_hf import export_to_hf
 from megakd.checkpointing.native import read_latest
-from megakd.checkpointing.training import load_checkpoint, save_checkpoint
+from megakd.checkpointing.training import TeacherWeights, load_checkpoint, save_checkpoint
 from megakd.config import Config
 from megakd.data.batch import Sample
 from megakd.data.conditioning import Conditioning
@@ -32,6 +32,7 @@ from megakd.generation.sampling import Sampling
 from megakd.loading import ModelFolders, start
 from megakd.methods import METHODS, build_method
 from megakd.methods.base import Method
+from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.lora import adapt
 from megakd.models.model_provider import context_length
 from megakd.reporting.jsonl import JsonLines
@@ -42,6 +43,8 @@ from megakd.runtime.initialize import is_rank_zero, seed_everything
 from megakd.runtime.parallel_layout import ParallelLayout
 from megakd.schedules import TOKENS
 from megakd.teachers.live import LiveTeacher
+from megakd.teachers.moving_average import MovingAverage
+from megakd.teachers.teacher import Teacher
 
 SAMPLES_SHOWN = 4  # held-out prompts that the student answers greedily at every evaluation, for people to read
 GIB = 1024**3
@@ -165,7 +168,7 @@ class Trainer:
         )
         if self.config.lora.rank:
             adapt(student, self.config.lora, seed=self.config.training.seed)
-        teacher = LiveTeacher(*teachers) if teachers else None
+        teacher = make_teacher(self.config, *teachers) if teachers else None
         return build_method(self.config, student, teacher, self.tokenizer, self.ends, self.data.text, total_iters=self.total_iters)
 
     def _resume(self) -> int:
@@ -175,8 +178,15 @@ class Trainer:
             return 0
         method = self.method
         saved = load_checkpoint(
-            self.checkpoints, iteration, model=method.student, optimizer=method.optimizer.optimizer, flag="--save"
+            self.checkpoints,
+            iteration,
+            model=method.student,
+            optimizer=method.optimizer.optimizer,
+            teacher=teacher_weights(method.teacher),
+            flag="--save",
         )
+        if method.teacher:
+            method.teacher.go_on()
         for name, tensor in method.extra_tensors().items():
             tensor.copy_(saved[name])
         return iteration
@@ -266,6 +276,7 @@ class Trainer:
             extra_tensors=self.method.extra_tensors(),
             run_config=self.folder / "config.yaml",
             teacher_layout=self.method.teacher.model.layout if self.method.teacher else None,
+            teacher=teacher_weights(self.method.teacher),
         )
 
     def _finish(self) -> None:
@@ -276,6 +287,18 @@ class Trainer:
             print(f"the student is {self.folder / 'hf'}; {self.folder} has its checkpoints, numbers and figures", flush=True)
         self.logger.close()
         dist.barrier()
+
+
+def teacher_weights(teacher: Teacher | None) -> TeacherWeights | None:
+    """What a checkpoint keeps of the teacher, if anything."""
+    weights = teacher.learnt_weights() if teacher else {}
+    return TeacherWeights(teacher.model, weights) if weights else None
+
+
+def make_teacher(config: Config, model: HiddenStateGPTModel) -> Teacher:
+    """The loaded model, frozen or following the student."""
+    decay = config.models.teacher_ema
+    return LiveTeacher(model) if decay is None else MovingAverage(model, decay)
 
 
 def conditioning_of(config: Config, folders: ModelFolders) -> Conditioning | None:
@@ -308,8 +331,8 @@ def open_training_rows(
     if not method.reads_responses(config):
         return open_prompts(data.train_data, tokenizer, data, conditioning=conditioning)
     rows = open_responses(data.train_data, tokenizer, data, conditioning=conditioning, no_response=no_response(config))
-    if method.answers_prompts(config):
-        check_prompts(rows)
+    if method.needs_prompts(config):
+        check_prompts(rows, config)
     return rows
 
 
@@ -318,8 +341,8 @@ def no_response(config: Config) -> str:
     return config.page.no_response(NO_RESPONSE)
 
 
-def check_prompts(dataset: Sequence[Sample]) -> None:
-    """A student that answers the data's prompts, be it now and then, needs one in every row.
+def check_prompts(dataset: Sequence[Sample], config: Config) -> None:
+    """A student that answers the data's prompts, be it now and then, needs one in every row; so do losses on prompts.
 
     Raises:
         UserError: a row of plain text.
@@ -327,7 +350,7 @@ def check_prompts(dataset: Sequence[Sample]) -> None:
     plain = next((i for i, sample in enumerate(dataset) if not sample.prompt), None)
     if plain is not None:
         raise UserError(
-            f"{dataset.where(plain)} has no prompt that the student could answer; give data with prompts, or leave out --on-policy-ratio"
+            f"{dataset.where(plain)} has no prompt, which --method {config.method} needs; give data with prompts{config.page.no_prompt}"
         )
 
 

@@ -17,7 +17,7 @@ from megakd.config import from_yaml as read_yaml
 
 ROOT = Path(__file__).parents[1]
 from_yaml = functools.cache(read_yaml)
-SCALES = sorted(folder.name for folder in (ROOT / "configs").iterdir())
+SCALES = sorted(file.parent.name for file in ROOT.glob("configs/*/scale.yaml"))
 METHODS = {"sft_teacher": "sft", "sft_student": "sft"}  # the other stages are called like their methods
 STAGES = ("sft_teacher", "sft_student", "kd", "seqkd", "minillm", "promptkd")
 PAPER = {  # scale: rows of a step, iterations and learning rate of each stage, in PromptKD's scripts

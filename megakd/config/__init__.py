@@ -18,16 +18,18 @@ from megakd.config.methods.distillm import DistiLLMConfig
 from megakd.config.methods.kd import KDConfig
 from megakd.config.methods.minillm import MiniLLMConfig
 from megakd.config.methods.promptkd import PromptKDConfig
+from megakd.config.methods.response_priming import ResponsePrimingConfig
+from megakd.config.models import SELF, ModelConfig
 from megakd.config.parallel import LayoutConfig, ParallelConfig
 from megakd.config.parse import AnyConfig, from_flags, from_values, from_yaml, parse
 from megakd.config.sampling import GenerationConfig, ResponseConfig, SamplingConfig
-from megakd.config.train import METHODS, Config, DataConfig, ModelConfig, OutputConfig
+from megakd.config.train import METHODS, Config, DataConfig, OutputConfig
 from megakd.config.training import TrainingConfig
 
 __all__ = [
-    "METHODS", "AnsweringConfig", "AnyConfig", "BaseConfig", "BenchmarkConfig", "ConditioningConfig", "Config", "DataConfig",
+    "METHODS", "SELF", "AnsweringConfig", "AnyConfig", "BaseConfig", "BenchmarkConfig", "ConditioningConfig", "Config", "DataConfig",
     "DistiLLMConfig", "DistillationConfig", "EvaluateConfig", "GenerateConfig", "GenerationConfig", "KDConfig", "LayoutConfig",
     "LoRAConfig", "MethodConfig", "MiniLLMConfig", "ModelConfig", "OutputConfig", "ParallelConfig", "PromptKDConfig",
-    "ResponseConfig", "SamplingConfig", "ScoreConfig", "TrainingConfig", "alike", "flag_name", "from_flags", "from_values",
-    "from_yaml", "parse",
+    "ResponseConfig", "ResponsePrimingConfig", "SamplingConfig", "ScoreConfig", "TrainingConfig", "alike", "flag_name",
+    "from_flags", "from_values", "from_yaml", "parse",
 ]  # fmt: skip

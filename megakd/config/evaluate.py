@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from megakd.config.answering import AnsweringConfig
+from megakd.config.conditioning import ConditioningConfig
 from megakd.config.fields import POSITIVE, SEED, Group, alias, flag
 
 ROUGE_TOKENIZERS = ("default", "unicode", "model")
@@ -51,8 +52,9 @@ class EvaluateConfig(AnsweringConfig):
     """
 
     teacher_model: Annotated[str, alias("--teacher-model-name-or-path", "--teacher-model-path")] = flag(
-        "", "to compare with", path=True
+        "", "to compare with; self: the model itself, which with another text says something else", path=True
     )
+    conditioning: Group[ConditioningConfig] = ConditioningConfig()
     data: tuple[str, ...] = flag((), "jsonl files with right answers, each as name=path or path", path=True)
     gsm8k: str = flag("", "GSM8K jsonl (question, answer with ####): accuracy of the number", path=True)
     seeds: tuple[int, ...] = flag((10, 20, 30, 40, 50), "one pass over the data each; scores are their mean", range=SEED)
@@ -78,6 +80,7 @@ class EvaluateConfig(AnsweringConfig):
             yield "--seeds is empty; give one number or more"
         if twice := [seed for i, seed in enumerate(self.seeds) if seed in self.seeds[:i]]:
             yield f"--seeds names {twice[0]} more than once, and the same answers would count as more; name each seed once"
+        yield from self.conditioning.validation_errors()
         if self.exposure_bias and not self.teacher_model:
             yield "--exposure-bias needs --teacher-model; give the folder to compare with"
         if self.exposure_bias_samples > len(self.seeds):
@@ -85,4 +88,5 @@ class EvaluateConfig(AnsweringConfig):
 
     def unless(self):
         curves = dict.fromkeys(("exposure_bias_samples", "exposure_bias_skip_first"), (self.exposure_bias, "without --exposure-bias"))
-        return super().unless() | curves | {"overwrite": (self.save, "without --save")}
+        told = dict.fromkeys(vars(self.conditioning), (self.teacher_model, "without --teacher-model"))
+        return super().unless() | curves | told | {"overwrite": (self.save, "without --save")}
