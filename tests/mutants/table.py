@@ -334,6 +334,13 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (EVALUATION + "metrics.py", "use_stemmer=True", "use_stemmer=False"),
         (EVALUATION + "metrics.py", "100.0 * any(", "100.0 * all("),
     ],
+    of("test_gsm8k", "the_number_of_a_written_reply"): [
+        (EVALUATION + "gsm8k.py", "return -size if found[\"sign\"] else size", "return size"),
+        (EVALUATION + "gsm8k.py", "value_of(found[\"whole\"] or \"0\") + ", ""),
+        (EVALUATION + "gsm8k.py", "for found in reversed(list(STATED.finditer(reply))):", "for found in STATED.finditer(reply):"),
+        (EVALUATION + "gsm8k.py", "STRICT: tuple[Rule, ...] = (boxed, after_phrase)", "STRICT: tuple[Rule, ...] = (after_phrase, boxed)"),
+        (EVALUATION + "gsm8k.py", "(boxed, only_number_of_first_line, after_phrase, last_number)", "(boxed, after_phrase, only_number_of_first_line, last_number)"),
+    ],
     "tests/test_reporting.py": [
         (REPORTING + "flops.py", "attention = 2 * seq_length * attention_width", "attention = 4 * seq_length * attention_width"),
         (REPORTING + "flops.py", "(6 if sizes.gated else 4)", "4"),
