@@ -90,7 +90,7 @@ class GSM8KSet(EvaluationSet):
 
 @dataclass(frozen=True)
 class NamedPath:
-    """One word of --data."""
+    """One word of --data, say."""
 
     name: str
     path: str
@@ -102,8 +102,8 @@ class NamedPath:
         return cls(name, path) if equals and not Path(word).exists() else cls(Path(word).stem, word)
 
 
-def named_paths(words: Sequence[str]) -> list[NamedPath]:
-    """The data sets of --data.
+def named_paths(words: Sequence[str], *, flag: str = "--data") -> list[NamedPath]:
+    """The words of a flag that takes `name=path` or path.
 
     Raises:
         UserError: two have one name.
@@ -112,7 +112,7 @@ def named_paths(words: Sequence[str]) -> list[NamedPath]:
     for i, one in enumerate(named):
         for other in named[:i]:
             if one.name == other.name:
-                raise UserError(f"--data {other.path} {one.path}: both are named {one.name}; name one, as in first={other.path}")
+                raise UserError(f"{flag} {other.path} {one.path}: both are named {one.name}; name one, as in first={other.path}")
     return named
 
 
