@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from megakd.checkpointing.model_folder import ModelFolder
 from megakd.checkpointing.native import is_native
@@ -161,6 +162,7 @@ def overlapping(spans: Sequence[tuple[int, int]], first: int, end: int) -> list[
 @torch.inference_mode()
 def measure(folder: str, readings: Sequence[Reading], config: AttentionConfig) -> HeadStatistics:
     """One model's, over all questions."""
+    logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = resolve_dtype(config.dtype)
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=dtype, local_files_only=True).to(device).eval()

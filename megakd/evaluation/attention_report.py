@@ -111,10 +111,10 @@ def draw(results: Mapping[str, Any], figures: Path) -> None:
     models = {name: {key: np.array(found[key]) for key in TITLES} for name, found in results["models"].items()}
     base, *students = models
     for key, (title, unit) in TITLES.items():
-        plot_heat_maps({name: found[key] for name, found in models.items()}, figures / f"{key}.png", unit=f"{title}, {unit}")
+        plot_heat_maps({name: found[key] for name, found in models.items()}, figures / f"{key}.png", title=title, unit=unit)
         changes = {f"{name} − {base}": models[name][key] - models[base][key] for name in students}
         if changes:
-            plot_heat_maps(changes, figures / f"{key}_change.png", unit=f"change of {title}, {unit}", around_zero=True)
+            plot_heat_maps(changes, figures / f"{key}_change.png", title=f"change of {title}", unit=unit, around_zero=True)
     by_layer = {title: (unit, {name: found[key].mean(1) for name, found in models.items()}) for key, (title, unit) in TITLES.items()}
     plot_by_layer(by_layer, figures / "comparison.png")
 

@@ -13,7 +13,7 @@ from megakd.reporting.plots import new_figure, save, styles
 COLUMNS = 4  # panels in a row
 
 
-def plot_heat_maps(maps: Mapping[str, np.ndarray], path: Path, *, unit: str, around_zero: bool = False) -> list[Path]:
+def plot_heat_maps(maps: Mapping[str, np.ndarray], path: Path, *, title: str, unit: str, around_zero: bool = False) -> list[Path]:
     """A panel a map [layers, heads], all of one colour scale; `around_zero`: of changes, white where there is none."""
     columns = min(COLUMNS, len(maps))
     figure, axes = new_figure(rows=math.ceil(len(maps) / columns), columns=columns)
@@ -28,6 +28,7 @@ def plot_heat_maps(maps: Mapping[str, np.ndarray], path: Path, *, unit: str, aro
     for ax in axes[len(maps) :]:
         ax.remove()
     figure.colorbar(image, ax=axes[: len(maps)], label=unit)
+    figure.suptitle(title)
     table = [[name, *index, value] for name, values in maps.items() for index, value in np.ndenumerate(values)]
     return save(figure, path, ["model", "layer", "head", "value"], table)
 
