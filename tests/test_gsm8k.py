@@ -113,7 +113,9 @@ def test_enough_replies_are_written():
     [("The answer is 18.00", "#### 18", 100, 100), ("1000", "#### 1,000", 0, 100), ("-4", "x\n#### -3", 0, 0)],
 )
 def test_replies_are_scored_strictly_and_flexibly(reply, answer, strict, flexible):
-    assert gsm8k.score(reply, gsm8k.gold_number(answer), "papers") == {"gsm8k_strict": strict, "gsm8k_flexible": flexible}
+    papers = gsm8k.score(reply, gsm8k.gold_number(answer), "papers")
+    assert papers == {"gsm8k_strict": strict, "gsm8k_flexible": flexible}
+    assert gsm8k.score(reply, gsm8k.gold_number(answer), "both") == papers | gsm8k.score(reply, gsm8k.gold_number(answer))
 
 
 @pytest.mark.parametrize(("answer", "number"), [("x\n#### \u22125", -5), ("#### $1,080", 1080), ("#### 1/2", HALF), ("#### 3 #### 4", 4)])

@@ -130,6 +130,7 @@ ROBUST: tuple[Rule, ...] = (stated_last, last_of_own)
 STRICT: tuple[Rule, ...] = (boxed, after_phrase)
 FLEXIBLE: tuple[Rule, ...] = (boxed, only_number_of_first_line, after_phrase, last_number)
 RULES = {"robust": {"gsm8k_robust": ROBUST}, "papers": {"gsm8k_strict": STRICT, "gsm8k_flexible": FLEXIBLE}}
+RULES["both"] = RULES["robust"] | RULES["papers"]
 
 
 def extract(reply: str, rules: Sequence[Rule]) -> Fraction | None:
@@ -151,5 +152,5 @@ def gold_number(answer: str, where: str = "answer") -> Fraction:
 
 
 def score(reply: str, gold: Fraction, rule: str = "robust") -> dict[str, float]:
-    """One reply's scores by the rules of that name, each 0 or 100."""
+    """One reply's scores by the rules of that name (`--gsm8k-rule`), each 0 or 100."""
     return {name: 100.0 * (extract(reply, rules) == gold) for name, rules in RULES[rule].items()}

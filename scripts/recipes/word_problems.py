@@ -3,6 +3,7 @@
     question    Ann has 4 eggs. Tom has 7 eggs. Tom finds 5, then Tom gives away 3. How many eggs has Tom now?
     answer      7 + 5 = 12
                 12 - 3 = 9
+                The answer is 9.
                 #### 9
 
 Two to four steps, every number from 0 to 40; somebody else's eggs stand in front of every second question. To say the number at once a
@@ -33,15 +34,24 @@ class Problem:
         return self.steps[-1][3]
 
     @property
-    def worked(self) -> str:
-        """A step a line."""
-        return "\n".join(f"{have} {sign} {change} = {left}" for have, sign, change, left in self.steps)
+    def worked(self) -> list[str]:
+        """A line a step."""
+        return [f"{have} {sign} {change} = {left}" for have, sign, change, left in self.steps]
+
+    @property
+    def opening(self) -> str:
+        """What the solution begins with, said again."""
+        return f"We begin with {self.steps[0][0]}."
 
     @property
     def check(self) -> str:
         """The last step, undone."""
         have, sign, change, left = self.steps[-1]
-        return f"{left} {'-' if sign == '+' else '+'} {change} = {have}"
+        return f"Check: {left} {'-' if sign == '+' else '+'} {change} = {have}"
+
+    def answer(self, *lines: str) -> str:
+        """In GSM8K's form, after these lines."""
+        return "\n".join([*lines, f"The answer is {self.number}.", f"#### {self.number}"])
 
 
 def problem(rng: random.Random) -> Problem:
