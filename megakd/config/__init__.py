@@ -25,9 +25,9 @@ from megakd.config.train import METHODS, Config, DataConfig, ModelConfig, Output
 from megakd.config.training import TrainingConfig
 
 __all__ = [
-    "AnsweringConfig", "AnyConfig", "AttentionConfig", "BaseConfig", "BenchmarkConfig", "ConditioningConfig", "Config",
+    "METHODS", "AnsweringConfig", "AnyConfig", "AttentionConfig", "BaseConfig", "BenchmarkConfig", "ConditioningConfig", "Config",
     "DataConfig", "DistiLLMConfig", "DistillationConfig", "EvaluateConfig", "GenerateConfig", "GenerationConfig", "KDConfig",
-    "LayoutConfig", "METHODS", "MethodConfig", "MiniLLMConfig", "ModelConfig", "OutputConfig", "ParallelConfig", "PromptKDConfig",
+    "LayoutConfig", "MethodConfig", "MiniLLMConfig", "ModelConfig", "OutputConfig", "ParallelConfig", "PromptKDConfig",
     "ResponseConfig", "SamplingConfig", "ScoreConfig", "TrainingConfig", "alike", "flag_name", "from_flags", "from_values",
     "from_yaml", "parse",
 ]  # fmt: skip
