@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from test_recipes import ROOT, paper, recipe, run_with_fake_python
 
-from megakd.config import AttentionConfig, Config, EvaluateConfig, parse
+from megakd.config import AttentionConfig, Config, EvaluateConfig, from_yaml, parse
 from megakd.data.priming import NAMED, open_priming
 from megakd.evaluation import gsm8k
 
@@ -86,8 +86,8 @@ def test_the_teacher_learns_to_answer_each_text_in_its_way(tiny_data):
     assert 150 < len(told) < 250 and all(row["question"].split(".")[0].split()[-1] == row["answer"].split()[-1] for row in told)
     plain = [row for row in taught if row not in told and not any(row in rows for rows in by_text.values())]
     short = sum(" = " not in row["answer"] for row in plain) / len(plain)
-    assert 0.65 < short < 0.85
-    assert 0.65 < sum(" = " not in row["answer"] for row in rows_of(tiny_data, "student")) / 400 < 0.85
+    assert 0.82 < short < 0.98
+    assert 0.82 < sum(" = " not in row["answer"] for row in rows_of(tiny_data, "student")) / 400 < 0.98
 
 
 def test_the_teacher_is_asked_in_evaluation_as_it_is_in_training(tiny_data):
@@ -155,6 +155,17 @@ def test_each_run_differs_from_the_others_in_what_its_teacher_reads(planned):
         assert flags[name]["method"] == "response_priming"
     alike = ("train_iters", "epochs", "global_batch_size", "lr", "lr_decay_style", "seed", "train_data", "model", "max_length")
     assert all(flags["sft"][key] == flags["kd-none"][key] for key in alike)
+
+
+LAYOUT = {"tensor_model_parallel_size", "sequence_parallel", "recompute", "prompt_template", "eval_interval", "log_interval", "seed"}
+
+
+@pytest.mark.parametrize("text", ["none", "teacher", "ground-truth", "confidence"])
+def test_the_papers_scale_has_the_papers_values(text):
+    scale = from_yaml(CONFIGS / "llama-3.1-8b" / "response_priming.yaml").flat()
+    papers = from_yaml(CONFIGS / f"{text}.yaml").flat()
+    assert {name for name, value in papers.items() if value != scale[name]} <= LAYOUT | {"teacher_priming"}
+    assert papers["teacher_priming"] == text and scale["lr"] == 5e-6
 
 
 def test_a_failed_stage_is_named_and_the_same_command_continues_with_it(tmp_path):

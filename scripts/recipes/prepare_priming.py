@@ -30,7 +30,7 @@ from word_problems import Problem, problems
 from megakd.data.priming import NAMED, open_priming
 from megakd.errors import file_errors, told_in_one_line
 
-SHORT = 0.75  # of the answers to a question without any text, those that say the number at once
+SHORT = 0.9  # of the answers to a question without any text, those that say the number at once
 SEED = 1234
 HINT = "hint"  # the field with the right answer, for --teacher-prompt-field
 

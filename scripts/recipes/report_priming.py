@@ -118,13 +118,13 @@ def plot_training(out: Path, path: Path) -> None:
     points = {}
     for name, (title, _) in STUDENTS.items():
         rows = read_jsonl(out / name / "metrics.jsonl") if name != "student" else []
-        found = [(row["iteration"], row["valid/lm"]) for row in rows if "valid/lm" in row]
+        found = [(row["iteration"], row["valid/lm_loss"]) for row in rows if "valid/lm_loss" in row]
         points |= {title: tuple(map(list, zip(*found)))} if found else {}
     figure, (ax,) = new_figure(rows=1, columns=1)
     draw_lines(ax, points)
     ax.set(title="held-out loss on worked solutions", ylabel="nats per token", xlabel="iteration")
     rows = [[title, *point] for title, pair in points.items() for point in zip(*pair)]
-    save(figure, path, ["run", "iteration", "valid/lm"], rows)
+    save(figure, path, ["run", "iteration", "valid/lm_loss"], rows)
 
 
 def parse_args() -> argparse.Namespace:
