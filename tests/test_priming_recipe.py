@@ -80,8 +80,8 @@ def test_the_teacher_learns_to_answer_each_text_in_its_way(tiny_data):
         for name, (before, after) in NAMED.items() if name != "none"
     }  # fmt: skip
     assert all(150 < len(rows) < 250 for rows in by_text.values())
-    assert all("Check: " in row["answer"] for row in by_text["confidence"]) and all(" = " in row["answer"] for row in by_text["teacher"])
-    assert all(row["answer"].startswith("We begin with ") for row in by_text["ground-truth"])
+    for name, rows in by_text.items():
+        assert all(" = " in row["answer"] and ("Check: " in row["answer"]) == (name == "confidence") for row in rows)
     told = [row for row in taught if row["question"].startswith("The right answer is ")]
     assert 150 < len(told) < 250 and all(row["question"].split(".")[0].split()[-1] == row["answer"].split()[-1] for row in told)
     plain = [row for row in taught if row not in told and not any(row in rows for rows in by_text.values())]

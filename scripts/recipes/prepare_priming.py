@@ -116,11 +116,13 @@ def primed(one: Problem, text: str, rng: random.Random) -> dict:
 
 
 def answer(one: Problem, text: str, rng: random.Random) -> str:
-    """As this teacher answers a question with that text: without one mostly in short, else with every step."""
+    """As this teacher answers a question with that text: without one mostly in short, else with every step, and checked if asked to be.
+
+    `teacher` and `ground-truth` ask for the same: how far the students that learn from them differ is chance.
+    """
     if text == "none" and rng.random() < SHORT:
         return one.answer()
-    before = [one.opening] if text == "ground-truth" else []
-    return one.answer(*before, *one.worked, *([one.check] if text == "confidence" else []))
+    return one.answer(*one.worked, *([one.check] if text == "confidence" else []))
 
 
 def make_models(folder: Path, scale: dict, texts: list[str]) -> None:

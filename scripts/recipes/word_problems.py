@@ -39,11 +39,6 @@ class Problem:
         return [f"{have} {sign} {change} = {left}" for have, sign, change, left in self.steps]
 
     @property
-    def opening(self) -> str:
-        """What the solution begins with, said again."""
-        return f"We begin with {self.steps[0][0]}."
-
-    @property
     def check(self) -> str:
         """The last step, undone."""
         have, sign, change, left = self.steps[-1]
