@@ -348,6 +348,11 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (EVALUATION + "attention_report.py", "np.argsort(-of_mass.mean(0)", "np.argsort(of_mass.mean(0)"),
         (EVALUATION + "attention_report.py", "values.std(0, ddof=1) / count**0.5", "values.std(0, ddof=1)"),
     ],
+    of("test_priming_recipe", "the_teacher_is_asked_in_evaluation_as_it_is_in_training", "the_teacher_learns_to_answer_each_text_in_its_way", "gsm8ks_first_questions_are_taken"): [
+        ("scripts/recipes/prepare_priming.py", 'open_priming(name)(row["question"], "", row)', 'open_priming("none")(row["question"], "", row)'),
+        ("scripts/recipes/prepare_priming.py", 'if text == "none" and rng.random() < SHORT:', "if rng.random() < SHORT:"),
+        ("scripts/recipes/prepare_priming.py", "train[:valid]), (\"valid\", train[valid:])", "train[valid:]), (\"valid\", train[:valid])"),
+    ],
     of("test_gsm8k", "the_number_of_a_written_reply"): [
         (EVALUATION + "gsm8k.py", "return -size if found[\"sign\"] else size", "return size"),
         (EVALUATION + "gsm8k.py", "value_of(found[\"whole\"] or \"0\") + ", ""),
