@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "scripts" / "recipes"))
 WORDS, PREPARE, REPORT = recipe("word_problems"), recipe("prepare_priming"), recipe("report_priming")
 CONFIGS = ROOT / "configs" / "response-priming"
 SCALES = ("tiny", "real", "llama-3.1-8b")
-STUDENTS = ("sft", "kd-none", "kd-confidence", "kd-teacher", "kd-ground-truth", "kd-hint")
+STUDENTS = ("sft", "kd-none", "kd-confidence", "kd-teacher", "kd-ground-truth", "kd-hint", "kd-original")
 
 
 # ---- word problems
@@ -141,7 +141,7 @@ def test_every_command_of_every_scale_can_be_given(planned):
         if script in kinds:
             parse(command[at + 1 :], kinds[script], program=script)  # exits where a flag or a combination cannot be
             seen[script] += 1
-    assert seen["evaluate.py"] == 11 and seen["analyze_attention.py"] == 1 and seen["pretrain_kd.py"] in (6, 8)
+    assert seen["evaluate.py"] == 12 and seen["analyze_attention.py"] == 1 and seen["pretrain_kd.py"] in (7, 9)
 
 
 def test_each_run_differs_from_the_others_in_what_its_teacher_reads(planned):
@@ -149,10 +149,10 @@ def test_each_run_differs_from_the_others_in_what_its_teacher_reads(planned):
     for name in STUDENTS:
         at = next(i for i, word in enumerate(planned[name]) if word.endswith("pretrain_kd.py"))
         flags[name] = parse(planned[name][at + 1 :], Config).flat()
+    differing = {"kd-none": set(), "kd-hint": {"teacher_prompt_field"}, "kd-original": {"teacher_priming", "priming_objective"}}
     for name in STUDENTS[1:]:
-        differing = {key for key, value in flags[name].items() if value != flags["kd-none"][key]} - {"save"}
-        assert differing == ({"teacher_prompt_field"} if name == "kd-hint" else {"teacher_priming"} if name != "kd-none" else set())
-        assert flags[name]["method"] == "response_priming"
+        found = {key for key, value in flags[name].items() if value != flags["kd-none"][key]} - {"save"}
+        assert found == differing.get(name, {"teacher_priming"}) and flags[name]["method"] == "response_priming"
     alike = ("train_iters", "epochs", "global_batch_size", "lr", "lr_decay_style", "seed", "train_data", "model", "max_length")
     assert all(flags["sft"][key] == flags["kd-none"][key] for key in alike)
 
@@ -175,10 +175,10 @@ def test_a_failed_stage_is_named_and_the_same_command_continues_with_it(tmp_path
 
     done, calls = run_with_fake_python(tmp_path, recipe="priming.sh")
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "the table"
-    assert len(calls) == 3 + 11 + 2 and "--teacher-priming teacher" in calls[0]
+    assert len(calls) == 4 + 12 + 2 and "--teacher-priming teacher" in calls[0]
 
     done, calls = run_with_fake_python(tmp_path, recipe="priming.sh")
-    assert done.returncode == 0 and calls == [] and done.stdout.count("skipped") == 22
+    assert done.returncode == 0 and calls == [] and done.stdout.count("skipped") == 24
 
 
 def test_an_unknown_scale_and_missing_models_are_told(tmp_path):

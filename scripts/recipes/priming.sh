@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Response priming in one command: a student learns from a teacher that reads a priming text, for each of the texts; accuracy, table, figures.
+# Response priming in one command: a student learns from a teacher that reads a priming text, for each of the texts, and by the published
+# objective for comparison; accuracy, attention, table, figures.
 #
 #   bash scripts/recipes/priming.sh SCALE OUT [--dry-run]
 #
@@ -40,7 +41,7 @@ fi
 ranks=${RANKS:-$(sed -n 's/^ranks: *//p' "$configs/scale.yaml")}
 launch=("$python" -m torch.distributed.run --standalone --nproc_per_node "$ranks")
 texts=(none confidence teacher ground-truth)
-runs=(sft "${texts[@]/#/kd-}" kd-hint)
+runs=(sft "${texts[@]/#/kd-}" kd-hint kd-original)
 if [[ -z $dry ]]; then mkdir -p "$out/logs" || exit 2; fi
 source "$recipes/stages.sh"
 
@@ -68,6 +69,7 @@ for text in "${texts[@]}"; do
     distil "kd-$text" --teacher-priming "$text"
 done
 distil kd-hint --teacher-prompt-field hint
+distil kd-original --teacher-priming ground-truth --priming-objective original
 for text in "${texts[@]}"; do
     evaluate "teacher-$text" "$teacher" "test_$text"
 done

@@ -29,6 +29,7 @@ STUDENTS = {  # folder of the evaluation: title, and what the paper's student of
     "kd-teacher": ("KD, teacher", 558),
     "kd-ground-truth": ("KD, ground truth", 635),
     "kd-hint": ("KD, right answer told", None),
+    "kd-original": ("KD, ground truth, published objective", None),
 }
 TEACHERS = {f"teacher-{text}": f"teacher, {text}" for text in ("none", "confidence", "teacher", "ground-truth")}
 PAPERS_QUESTIONS = 1319
@@ -64,13 +65,13 @@ def tables(sets: dict[str, dict], made: dict) -> str:
     students = [[title, *scores(sets[name]), published(count)] for name, (title, count) in STUDENTS.items()]
     teachers = [[title, *scores(sets[name])] for name, title in TEACHERS.items()]
     count = sets["student"]["samples"]
+    libraries = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     notes = [
         f"{count} questions, greedy answers, one training seed. The standard error of a share p of them is sqrt(p (1 - p) / {count}), "
         f"{100 * (0.25 / count) ** 0.5:.1f} points at most.",
-        "robust: the number stated last; strict: boxed or after \"the answer is\"; flexible: the paper's four rules. paper: its own counts "
-        "(Llama 3.1, flexible with answers marked by hand). LM loss: nats a token on the worked solutions.",
-        f"`{made['command']}`, commit {made['commit']}, {made['date']}, {made['device']}, "
-        + ", ".join(f"{name} {version}" for name, version in made["versions"].items()) + ".",
+        "robust: the number stated last; strict: boxed or after \"the answer is\"; flexible: the paper's four rules. LM loss: nats a token "
+        "on the worked solutions. paper: its own counts (Llama 3.1, flexible with answers marked by hand, all KD by the published objective).",
+        f"`{made['command']}`, commit {made['commit']}, {made['date']}, {made['device']}, {libraries}.",
     ]
     return "\n\n".join([table(["student", *COLUMNS, "paper, %"], students), table(["asked with", *COLUMNS], teachers), *notes]) + "\n"
 
