@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 from tiny import tiny_folder, tiny_model
+from train_tokenizer import train_tokenizer
 from transformers import AutoModelForCausalLM
 
 from megakd.config import AttentionConfig
 from megakd.data.batch import Sample
-from megakd.data.train_tokenizer import train_tokenizer
 from megakd.errors import UserError
 from megakd.evaluation import attention
 from megakd.evaluation.attention_report import change

@@ -130,7 +130,8 @@ def make_models(folder: Path, scale: dict, texts: list[str]) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from megakd.data.train_tokenizer import train_tokenizer
+    sys.path.append(str(Path(__file__).parents[1]))
+    from train_tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer(texts, vocab_size=scale["vocab_size"])
     for name in ("teacher", "student"):
