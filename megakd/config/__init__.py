@@ -5,6 +5,7 @@ so that `--help` answers at once.
 """
 
 from megakd.config.answering import AnsweringConfig
+from megakd.config.attention import AttentionConfig
 from megakd.config.base import BaseConfig
 from megakd.config.benchmark import BenchmarkConfig
 from megakd.config.conditioning import ConditioningConfig
@@ -27,9 +28,9 @@ from megakd.config.train import METHODS, Config, DataConfig, OutputConfig
 from megakd.config.training import TrainingConfig
 
 __all__ = [
-    "METHODS", "SELF", "AnsweringConfig", "AnyConfig", "BaseConfig", "BenchmarkConfig", "ConditioningConfig", "Config", "DataConfig",
-    "DistiLLMConfig", "DistillationConfig", "EvaluateConfig", "GenerateConfig", "GenerationConfig", "KDConfig", "LayoutConfig",
-    "LoRAConfig", "MethodConfig", "MiniLLMConfig", "ModelConfig", "OutputConfig", "ParallelConfig", "PromptKDConfig",
-    "ResponseConfig", "ResponsePrimingConfig", "SamplingConfig", "ScoreConfig", "TrainingConfig", "alike", "flag_name",
-    "from_flags", "from_values", "from_yaml", "parse",
+    "METHODS", "SELF", "AnsweringConfig", "AnyConfig", "AttentionConfig", "BaseConfig", "BenchmarkConfig", "ConditioningConfig",
+    "Config", "DataConfig", "DistiLLMConfig", "DistillationConfig", "EvaluateConfig", "GenerateConfig", "GenerationConfig",
+    "KDConfig", "LayoutConfig", "LoRAConfig", "MethodConfig", "MiniLLMConfig", "ModelConfig", "OutputConfig", "ParallelConfig",
+    "PromptKDConfig", "ResponseConfig", "ResponsePrimingConfig", "SamplingConfig", "ScoreConfig", "TrainingConfig", "alike",
+    "flag_name", "from_flags", "from_values", "from_yaml", "parse",
 ]  # fmt: skip

@@ -20,8 +20,8 @@ class ScoreConfig:
     exact_match_rule: Literal["strict", "papers"] = flag(
         "strict", "strict: equal but for case, spacing and a last full stop; papers: without any punctuation, 3.5 is 35"
     )
-    gsm8k_rule: Literal["robust", "papers"] = flag(
-        "robust", "robust: the number stated last, else the last number; papers: strict and flexible of Goyal et al. 2024"
+    gsm8k_rule: Literal["robust", "papers", "both"] = flag(
+        "robust", "robust: the number stated last, else the last number; papers: strict and flexible of Goyal et al. 2024; or both"
     )
     rouge_tokenizer: tuple[str, ...] = flag(
         ("default",), "of Rouge-L: default (the papers', a-z and digits alone), unicode (words of every script) or model; also set=unicode"

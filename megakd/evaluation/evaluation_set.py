@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -88,7 +88,7 @@ class GSM8KSet(EvaluationSet):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.gold: list[Decimal] = [gsm8k.gold_number(self.references(i)[0], self.where(i)) for i in range(len(self))]
+        self.gold: list[Fraction] = [gsm8k.gold_number(self.references(i)[0], self.where(i)) for i in range(len(self))]
 
     def score(self, index: int, answer: str) -> dict[str, float]:
         return super().score(index, answer) | gsm8k.score(answer, self.gold[index], self.rules.gsm8k_rule)
@@ -96,7 +96,7 @@ class GSM8KSet(EvaluationSet):
 
 @dataclass(frozen=True)
 class NamedPath:
-    """One word of --data."""
+    """One word of --data, say."""
 
     name: str
     path: str
@@ -108,8 +108,8 @@ class NamedPath:
         return cls(name, path) if equals and not Path(word).exists() else cls(Path(word).stem, word)
 
 
-def named_paths(words: Sequence[str]) -> list[NamedPath]:
-    """The data sets of --data.
+def named_paths(words: Sequence[str], *, flag: str = "--data") -> list[NamedPath]:
+    """The words of a flag that takes `name=path` or path.
 
     Raises:
         UserError: two have one name.
@@ -118,7 +118,7 @@ def named_paths(words: Sequence[str]) -> list[NamedPath]:
     for i, one in enumerate(named):
         for other in named[:i]:
             if one.name == other.name:
-                raise UserError(f"--data {other.path} {one.path}: both are named {one.name}; name one, as in first={other.path}")
+                raise UserError(f"{flag} {other.path} {one.path}: both are named {one.name}; name one, as in first={other.path}")
     return named
 
 

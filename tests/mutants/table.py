@@ -401,6 +401,32 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (EVALUATION + "metrics.py", "use_stemmer=True", "use_stemmer=False"),
         (EVALUATION + "metrics.py", "100.0 * any(", "100.0 * all("),
     ],
+    of("test_attention", "entropy_and_mass_equal_an_independent_float64_computation"): [
+        (EVALUATION + "attention.py", "torch.special.entr(attention_HQS).sum(-1).mean(-1)", "torch.special.entr(attention_HQS).mean(-1).mean(-1)"),
+        (EVALUATION + "attention.py", "list(row.numbers)].sum(-1).mean(-1)", "list(row.queries)].sum(-1).mean(-1)"),
+        (EVALUATION + "attention.py", "attention_HSS[:, list(row.queries)]", "attention_HSS[:, : len(row.queries)]"),
+    ],
+    of("test_attention", "numbers_are_those_of_the_question_and_not_of_the_template_or_the_answer", "queries_are_the_question_or_what_predicts_the_answer"): [
+        (EVALUATION + "attention.py", "NUMBER.finditer(prompt, first, end)", "NUMBER.finditer(prompt)"),
+        (EVALUATION + "attention.py", "range(len(sample.prompt) - 1, len(tokens))", "range(len(sample.prompt), len(tokens))"),
+        (EVALUATION + "attention.py", 'if config.queries == "answer":', "if True:"),
+    ],
+    of("test_attention", "heads_are_listed_by_how_much_their_mass_rose_with_the_error_over_questions"): [
+        (EVALUATION + "attention_report.py", "np.argsort(-of_mass.mean(0)", "np.argsort(of_mass.mean(0)"),
+        (EVALUATION + "attention_report.py", "values.std(0, ddof=1) / count**0.5", "values.std(0, ddof=1)"),
+    ],
+    of("test_priming_recipe", "the_teacher_is_asked_in_evaluation_as_it_is_in_training", "the_teacher_learns_to_answer_each_text_in_its_way", "gsm8ks_first_questions_are_taken"): [
+        ("scripts/recipes/prepare_priming.py", 'open_priming(name)(row["question"], "", row)', 'open_priming("none")(row["question"], "", row)'),
+        ("scripts/recipes/prepare_priming.py", 'if text == "none" and rng.random() < SHORT:', "if rng.random() < SHORT:"),
+        ("scripts/recipes/prepare_priming.py", "train[:valid]), (\"valid\", train[valid:])", "train[valid:]), (\"valid\", train[:valid])"),
+    ],
+    of("test_gsm8k", "the_number_of_a_written_reply"): [
+        (EVALUATION + "gsm8k.py", "return -size if found[\"sign\"] else size", "return size"),
+        (EVALUATION + "gsm8k.py", "value_of(found[\"whole\"] or \"0\") + ", ""),
+        (EVALUATION + "gsm8k.py", "for found in reversed(list(STATED.finditer(reply))):", "for found in STATED.finditer(reply):"),
+        (EVALUATION + "gsm8k.py", "STRICT: tuple[Rule, ...] = (boxed, after_phrase)", "STRICT: tuple[Rule, ...] = (after_phrase, boxed)"),
+        (EVALUATION + "gsm8k.py", "(boxed, only_number_of_first_line, after_phrase, last_number)", "(boxed, after_phrase, only_number_of_first_line, last_number)"),
+    ],
     "tests/test_reporting.py": [
         (REPORTING + "flops.py", "attention = 2 * seq_length * attention_width", "attention = 4 * seq_length * attention_width"),
         (REPORTING + "flops.py", "(6 if sizes.gated else 4)", "4"),
