@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,14 +80,15 @@ def frozen(model: HiddenStateGPTModel) -> HiddenStateGPTModel:
     return model.eval().requires_grad_(False)
 
 
-def align_vocabularies(vocab_sizes: Sequence[int], tp_size: int) -> dict[str, int]:
-    """Arguments of build_model with which models of one tokenizer and unequal widths hold the same token ids on every rank.
+def align_vocabularies(vocab_sizes: Sequence[int], *tp_sizes: int) -> dict[str, int]:
+    """Arguments of build_model with which models of one tokenizer and unequal widths hold the same token ids on every rank, and whole
+    shards of one width where their layouts differ.
 
     Ids that not all of them have get no probability in any.
     """
     if len(set(vocab_sizes)) > 1:
         tell(f"vocabularies of {' and '.join(map(str, vocab_sizes))} rows are aligned by token id: the first {min(vocab_sizes)} count")
-    return {"real_vocab_size": min(vocab_sizes), "padded_vocab_size": padded_vocab_size(list(vocab_sizes), tp_size)}
+    return {"real_vocab_size": min(vocab_sizes), "padded_vocab_size": padded_vocab_size(list(vocab_sizes), math.lcm(*tp_sizes))}
 
 
 def start(parallel: LayoutConfig, *, seed: int = 1234) -> ParallelLayout:

@@ -174,8 +174,7 @@ class Trainer:
         saved = load_checkpoint(
             self.checkpoints, iteration, model=method.student, optimizer=method.optimizer.optimizer, flag="--save"
         )
-        for name, tensor in method.extra_tensors().items():
-            tensor.copy_(saved[name])
+        method.restore(saved)
         return iteration
 
     def _begin_folder(self) -> None:

@@ -100,6 +100,12 @@ class Batch:
         """[3]: labels that count, real input positions, positions computed on (padding included)."""
         return torch.tensor([self.num_supervised, int(self.lengths.sum()), self.tokens.numel()])
 
+    @property
+    def essence(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What all of it follows from (`framed`), on the host, ids in 32 bits: what travels between ranks."""
+        ids = torch.cat([self.tokens[:, :1], self.labels], 1)
+        return ids.int().cpu(), self.lengths, self.response_lengths, self.sample_ids
+
     def to(self, device: torch.device | str) -> "Batch":
         """What models and losses compute with on `device`, which is not waited for."""
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ON_DEVICE}
@@ -130,17 +136,23 @@ def padded(samples: Sequence[Sample], labels: Sequence[int], width: int) -> Batc
     for row, sample in zip(ids, samples):
         row[: sample.num_positions + 1] = torch.tensor(sample.prompt + sample.response)
 
-    position_ids = torch.arange(width).expand(len(samples), width).contiguous()
+    return framed(ids, lengths, torch.tensor(labels), torch.tensor([sample.sample_id for sample in samples]))
+
+
+def framed(ids: Tensor, lengths: Tensor, response_lengths: Tensor, sample_ids: Tensor) -> Batch:
+    """A Batch from `Batch.essence`: [b, s + 1] ids, a row's last real one a label only; the last labels of a row count."""
+    rows, width = ids.shape[0], ids.shape[1] - 1
+    position_ids = torch.arange(width).expand(rows, width).contiguous()
     real = position_ids < lengths[:, None]
-    loss_mask = real & (position_ids >= (lengths - torch.tensor(labels))[:, None])
+    loss_mask = real & (position_ids >= (lengths - response_lengths)[:, None])
     return Batch(
-        tokens=ids[:, :-1].where(real, PADDING),  # the last id is a label only
-        labels=ids[:, 1:].contiguous(),
+        tokens=ids[:, :-1].where(real, PADDING).long(),
+        labels=ids[:, 1:].contiguous().long(),
         loss_mask=loss_mask.float(),
         position_ids=position_ids,
         lengths=lengths,
-        response_lengths=loss_mask.sum(1),
-        sample_ids=torch.tensor([sample.sample_id for sample in samples]),
+        response_lengths=response_lengths,
+        sample_ids=sample_ids,
         supervised_positions=loss_mask.flatten().nonzero().squeeze(1),
     )
 

@@ -70,15 +70,15 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (OPTIMIZER, "self.prompt.synchronize_gradient(tokens)", "self.prompt.synchronize_gradient(torch.ones_like(tokens))"),
         (METHODS + "promptkd.py", "self.config.promptkd.base_coef * (1 - iteration / self.total_iters)", "self.config.promptkd.base_coef"),
         (METHODS + "promptkd.py", "self.config.promptkd.base_coef * (1 - iteration / self.total_iters)", "1 - iteration / self.total_iters"),
-        (METHODS + "promptkd.py", "if config.promptkd.teacher_lr is None else config.promptkd.teacher_lr", "if True else None"),
-        (METHODS + "promptkd.py", "prompted = self.prompted_teacher.read(", "prompted = self.teacher.read("),
-        (METHODS + "promptkd.py", "list(zip(student, base))", "list(zip(base, student))"),
-        (METHODS + "promptkd.py", "self.prompt_optimizer.zero_grad()", "pass"),
+        (METHODS + "promptkd.py", "if settings.teacher_lr is None else settings.teacher_lr", "if True else None"),
+        (METHODS + "promptkd.py", "prompted = self.teacher.read_prompted(", "prompted = self.teacher.read("),
+        (SCHEDULES, "list(zip(context, read(batches)))", "list(zip(read(batches), context))"),
+        (METHODS + "promptkd.py", "self.optimizer.zero_grad()", "pass"),
         (MODELS + "gpt_model.py", "first = 0 if soft_prompt_PH is None else soft_prompt_PH.shape[0]", "first = 0"),
         (MODELS + "soft_prompt.py", "(list(token_ids) * length)[:length]", "(list(token_ids) * length)[-length:]"),
     ],
     story(ONE, "the others"): [
-        (METHODS + "promptkd.py", "(config.promptkd.teacher_kld_type, config.promptkd.base_kld_type)", "(config.promptkd.base_kld_type, config.promptkd.teacher_kld_type)"),
+        (METHODS + "promptkd.py", "(settings.teacher_kld_type, settings.base_kld_type)", "(settings.base_kld_type, settings.teacher_kld_type)"),
         (LOSSES + "distillation.py", "loss = kd + base_coef * base", "loss = kd - base_coef * base"),
         (LOSSES + "distillation.py", "alpha=self.alpha,", "alpha=0.1,"),
         (LOSSES + "distillation.py", "weights_N=-slope", "weights_N=slope"),
@@ -114,7 +114,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (GENERATION + "generate.py", "MixtureComponent(model, 1 - sum(component.share for component in mix_with), soft_prompt)", "MixtureComponent(model, 1.0, soft_prompt)"),
     ],
     story(DP2, "sft and kd"): [
-        (EVALUATION + "held_out.py", "split_across_dp(samples, layout.dp_size)[layout.dp_rank]", "split_across_dp(samples, layout.dp_size)[0]"),
+        (EVALUATION + "held_out.py", "in passes(shares[layout.dp_rank],", "in passes(shares[0],"),
         (SCHEDULES, "    layout.sum_over_data_parallel(sums)\n    *totals", "    *totals"),
         (RUNTIME + "parallel_layout.py", "dist.all_reduce(tensor, group=self.dp_group)", "dist.all_reduce(tensor, group=self.tp_group)"),
         (OPTIMIZER, "use_distributed_optimizer=distributed)\n", "use_distributed_optimizer=False)\n"),
@@ -177,7 +177,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (METHODS + "base.py", "_, real, computed = self.layout.sum_over_data_parallel(counts).tolist()", "_, real, computed = counts.tolist()"),
     ],
     of("test_methods", "a_random_prompt_is_the_seeds"): [
-        (METHODS + "promptkd.py", "SoftPrompt.random(teacher, length, config.training.seed)", "SoftPrompt.random(teacher, length, 0)"),
+        (METHODS + "promptkd.py", "settings.prompt_len, training.seed)", "settings.prompt_len, 0)"),
         (MODELS + "soft_prompt.py", "noise * sample.float().std()", "noise"),
     ],
     of("test_methods", "a_rollout_is_drawn_as_the_flags_say"): [
@@ -228,7 +228,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     ],
     of("test_reference_behaviour", "the_teacher_has_no_dropout_while_the_prompt_learns"): [
         (TRAINER, "with_dropout = config.training.reference_compat.teacher_dropout", "with_dropout = True"),
-        (METHODS + "promptkd.py", "        teacher.eval()\n", ""),
+        (METHODS + "promptkd.py", "        self.teacher.eval()\n", ""),
     ],
     of("test_reference_behaviour", "norms_are_kept_from_decay_and_the_reference_decays_those_it_does_not_name"): [
         (OPTIMIZER, "return get_standard_config_overrides(settings)", "return {}"),
@@ -237,7 +237,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (TRAINER, "mask = [0] * (len(sample.prompt) - 1)", "mask = [0] * len(sample.prompt)"),
     ],
     of("test_trainer", "a_run_cut_off_and_continued_logs_the_same_numbers[promptkd]"): [
-        (TRAINER, "            tensor.copy_(saved[name])", "            pass"),
+        ("megakd/teachers/live.py", "            tensor.copy_(tensors[name])", "            pass"),
         (CHECKPOINTS + "training.py", '        optimizer.load_state_dict(loaded["optimizer"])', "        pass"),
         (CHECKPOINTS + "training.py", '    model.load_state_dict(loaded["model"])', "    pass"),
         (OPTIMIZER, 'return {"vectors": vectors.detach(), **state}', 'return {"vectors": vectors.detach()}'),
