@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
+import torch
 from distributed import run_distributed
 from oracle import StateDictSource
 from stories import PAIRS, Batches, global_batch, text_batch
 from test_methods import ENDS, TOKENIZER, TOTAL_ITERS, run_config
+from test_trainer import CutOffError, command, numbers, write_inputs
 from tiny import tiny_config, tiny_model
 
+from megakd import trainer
+from megakd.config import parse
 from megakd.loading import align_vocabularies
 from megakd.methods import METHODS
 from megakd.methods.base import MethodInputs
 from megakd.models.model_provider import build_model, load_weights, parameter_mappings
-from megakd.optimizer import StudentOptimizer
+from megakd.optimizer import StudentOptimizer, without_a_student
 from megakd.runtime.initialize import initialize_apart, layout_over
 from megakd.runtime.parallel_layout import Grid
 from megakd.teachers.live import LiveTeacher
@@ -68,6 +75,7 @@ def train(layout, student_layout, teacher_layout, method_name, grids):
     if student is None:
         source.serve()
         return None
+    source.along(without_a_student)
     optimizer = StudentOptimizer(student, config.training, total_iters=TOTAL_ITERS, distributed=False)
     parts = MethodInputs(student, optimizer, source, TOKENIZER, ENDS, Batches(text_batch, student_layout))
     method = METHODS[method_name](parts, config, total_iters=TOTAL_ITERS)
@@ -127,3 +135,59 @@ def check(method_name, student, teacher, own=0):
 def test_shared_ranks(student, teacher):
     for method_name in FAMILIES:
         check(method_name, student, teacher)
+
+
+
+
+@pytest.mark.parametrize("teacher", ["TP1", "TP2", "PP2"])
+@pytest.mark.parametrize("student", STUDENTS)
+def test_own_ranks(student, teacher):
+    for method_name in FAMILIES:
+        check(method_name, student, teacher, own=2)
+
+
+# ---- whole runs
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("relayed"))
+
+
+def run(layout, arguments, cut_off_before=None):
+    """One run on this rank. The student's ranks are cut off before an iteration where that is asked for."""
+    os.environ["WORLD_SIZE"] = str(torch.distributed.get_world_size())
+    iterate = trainer.Trainer._iterate
+
+    def until(self):
+        if self.iteration == cut_off_before:
+            self.teacher.dismiss()  # a machine that goes away would take all ranks with it
+            raise CutOffError
+        iterate(self)
+
+    trainer.Trainer._iterate = until
+    with contextlib.suppress(CutOffError):
+        trainer.train(parse(arguments))
+
+
+OWN_RANK = {"teacher-ranks": 1, "hidden-dropout": 0}
+
+
+def test_a_run_with_a_teacher_on_its_own_rank_is_continued_to_the_bit_and_says_what_one_without_says(inputs):
+    run_distributed(run, 3, command(inputs, "own", "promptkd", **OWN_RANK))
+    run_distributed(run, 3, command(inputs, "own-broken", "promptkd", **OWN_RANK), 4)  # iterations 1 to 3, the last checkpoint after 2
+    run_distributed(run, 3, command(inputs, "own-broken", "promptkd", **OWN_RANK))
+    assert numbers(inputs / "own-broken") == numbers(inputs / "own")
+    run_distributed(run, 1, command(inputs, "alone", "promptkd", **{"hidden-dropout": 0}))
+    for ours, theirs in zip(numbers(inputs / "own"), numbers(inputs / "alone"), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-4, abs=2e-5)
+    described = json.loads((inputs / "own/checkpoints/iter_0000004/megakd_checkpoint.json").read_text())
+    assert described["teacher_layout"] == {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "data_parallel_size": 1}
+
+
+def test_a_run_with_a_teacher_on_its_own_rank_goes_on_without_one(inputs):
+    run_distributed(run, 2, command(inputs, "moved-in", "promptkd", **OWN_RANK), 3)
+    run_distributed(run, 2, command(inputs, "moved-in", "promptkd", **{"teacher-tp": 2, "hidden-dropout": 0}))
+    run_distributed(run, 1, command(inputs, "stayed", "promptkd", **{"hidden-dropout": 0}))
+    for ours, theirs in zip(numbers(inputs / "moved-in"), numbers(inputs / "stayed"), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-4, abs=2e-5)

@@ -43,9 +43,8 @@ def initialize(
 def initialize_apart(student: Grid, teacher: Grid, *, seed: int = 1234) -> tuple[ParallelLayout | None, ParallelLayout | None]:
     """Places for two models on ranks of their own: a rank has the one layout or the other. Grids that fit the ranks are the caller's."""
     prepare()
-    close_groups()
-    parallel_state._set_global_memory_buffer()  # scratch space, all that megatron's global state is asked for
-    layouts = layout_over(student), layout_over(teacher)
+    form_groups(student.tp_size, student.pp_size, ranks=student.size)
+    layouts = ParallelLayout.from_parallel_state() if dist.get_rank() < student.size else None, layout_over(teacher)
     seed_everything(seed, layouts[0] or layouts[1])
     return layouts
 
@@ -68,14 +67,29 @@ def layout_over(grid: Grid) -> ParallelLayout | None:
     return _layouts[grid]
 
 
-def form_groups(tp: int, pp: int) -> None:
-    """The process groups of a TP × PP × DP grid. Those of an earlier call serve again where they are the same, else they are closed."""
-    if parallel_state.model_parallel_is_initialized():
-        sizes = (parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_pipeline_model_parallel_world_size())
-        if sizes == (tp, pp):
-            return
+def form_groups(tp: int, pp: int, *, ranks: int | None = None) -> None:
+    """The process groups of a TP × PP × DP grid over the first ranks, all by default. Those of an earlier call serve again where they are
+    the same, else they are closed."""
+    shape = (tp, pp, ranks or dist.get_world_size())
+    if parallel_state.model_parallel_is_initialized() and _shape == [shape]:
+        return
     close_groups()
-    parallel_state.initialize_model_parallel(tp, pp)
+    with as_if_there_were(shape[-1]):
+        parallel_state.initialize_model_parallel(tp, pp)
+    _shape[:] = [shape]
+
+
+_shape: list[tuple[int, int, int]] = []  # TP, PP and ranks of megatron's groups
+
+
+@contextmanager
+def as_if_there_were(ranks: int) -> Iterator[None]:
+    """megatron-core forms groups over all ranks of the job. Here it counts fewer, and all of them take part in forming each group."""
+    counted, torch.distributed.get_world_size = torch.distributed.get_world_size, lambda group=None: ranks
+    try:
+        yield
+    finally:
+        torch.distributed.get_world_size = counted
 
 
 def close_groups() -> None:
@@ -85,12 +99,17 @@ def close_groups() -> None:
     parallel_state.destroy_model_parallel()
 
 
-def check_world_size(tp: int, pp: int, world_size: int) -> None:
-    """Refuse a grid that does not fit the ranks, before any of them waits for another."""
+def check_world_size(tp: int, pp: int, world_size: int, *, prefix: str = "--", which: str = "rank(s) started", way_out: str = "") -> None:
+    """Refuse a grid that does not fit the ranks, before any of them waits for another. A message names `prefix`tensor-model-parallel-size
+    and which ranks they are.
+
+    Raises:
+        UserError: TP × PP does not divide them.
+    """
     if world_size % (tp * pp):
         raise UserError(
-            f"--tensor-model-parallel-size {tp} × --pipeline-model-parallel-size {pp} = {tp * pp} does not divide the {world_size} "
-            f"rank(s) started; use torchrun --nproc_per_node with a multiple of {tp * pp}"
+            f"{prefix}tensor-model-parallel-size {tp} × {prefix}pipeline-model-parallel-size {pp} = {tp * pp} does not divide the "
+            f"{world_size} {which}; {way_out or f'use torchrun --nproc_per_node with a multiple of {tp * pp}'}"
         )
 
 

@@ -43,6 +43,17 @@ class RelayedTeacher(Teacher):
     def layout(self) -> Grid:
         return self.relay.teacher.grid
 
+    @property
+    def line(self) -> str:
+        """Where it lives, and what travels, for people to read."""
+        student, teacher = self.relay.student, self.relay.teacher
+        grid, last = teacher.grid, teacher.grid.first + teacher.grid.size - 1
+        return (
+            f"the teacher is TP {grid.tp_size} × PP {grid.pp_size} × DP {grid.dp_size} on ranks {grid.first} to {last}; of each token "
+            f"that is learnt a hidden state of {teacher.hidden_size * teacher.dtype.itemsize:,} bytes travels to "
+            f"{student.grid.tp_size} rank(s) of the student"
+        )
+
     # ---- what the student's ranks ask, and the teacher's do
 
     def read(self, batches: Sequence[Batch], *, to: ParallelLayout | None = None) -> Windows:

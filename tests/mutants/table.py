@@ -169,7 +169,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     ],
     of("test_methods", "a_response_of_the_teacher_is_written_once_for_all_replicas"): [
         (METHODS + "seqkd.py", "if sample.sample_id not in self.written", "if sample"),
-        (METHODS + "seqkd.py", "in self.all_gather_samples(learnt)}", "in learnt}"),
+        (METHODS + "seqkd.py", "in self.all_gather_samples(answers)}", "in answers}"),
     ],
     of("test_methods", "positions_and_tokens_of_the_global_batch_are_counted"): [
         (METHODS + "base.py", 'return {"positions": real,', 'return {"positions": computed,'),
@@ -279,13 +279,13 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (TEACHERS + "live.py", "return list(batches)", "return [batch.for_teacher for batch in batches]"),
         (METHODS + "seqkd.py", "[sample.for_teacher for sample in samples]", "samples"),
         (METHODS + "distillm.py", "teacher_prompt=self.dataset[sample.sample_id].teacher_prompt", "teacher_prompt=None"),
-        (METHODS + "promptkd.py", "read = self.prompted_teacher.text(batches)", "read = batches"),
+        ("megakd/teachers/live.py", "self.seat.step(self.text(batches), rows", "self.seat.step(batches, rows"),
     ],
     of("test_hidden_matching", "hidden_states_of_a_teacher_that_reads_another_text_are_those_of_the_same_tokens[1-1]"): [
         (TEACHERS + "live.py", "batches, found = self.text(batches), {", "batches, found = batches, {"),
     ],
     "tests/test_data_batch.py": [
-        (DATA + "batch.py", "(lengths - torch.tensor(labels))", "(lengths - torch.tensor(labels) + 1)"),
+        (DATA + "batch.py", "(lengths - response_lengths)", "(lengths - response_lengths + 1)"),
         (DATA + "batch.py", "return len(self.response) - (not self.prompt)", "return len(self.response)"),
         (DATA + "batch.py", "twin=self.twin and self.twin.to(device)", "twin=None"),
         (DATA + "batch.py", "ordered = sorted(samples, key=lambda sample: -sample.longest)", "ordered = sorted(samples, key=lambda sample: -sample.num_positions)"),
