@@ -1,10 +1,15 @@
-"""A teacher in a layout of its own teaches what one in the student's layout teaches, whatever the two layouts are."""
+"""A teacher in a layout of its own teaches what one in the student's layout teaches, whatever the two layouts are.
+
+The whole table (slow; prints what travels):   OMP_NUM_THREADS=1 python -m pytest -s -m slow tests/test_relayed_teachers.py
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import weakref
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 
@@ -14,6 +19,7 @@ import torch
 from distributed import run_distributed
 from oracle import StateDictSource
 from stories import PAIRS, Batches, global_batch, text_batch
+from test_groups import refuse_global_state
 from test_methods import ENDS, TOKENIZER, TOTAL_ITERS, run_config
 from test_trainer import CutOffError, command, numbers, write_inputs
 from tiny import tiny_config, tiny_model
@@ -27,23 +33,29 @@ from megakd.models.model_provider import build_model, load_weights, parameter_ma
 from megakd.optimizer import StudentOptimizer, without_a_student
 from megakd.runtime.initialize import initialize_apart, layout_over
 from megakd.runtime.parallel_layout import Grid
+from megakd.teachers import relay as relay_module
 from megakd.teachers.live import LiveTeacher
 from megakd.teachers.relayed import RelayedTeacher
+from megakd.trainer import held_out_losses
 
-STUDENTS = {"TP1": (1, 1), "TP2": (2, 1), "PP2": (1, 2), "DP2": (1, 1)}
-TEACHERS = {"TP1": (1, 1), "TP2": (2, 1), "PP2": (1, 2), "TP2 PP2": (2, 2)}
-WORLD, ITERATIONS = 4, 2
-FAMILIES = {"kd": "llama", "promptkd": "llama", "seqkd": "gpt2", "minillm": "llama"}
-
-
-def grids_of(student: str, teacher: str, own: int) -> tuple[Grid, Grid]:
-    """`own` ranks are the teacher's alone; the others are the student's, and without any all are both's. What TP × PP leaves is DP."""
-    over = lambda first, ranks, tp, pp: Grid(first, tp, pp, ranks // (tp * pp))
-    return over(0, WORLD - own, *STUDENTS[student]), over(WORLD - own if own else 0, own or WORLD, *TEACHERS[teacher])
+ITERATIONS = 2
+FAMILIES = {"kd": "llama", "promptkd": "llama", "seqkd": "gpt2", "minillm": "llama"}  # llama's teacher has one key/value head
+SHARED = {"TP1 DP4": (1, 1, 4), "TP2 DP2": (2, 1, 2), "PP2 DP2": (1, 2, 2), "TP2 PP2": (2, 2, 1)}  # of either model, on the same four ranks
+STUDENTS = {"TP1": (1, 1, 1), "TP2": (2, 1, 1), "PP2": (1, 2, 1), "DP2": (1, 1, 2)}
+TEACHERS = {"TP2": (2, 1, 1), "PP2": (1, 2, 1), "DP2": (1, 1, 2)}  # on two ranks of their own
 
 
-def config_of(method: str, parallel: dict):
-    config = run_config(method, 1, parallel)
+def shared(student: str, teacher: str) -> tuple[Grid, Grid]:
+    return Grid(0, *SHARED[student]), Grid(0, *SHARED[teacher])
+
+
+def apart(student: str, teacher: str) -> tuple[Grid, Grid]:
+    mine = Grid(0, *STUDENTS[student])
+    return mine, Grid(mine.size, *TEACHERS[teacher])
+
+
+def config_of(method: str):
+    config = run_config(method, 1, {})
     return replace(
         config,
         minillm=replace(config.minillm, num_rollouts=8, teacher_mixed_alpha=0.0),
@@ -61,31 +73,42 @@ def stage(spec: dict, seed: int, layout, options: dict):
     return model
 
 
-def train(layout, student_layout, teacher_layout, method_name, grids):
-    """What some iterations log, the prompt's gradient, and the weights; of a rank that has the student."""
-    config = config_of(method_name, {"use_distributed_optimizer": False})
-    specs = PAIRS[FAMILIES[method_name]]
+def method_on(layout, method_name, grids, *, before=lambda source: None):
+    """The method, on a rank that has the student; and its teacher, who has served where it is all that the rank has."""
+    apart = grids[0].first != grids[1].first
+    places = initialize_apart(*grids) if apart else (layout, layout if grids[0] == grids[1] else layout_over(grids[1]))
+    refuse_global_state()
+    config, (one, other) = config_of(method_name), PAIRS[FAMILIES[method_name]]
     options = align_vocabularies([97, 97], *(grid.tp_size for grid in grids))
-    student = stage(specs[0], 1, student_layout, options)
-    teacher = stage(specs[1], 2, teacher_layout, options)
+    student, teacher = stage(one, 1, places[0], options), stage(other, 2, places[1], options)
     if teacher is not None:
         teacher.eval().requires_grad_(False)
-    relayed = grids[0] != grids[1]
-    source = RelayedTeacher.between(grids, student, teacher) if relayed else LiveTeacher(teacher)
+    source = LiveTeacher(teacher) if grids[0] == grids[1] else RelayedTeacher.between(grids, student, teacher)
+    before(source)
     if student is None:
         source.serve()
-        return None
+        return None, source
     source.along(without_a_student)
     optimizer = StudentOptimizer(student, config.training, total_iters=TOTAL_ITERS, distributed=False)
-    parts = MethodInputs(student, optimizer, source, TOKENIZER, ENDS, Batches(text_batch, student_layout))
-    method = METHODS[method_name](parts, config, total_iters=TOTAL_ITERS)
-    logged = [method.train_iteration(Batches(global_batch, student_layout), 1 + i) for i in range(ITERATIONS)]
-    valid = method.evaluate(Batches(global_batch, student_layout).samples(0))
-    valid = (student_layout.sum_over_data_parallel(valid)).tolist()
-    state = {name: tensor.numpy() for name, tensor in method.extra_tensors().items()}
-    sent = dict(source.relay.sent) if relayed else {}
-    source.dismiss()
-    return {"logged": logged, "valid": valid, "state": state, "weights": list(shards(student)), "sent": sent}
+    parts = MethodInputs(student, optimizer, source, TOKENIZER, ENDS, Batches(text_batch, student.layout))
+    return METHODS[method_name](parts, config, total_iters=TOTAL_ITERS), source
+
+
+def train(layout, method_name, grids):
+    """What some iterations log, held-out losses, the prompt with its gradient, and the weights: of each what this rank has."""
+    method, source = method_on(layout, method_name, grids)
+    found = {}
+    if method is not None:
+        batches = Batches(global_batch, method.layout)
+        found["logged"] = [method.train_iteration(batches, 1 + i) for i in range(ITERATIONS)]
+        found["valid"] = held_out_losses(method, global_batch(0)[:5], method.layout)  # some replicas have fewer rows, or none
+        found["prompt"] = {name: tensor.numpy() for name, tensor in method.extra_tensors().items()}
+        found["weights"] = list(shards(method.student))
+        source.dismiss()
+    if hasattr(source.seat, "soft_prompt"):
+        found["gradient"] = source.seat.soft_prompt.grad.numpy()
+    found["sent"] = dict(source.relay.sent) if isinstance(source, RelayedTeacher) else {}
+    return found
 
 
 def shards(student):
@@ -97,53 +120,114 @@ def shards(student):
         yield mapping.sources()[0].name, axis, mapping.ranges(size, tp_rank, tp_size), param.detach().numpy()
 
 
-def on_ranks(layout, method_name, grids):
-    student, teacher = grids
-    if student.first == teacher.first:
-        return train(layout, layout, layout_over(teacher) if teacher != student else layout, method_name, grids)
-    return train(layout, *initialize_apart(*grids), method_name, grids)
-
-
 @cache
 def on_one_rank(method_name):
     """The same on one rank, with a live teacher."""
     one = Grid(0, 1, 1, 1)
-    return run_distributed(on_ranks, 1, method_name, (one, one))[0]
+    return run_distributed(train, 1, method_name, (one, one))[0]
 
 
-def check(method_name, student, teacher, own=0):
-    expected, grids = on_one_rank(method_name), grids_of(student, teacher, own)
-    tp, pp = STUDENTS[student]
-    found = [rank for rank in run_distributed(on_ranks, WORLD, method_name, grids, tp=1 if own else tp, pp=1 if own else pp) if rank]
-    for rank in found:
-        for mine, one in zip(rank["logged"], expected["logged"], strict=True):
+def check(method_name, grids) -> Counter:
+    """Every rank says what one rank says; returns what has travelled."""
+    (student, teacher), expected, kinds = grids, on_one_rank(method_name), Counter()
+    layout = {} if student.first != teacher.first else {"tp": student.tp_size, "pp": student.pp_size}
+    sent = Counter()
+    for rank in run_distributed(train, max(student.first + student.size, teacher.first + teacher.size), method_name, grids, **layout):
+        kinds.update(rank.keys())
+        sent.update(rank["sent"])
+        for mine, one in zip(rank.get("logged", expected["logged"]), expected["logged"], strict=True):
             names = [name for name in one if name.startswith(("loss", "grad_norm", "tokens"))]
-            assert {name: mine[name] for name in names} == pytest.approx({name: one[name] for name in names}, rel=2e-6, abs=1e-6)
-        assert rank["valid"] == pytest.approx(expected["valid"], rel=1e-6)
-        assert rank["state"].keys() == expected["state"].keys()
-        for name, values in rank["state"].items():
-            assert abs(values - expected["state"][name]).max() <= 1e-6, name
-        whole = {name: values for name, _, _, values in expected["weights"]}
-        for name, axis, ranges, values in rank["weights"]:
-            wanted = np.concatenate([whole[name].take(range(lo, hi), axis) for lo, hi in ranges], axis)
-            assert abs(values - wanted).max() <= 1e-6, name
-    return found
+            assert {name: mine[name] for name in names} == pytest.approx({name: one[name] for name in names}, rel=1e-6, abs=1e-6)
+        assert rank.get("valid", expected["valid"]) == pytest.approx(expected["valid"], rel=1e-6)
+        for name, values in rank.get("prompt", {}).items():
+            assert abs(values - expected["prompt"][name]).max() <= 1e-6, name
+        assert abs(rank.get("gradient", 0) - expected.get("gradient", 0)).max() <= 1e-6 if "gradient" in rank else True
+        check_weights(rank.get("weights", []), expected["weights"])
+    assert kinds["weights"] == student.size and kinds["gradient"] == (teacher.size if method_name == "promptkd" else 0)
+    return sent
 
 
-@pytest.mark.parametrize("teacher", TEACHERS)
-@pytest.mark.parametrize("student", STUDENTS)
-def test_shared_ranks(student, teacher):
+def check_weights(mine, expected):
+    whole = {name: values for name, _, _, values in expected}
+    for name, axis, ranges, values in mine:
+        wanted = np.concatenate([whole[name].take(range(lo, hi), axis) for lo, hi in ranges], axis)
+        assert abs(values - wanted).max() <= 1e-6, name
+
+
+@pytest.fixture(autouse=True)
+def narrow_windows(monkeypatch):
+    """So narrow that an iteration has several."""
+    monkeypatch.setattr(relay_module, "WINDOW", 1)
+
+
+TABLE = {f"{student} taught by {teacher}": shared(student, teacher) for student in SHARED for teacher in SHARED if student != teacher}
+TABLE |= {f"{student} taught by {teacher} on its own ranks": apart(student, teacher) for student in STUDENTS for teacher in TEACHERS}
+SELECTED = {
+    "kd": ["TP1 DP4 taught by TP2 PP2", "PP2 taught by TP2 on its own ranks"],
+    "promptkd": ["PP2 DP2 taught by TP2 DP2", "DP2 taught by PP2 on its own ranks"],
+    "seqkd": ["DP2 taught by TP2 on its own ranks"],
+    "minillm": ["TP2 PP2 taught by TP1 DP4"],
+}
+
+
+@pytest.mark.parametrize("method_name, row", [(method_name, row) for method_name, rows in SELECTED.items() for row in rows])
+def test_a_teacher_in_its_own_layout_teaches_the_same(method_name, row):
+    check(method_name, TABLE[row])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", TABLE)
+def test_the_whole_table(row):
     for method_name in FAMILIES:
-        check(method_name, student, teacher)
+        sent = check(method_name, TABLE[row])
+        travelled = ", ".join(f"{kind} {sent[kind] / sent['tokens']:,.1f}" for kind in ("ids", "rows", "head"))
+        print(f"{row:45} {method_name:9} bytes a token that was asked about: {travelled}", flush=True)
 
 
+# ---- what travels, and what is kept
 
 
-@pytest.mark.parametrize("teacher", ["TP1", "TP2", "PP2"])
-@pytest.mark.parametrize("student", STUDENTS)
-def test_own_ranks(student, teacher):
-    for method_name in FAMILIES:
-        check(method_name, student, teacher, own=2)
+def watched(layout, grids, rows):
+    """One kd iteration over so many rows: the most received micro-batches that a rank has had at once, and the bytes that left it."""
+    alive = Counter()
+
+    def watch(source):
+        empty = source.relay._empty
+
+        def counted(*arguments):
+            tensor = empty(*arguments)
+            alive["now"] += 1
+            alive["most"] = max(alive["most"], alive["now"])
+            weakref.finalize(tensor, lambda: alive.subtract(["now"]))
+            return tensor
+
+        source.relay._empty = counted
+
+    method, source = method_on(layout, "kd", grids, before=watch)
+    if method is not None:
+        samples = [replace(sample, sample_id=i) for i, sample in enumerate(global_batch(0) * (rows // 8))]
+        mine = samples[method.layout.dp_rank :: method.layout.dp_size]
+        method.learn(mine, 1, kd_ratio=0.5)
+        source.dismiss()
+    return alive["most"], source.relay.sent
+
+
+@pytest.mark.parametrize("grids, most", [(apart("TP2", "DP2"), 2), (shared("TP2 DP2", "TP1 DP4"), 1), (shared("PP2 DP2", "TP2 PP2"), 2)])
+def test_rows_are_kept_of_micro_batches_in_flight_whatever_the_global_batch(grids, most):
+    for rows in (8, 32):
+        layout = {} if grids[1].first else {"tp": grids[0].tp_size, "pp": grids[0].pp_size}
+        found = run_distributed(watched, 4, grids, rows, **layout)
+        assert max(kept for kept, _ in found) == most
+
+
+def test_of_each_token_one_hidden_state_travels_to_each_rank_of_the_students_last_stage():
+    found = run_distributed(watched, 4, apart("TP2", "DP2"), 8)
+    sent = sum((sent for _, sent in found), Counter())
+    tokens = sum(len(sample.response) for sample in global_batch(0))
+    ids = sum(len(sample.prompt) + len(sample.response) for sample in global_batch(0))
+    assert sent["tokens"] == 2 * tokens, "both ranks of the student asked about them"
+    assert sent["rows"] == 2 * tokens * 64 * 4, "float32, hidden size 64, to both"
+    assert sent["ids"] == 2 * ids * 4 and sent["head"] == 2 * 64 * 64 * 4, "of 128 rows each rank has a half"
 
 
 # ---- whole runs

@@ -182,17 +182,22 @@ class Relay:
 
     def _exchanged(self, source, learner, deal, texts, soft_prompt):
         for window in deal.windows:
-            kept = self.mine(source, window, deal)
-            hidden = supervised_hidden(source.model, [texts[key].to(self.device) for key in kept], soft_prompt)
-            had = dict(zip(kept, hidden))  # on the source's last stage
-            wanted = self.mine(learner, window, deal) if learner.is_last_stage else []
-            found = {key: self._empty(source, deal, key) for key in wanted}
-            ops = Operations(self, "rows")
-            for key in window:
-                for sender, receiver in self.ways(source, learner, key, deal):
-                    ops.add(sender, receiver, had.get(key), found.get(key))
-            ops.run()
-            yield len(self.mine(learner, window, deal)), (found.pop(key) for key in wanted)
+            found = self._exchange(source, learner, deal, window, texts, soft_prompt)
+            yield len(self.mine(learner, window, deal)), map(found.pop, list(found))
+
+    def _exchange(self, source, learner, deal, window, texts, soft_prompt) -> dict[Key, Tensor]:
+        """A pass of the source, and the rows of what this rank's replica of the learner has, on its last stage."""
+        kept = self.mine(source, window, deal)
+        hidden = supervised_hidden(source.model, [texts[key].to(self.device) for key in kept], soft_prompt)
+        had = dict(zip(kept, hidden))  # on the source's last stage
+        wanted = self.mine(learner, window, deal) if learner.is_last_stage else []
+        found = {key: self._empty(source, deal, key) for key in wanted}
+        ops = Operations(self, "rows")
+        for key in window:
+            for sender, receiver in self.ways(source, learner, key, deal):
+                ops.add(sender, receiver, had.get(key), found.get(key))
+        ops.run()
+        return found
 
     def _send(self, source, learner, deal, texts, soft_prompt):
         """While the source makes its pass; a micro-batch's rows are on their way before the next one's are made."""

@@ -6,7 +6,8 @@ they call what the student's ranks call, until these are done. relay.py says wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,7 +109,7 @@ class RelayedTeacher(Teacher):
         deal = relay.deal([batch.for_teacher for batch in batches], in_windows=relay.shares_ranks)
         soft_prompt = self.seat.soft_prompt if prompted and self.seat is not None else None
         parts = relay.read(relay.teacher, relay.student, deal, deal.batches, soft_prompt)
-        return Windows((count, (HeadRows(hidden, self.head_VpH) for hidden in rows)) for count, rows in parts)
+        return as_rows(parts, self.head_VpH)
 
     def _learn(self, batches: Sequence[Batch], iteration: int) -> dict[str, float]:
         """The student is read in its own layout, and what it says goes to where the teacher's learner sits."""
@@ -117,8 +118,7 @@ class RelayedTeacher(Teacher):
         head = relay.cut_head(relay.student, relay.teacher)
         own = {(relay.student.replica, i): batch for i, batch in enumerate(batches)}
         parts = relay.read(relay.student, relay.teacher, deal, own)
-        rows = Windows((count, (HeadRows(hidden, head) for hidden in window)) for count, window in parts)
-        metrics = self.seat.step(self._teachers(deal), rows, iteration, time=Stopwatch()) if self.seat is not None else {}
+        metrics = self.seat.step(self._teachers(deal), as_rows(parts, head), iteration, time=Stopwatch()) if self.seat is not None else {}
         return metrics if relay.shares_ranks else relay.told_by(relay.teacher, metrics)
 
     def _teachers(self, deal: Deal) -> list[Batch]:
@@ -147,6 +147,11 @@ class RelayedTeacher(Teacher):
 
     def _along(self, work: Callable, *arguments: Any) -> None:
         work(*arguments)
+
+
+def as_rows(parts: Iterable[tuple[int, Iterable[Tensor]]], head_VpH: Tensor | None) -> Windows:
+    """Hidden states with the output layer that belongs to them; none is kept here (a generator would keep its last)."""
+    return Windows((count, map(partial(HeadRows, head_VpH=head_VpH), rows)) for count, rows in parts)
 
 
 def known_everywhere(grids: tuple[Grid, Grid], models: tuple[HiddenStateGPTModel | None, ...]) -> list[Side]:
