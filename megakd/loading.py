@@ -149,9 +149,11 @@ def grids_of(parallel: LayoutConfig, teacher: TeacherParallelConfig) -> tuple[Gr
         )
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     teacher_tp, teacher_pp = teacher.sizes(parallel)
-    left = {"which": f"rank(s) that --teacher-ranks {own} leaves of {ranks}"} if own else {}
+    left, mine = {}, {}
+    if own:
+        left = {"which": f"rank(s) that --teacher-ranks {own} leaves of {ranks}", "way_out": f"start {own} and a multiple of {tp * pp}"}
+        mine = {"which": f"of --teacher-ranks {own}", "way_out": f"use a multiple of {teacher_tp * teacher_pp}"}
     check_world_size(tp, pp, ranks - own, **left)
-    mine = {"which": f"of --teacher-ranks {own}", "way_out": f"use a multiple of {teacher_tp * teacher_pp}"} if own else {}
     check_world_size(teacher_tp, teacher_pp, own or ranks, prefix="--teacher-", **mine)
     first = ranks - own if own else 0
     return Grid(0, tp, pp, (ranks - own) // (tp * pp)), Grid(first, teacher_tp, teacher_pp, (own or ranks) // (teacher_tp * teacher_pp))

@@ -18,7 +18,7 @@ import pytest
 import torch
 from distributed import run_distributed
 from oracle import StateDictSource
-from stories import PAIRS, Batches, global_batch, text_batch
+from stories import PAIRS, Batches, global_batch, primed_batch, text_batch
 from test_groups import refuse_global_state
 from test_methods import ENDS, TOKENIZER, TOTAL_ITERS, run_config
 from test_trainer import CutOffError, command, numbers, write_inputs
@@ -99,9 +99,9 @@ def train(layout, method_name, grids):
     method, source = method_on(layout, method_name, grids)
     found = {}
     if method is not None:
-        batches = Batches(global_batch, method.layout)
+        batches = Batches(primed_batch, method.layout)
         found["logged"] = [method.train_iteration(batches, 1 + i) for i in range(ITERATIONS)]
-        found["valid"] = held_out_losses(method, global_batch(0)[:5], method.layout)  # some replicas have fewer rows, or none
+        found["valid"] = held_out_losses(method, primed_batch(0)[:5], method.layout)  # some replicas have fewer rows, or none
         found["prompt"] = {name: tensor.numpy() for name, tensor in method.extra_tensors().items()}
         found["weights"] = list(shards(method.student))
         source.dismiss()

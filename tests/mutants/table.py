@@ -358,6 +358,24 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (TRAINER, "self.callbacks.on_evaluation(self.iteration, metrics)", "pass"),
         (TRAINER, "self.callbacks.on_iteration(self.iteration, metrics)", "self.callbacks.on_iteration(self.iteration, {})"),
     ],
+    of("test_relayed_teachers", "a_teacher_in_its_own_layout_teaches_the_same[kd-TP1 DP4 taught by TP2 PP2]"): [
+        (TEACHERS + "relay.py", "slice(lo - first, hi - first)", "slice(0, hi - lo)"),
+        (TEACHERS + "relay.py", "slice(lo - other, hi - other)", "slice(0, hi - lo)"),
+        (TEACHERS + "relayed.py", "deal = relay.deal([batch.for_teacher for batch in batches], in_windows=relay.shares_ranks)", "deal = relay.deal(batches, in_windows=relay.shares_ranks)"),
+        (SCHEDULES, "finish([model], sum(tokens), **options)", "finish([model], tokens[-1], **options)"),
+        (SCHEDULES, "        first += count\n", ""),
+    ],
+    of("test_relayed_teachers", "a_teacher_in_its_own_layout_teaches_the_same[promptkd-DP2 taught by PP2 on its own ranks]"): [
+        (TEACHERS + "relayed.py", "soft_prompt = self.seat.soft_prompt if prompted", "soft_prompt = self.seat.soft_prompt if not prompted"),
+        (TEACHERS + "relayed.py", "deal = relay.deal([batch.for_teacher for batch in batches], in_windows=True)", "deal = relay.deal(batches, in_windows=True)"),
+        (TEACHERS + "relayed.py", "head = relay.cut_head(relay.student, relay.teacher)", "head = relay.student.model and relay.student.model.output_weight()"),
+    ],
+    of("test_relayed_teachers", "rows_are_kept_of_micro_batches_in_flight_whatever_the_global_batch"): [
+        (TEACHERS + "relay.py", "WINDOW * stages if in_windows else", "WINDOW * stages if False else"),
+    ],
+    of("test_relayed_teachers", "a_run_with_a_teacher_on_its_own_rank_is_continued_to_the_bit"): [
+        (TEACHERS + "relayed.py", "            tensor.copy_(tensors[name])", "            pass"),
+    ],
     of("test_python_api", "mistakes_are_exceptions_and_leave_no_inputs"): [
         ("megakd/api.py", 'if self.tokenizer is not None and not objects.keys() & {*MODELS}:', "if False:"),
         ("megakd/api.py", "    config.check()\n", ""),
