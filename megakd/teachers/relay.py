@@ -65,6 +65,11 @@ class Side:
         return self.model is not None and self.model.layout.is_last_stage
 
     @property
+    def speaks(self) -> bool:
+        """Whether this rank tells what its replica has."""
+        return self.model is not None and self.model.layout.tp_rank == self.model.layout.pp_rank == 0
+
+    @property
     def rows_a_rank(self) -> int:
         """Rows of the output layer that a tensor-parallel rank holds."""
         return self.rows // self.grid.tp_size
@@ -92,7 +97,7 @@ class Relay:
         self.group = dist.new_group()
         self.host_group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self.shares_ranks = student.grid.first == teacher.grid.first
-        self.sent: Counter[str] = Counter()  # bytes that have left this rank, and `tokens` that were asked about
+        self.sent: Counter[str] = Counter()  # bytes that this rank has given away, and the `tokens` that its replica asked about
 
     # ---- what all ranks do together
 
@@ -115,16 +120,15 @@ class Relay:
 
     def gather(self, side: Side, value: Any) -> list[Any]:
         """What each replica of the side has, on every rank."""
-        layout = side.model.layout if side.model else None
-        speaks = layout is not None and layout.tp_rank == layout.pp_rank == 0
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, value if speaks else None, group=self.host_group)
+        dist.all_gather_object(everyone, value if side.speaks else None, group=self.host_group)
         return [everyone[rank] for rank in side.grid.places[0, :, 0].tolist()]
 
     def deal(self, batches: Sequence[Batch], *, in_windows: bool) -> Deal:
         """Every replica of the student brings its micro-batches, any number of them; the teacher's replicas get them in turn."""
-        essences = [batch.essence for batch in batches]
-        self.sent["ids"] += sum(ids.nbytes for ids, *_ in essences)
+        essences = [batch.essence for batch in batches] if self.student.speaks else []
+        self.sent["ids"] += sum(ids.nbytes for ids, *_ in essences)  # to each other rank
+        self.sent["tokens"] += sum(int(counted.sum()) for _, _, counted, _ in essences)
         replicas = self.gather(self.student, essences)
         dealt = {(d, i): framed(*essence) for d, replica in enumerate(replicas) for i, essence in enumerate(replica)}
         order = sorted(dealt, key=lambda key: key[::-1])
@@ -133,7 +137,6 @@ class Relay:
         count = -(-max(map(len, replicas)) // size) if size else 0
         windows = [[key for key in order if key[1] // size == w] for w in range(count)]
         reader = {key: place % self.teacher.grid.dp_size for place, key in enumerate(order)}
-        self.sent["tokens"] += sum(batch.num_supervised for batch in batches)
         return Deal(dealt, windows, reader)
 
     def cut_head(self, source: Side, learner: Side) -> Tensor | None:
