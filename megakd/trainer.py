@@ -43,6 +43,7 @@ from megakd.runtime.initialize import is_rank_zero, seed_everything
 from megakd.runtime.parallel_layout import ParallelLayout
 from megakd.schedules import TOKENS
 from megakd.teachers.live import LiveTeacher
+from megakd.teachers.offloaded import OffloadedTeacher
 from megakd.teachers.relayed import RelayedTeacher
 from megakd.teachers.teacher import Teacher
 
@@ -197,7 +198,7 @@ class Trainer:
     def _teacher_of(self, student: HiddenStateGPTModel, teacher: HiddenStateGPTModel | None) -> Teacher:
         grids = self.places.grids
         if grids[0] == grids[1]:
-            return LiveTeacher(teacher)
+            return OffloadedTeacher(teacher) if self.config.teacher_parallel.teacher_offload else LiveTeacher(teacher)
         relayed = RelayedTeacher.between(grids, student, teacher)
         tell(relayed.line)
         return relayed

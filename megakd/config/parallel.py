@@ -47,6 +47,10 @@ class TeacherParallelConfig:
         read_by="needs_teacher",
     )
 
+    teacher_offload: bool = flag(
+        False, "the teacher's weights, but for its output layer, are on the CPU between its passes", read_by="needs_teacher"
+    )
+
     def sizes(self, student: LayoutConfig) -> tuple[int, int]:
         """TP and PP of the teacher."""
         tp, pp = self.teacher_tensor_model_parallel_size, self.teacher_pipeline_model_parallel_size
@@ -63,6 +67,8 @@ class TeacherParallelConfig:
     def validation_errors(self, config: Config) -> Iterator[str]:
         """What only a teacher in the student's layout can do, one line each."""
         given = self.flags_given(config.parallel)
+        if given and self.teacher_offload:
+            yield f"--teacher-offload is for a teacher in the student's layout; leave it out, or {given}"
         if given and config.distillation.hidden_coef:
             yield f"--hidden-coef {config.distillation.hidden_coef:g} matches layers of models in one layout; leave it out, or {given}"
         if given and config.training.reference_compat.teacher_dropout:

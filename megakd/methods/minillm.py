@@ -77,7 +77,7 @@ class MiniLLM(Method):
     def begin_phase(self, samples, iteration):
         """Write the responses, and remember log q, r, w and the teacher's hidden states of every token."""
         settings = self.settings
-        with self.time("rollout"):
+        with self.time("rollout"), self.teacher.present():
             components = [MixtureComponent(self.teacher.model, settings.teacher_mixed_alpha)] if settings.teacher_mixed_alpha else []
             self.rollouts = rollout(self.student, samples, self.config, self.ends, iteration, mix_with=components)
         self.numbered = [replace(sample, sample_id=number) for number, sample in enumerate(self.rollouts)]

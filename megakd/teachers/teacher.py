@@ -14,6 +14,7 @@ there. A teacher that is only ever read has no model, and lets nobody sit.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -64,6 +65,10 @@ class Teacher:
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Fill them in place."""
+
+    def present(self) -> AbstractContextManager[None]:
+        """Around a use of `model` that is none of the above: its weights are on the device."""
+        return nullcontext()
 
     def along(self, work: Callable, *arguments: Any) -> None:
         """Let ranks that are the teacher's alone call `work(*arguments)`: their part in what all ranks of the job do together."""

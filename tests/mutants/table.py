@@ -373,6 +373,12 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     of("test_relayed_teachers", "rows_are_kept_of_micro_batches_in_flight_whatever_the_global_batch"): [
         (TEACHERS + "relay.py", "WINDOW * stages if in_windows else", "WINDOW * stages if False else"),
     ],
+    of("test_offloaded_teacher", "an_offloaded_teacher_teaches_the_same_to_the_bit"): [
+        (TEACHERS + "offloaded.py", "host.to(self.device, non_blocking=True, copy=True)", "host"),
+        (TEACHERS + "offloaded.py", "for param in model.parameters() if param is not head]", "for param in model.parameters()]"),
+        (TEACHERS + "offloaded.py", "        self._put_away()\n\n", "\n"),
+        (METHODS + "minillm.py", 'with self.time("rollout"), self.teacher.present():', 'with self.time("rollout"):'),
+    ],
     of("test_relayed_teachers", "a_run_with_a_teacher_on_its_own_rank_is_continued_to_the_bit"): [
         (TEACHERS + "relayed.py", "            tensor.copy_(tensors[name])", "            pass"),
     ],
