@@ -224,10 +224,10 @@ def test_of_each_token_one_hidden_state_travels_to_each_rank_of_the_students_las
     found = run_distributed(watched, 4, apart("TP2", "DP2"), 8)
     sent = sum((sent for _, sent in found), Counter())
     tokens = sum(len(sample.response) for sample in global_batch(0))
-    ids = sum(len(sample.prompt) + len(sample.response) for sample in global_batch(0))
+    positions = sum(sample.num_positions for sample in global_batch(0))
     assert sent["tokens"] == tokens
     assert sent["rows"] == 2 * tokens * 64 * 4, "float32, hidden size 64, to both ranks of the student"
-    assert sent["ids"] == ids * 4, "which all ranks get"
+    assert sent["ids"] == positions * 8, "tokens and labels, which all ranks get"
     assert sent["head"] == 2 * 64 * 64 * 4, "of 128 rows each rank has a half"
 
 

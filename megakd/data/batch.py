@@ -101,10 +101,9 @@ class Batch:
         return torch.tensor([self.num_supervised, int(self.lengths.sum()), self.tokens.numel()])
 
     @property
-    def essence(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What all of it follows from (`framed`), on the host, ids in 32 bits: what travels between ranks."""
-        ids = torch.cat([self.tokens[:, :1], self.labels], 1)
-        return ids.int().cpu(), self.lengths, self.response_lengths, self.sample_ids
+    def essence(self) -> tuple[Tensor, ...]:
+        """What all of it but a twin follows from (`framed`), on the host, ids in 32 bits: what travels between ranks."""
+        return self.tokens.int().cpu(), self.labels.int().cpu(), self.lengths, self.response_lengths, self.sample_ids
 
     def to(self, device: torch.device | str) -> "Batch":
         """What models and losses compute with on `device`, which is not waited for."""
@@ -136,18 +135,18 @@ def padded(samples: Sequence[Sample], labels: Sequence[int], width: int) -> Batc
     for row, sample in zip(ids, samples):
         row[: sample.num_positions + 1] = torch.tensor(sample.prompt + sample.response)
 
-    return framed(ids, lengths, torch.tensor(labels), torch.tensor([sample.sample_id for sample in samples]))
+    sample_ids = torch.tensor([sample.sample_id for sample in samples])
+    return framed(ids[:, :-1], ids[:, 1:].contiguous(), lengths, torch.tensor(labels), sample_ids)
 
 
-def framed(ids: Tensor, lengths: Tensor, response_lengths: Tensor, sample_ids: Tensor) -> Batch:
-    """A Batch from `Batch.essence`: [b, s + 1] ids, a row's last real one a label only; the last labels of a row count."""
-    rows, width = ids.shape[0], ids.shape[1] - 1
-    position_ids = torch.arange(width).expand(rows, width).contiguous()
+def framed(tokens: Tensor, labels: Tensor, lengths: Tensor, response_lengths: Tensor, sample_ids: Tensor) -> Batch:
+    """A Batch from `Batch.essence`, whatever stands behind a row's end; the last `response_lengths` labels of a row count."""
+    position_ids = torch.arange(tokens.shape[1]).expand(len(tokens), -1).contiguous()
     real = position_ids < lengths[:, None]
     loss_mask = real & (position_ids >= (lengths - response_lengths)[:, None])
     return Batch(
-        tokens=ids[:, :-1].where(real, PADDING).long(),
-        labels=ids[:, 1:].contiguous().long(),
+        tokens=tokens.where(real, PADDING).long(),  # the last id is a label only
+        labels=labels.long(),
         loss_mask=loss_mask.float(),
         position_ids=position_ids,
         lengths=lengths,

@@ -4,7 +4,7 @@ A source is read for a learner. In most passes the teacher is read and the stude
 and the soft prompt learns in the teacher's layout. Micro-batches are the student's: `(d, i)` is the i-th one of its d-th replica. A deal
 gives each to a replica of the teacher, and says which of them go through the pipelines together (a window).
 
-    ids       b (s + 1) · 4 bytes a micro-batch, to all ranks (over gloo, between hosts' memories)
+    ids       b s · 8 bytes a micro-batch (tokens, labels), to all ranks (over gloo, between hosts' memories)
     rows      N · H bytes of the source's dtype, from its last stage to each tensor-parallel rank of the learner's last stage
     head      [V, H] of the source, cut for the learner's vocabulary shards: the teacher's once, the student's in each step (b)
 
@@ -127,8 +127,8 @@ class Relay:
     def deal(self, batches: Sequence[Batch], *, in_windows: bool) -> Deal:
         """Every replica of the student brings its micro-batches, any number of them; the teacher's replicas get them in turn."""
         essences = [batch.essence for batch in batches] if self.student.speaks else []
-        self.sent["ids"] += sum(ids.nbytes for ids, *_ in essences)  # to each other rank
-        self.sent["tokens"] += sum(int(counted.sum()) for _, _, counted, _ in essences)
+        self.sent["ids"] += sum(tokens.nbytes + labels.nbytes for tokens, labels, *_ in essences)  # to each other rank
+        self.sent["tokens"] += sum(int(counted.sum()) for _, _, _, counted, _ in essences)
         replicas = self.gather(self.student, essences)
         dealt = {(d, i): framed(*essence) for d, replica in enumerate(replicas) for i, essence in enumerate(replica)}
         order = sorted(dealt, key=lambda key: key[::-1])

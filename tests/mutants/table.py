@@ -376,7 +376,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     of("test_offloaded_teacher", "an_offloaded_teacher_teaches_the_same_to_the_bit"): [
         (TEACHERS + "offloaded.py", "host.to(self.device, non_blocking=True, copy=True)", "host"),
         (TEACHERS + "offloaded.py", "for param in model.parameters() if param is not head]", "for param in model.parameters()]"),
-        (TEACHERS + "offloaded.py", "        self._put_away()\n\n", "\n"),
+        (TEACHERS + "offloaded.py", "            if not self.users:\n                self._put_away()", "            pass"),
         (METHODS + "minillm.py", 'with self.time("rollout"), self.teacher.present():', 'with self.time("rollout"):'),
     ],
     of("test_relayed_teachers", "a_run_with_a_teacher_on_its_own_rank_is_continued_to_the_bit"): [
