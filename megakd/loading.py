@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megakd.checkpointing.model_folder import ModelFolder
-from megakd.config import LayoutConfig, TeacherParallelConfig
+from megakd.config import LayoutConfig, TeacherLayoutConfig
 from megakd.data.end_ids import EndIds
 from megakd.data.tokenizer import check_same_tokenizer
 from megakd.errors import UserError, tell
@@ -18,7 +18,7 @@ from megakd.models.model_provider import build_model, check_layout, context_leng
 from megakd.runtime.initialize import check_world_size, initialize, initialize_apart, layout_over, resolve_dtype
 from megakd.runtime.parallel_layout import Grid, ParallelLayout
 
-AS_THE_STUDENT = TeacherParallelConfig()  # a teacher without a layout of its own
+AS_THE_STUDENT = TeacherLayoutConfig()  # a teacher without a layout of its own
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class ModelFolders:
     def __iter__(self) -> Iterator[ModelFolder]:
         return filter(None, (self.student, self.teacher))
 
-    def check(self, parallel: LayoutConfig, teacher: TeacherParallelConfig = AS_THE_STUDENT) -> None:
+    def check(self, parallel: LayoutConfig, teacher: TeacherLayoutConfig = AS_THE_STUDENT) -> None:
         """Layouts and tokenizers.
 
         Raises:
@@ -126,22 +126,22 @@ def start(parallel: LayoutConfig, *, seed: int = 1234) -> ParallelLayout:
     )
 
 
-def start_apart(parallel: LayoutConfig, teacher: TeacherParallelConfig, *, seed: int = 1234) -> Places:
+def start_apart(parallel: LayoutConfig, teacher: TeacherLayoutConfig, *, seed: int = 1234) -> Places:
     """The same for a student and a teacher that may have another layout, or ranks of its own."""
     grids = grids_of(parallel, teacher)
-    if teacher.teacher_ranks:
+    if teacher.own_ranks:
         return Places(grids, *initialize_apart(*grids, seed=seed))
     layout = start(parallel, seed=seed)
     return Places(grids, layout, layout if grids[0] == grids[1] else layout_over(grids[1]))
 
 
-def grids_of(parallel: LayoutConfig, teacher: TeacherParallelConfig) -> tuple[Grid, Grid]:
+def grids_of(parallel: LayoutConfig, teacher: TeacherLayoutConfig) -> tuple[Grid, Grid]:
     """The student's and the teacher's places on the ranks that were started.
 
     Raises:
         UserError: one of them does not fit.
     """
-    ranks, own = int(os.environ.get("WORLD_SIZE", "1")), teacher.teacher_ranks
+    ranks, own = int(os.environ.get("WORLD_SIZE", "1")), teacher.own_ranks
     if own >= ranks:
         raise UserError(
             f"--teacher-ranks {own} leaves the student none of the {ranks} rank(s) started; "

@@ -33,7 +33,6 @@ from megakd.generation.sampling import Sampling
 from megakd.loading import ModelFolders, Places, start_apart
 from megakd.methods import METHODS, build_method
 from megakd.methods.base import Method
-from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.model_provider import context_length
 from megakd.reporting.jsonl import JsonLines
 from megakd.reporting.logger import RunLogger
@@ -44,7 +43,7 @@ from megakd.runtime.parallel_layout import ParallelLayout
 from megakd.schedules import TOKENS
 from megakd.teachers.live import LiveTeacher
 from megakd.teachers.offloaded import OffloadedTeacher
-from megakd.teachers.relayed import RelayedTeacher
+from megakd.teachers.relayed import RelayedTeacher, in_its_layout
 from megakd.teachers.teacher import Teacher
 
 SAMPLES_SHOWN = 4  # held-out prompts that the student answers greedily at every evaluation, for people to read
@@ -191,17 +190,10 @@ class Trainer:
 
     def _build_method(self) -> Method:
         student, model = self.folders.load_apart(self.places, self.config.models.dtype, **model_options(self.config))
-        teacher = self._teacher_of(student, model) if self.config.needs_teacher else None
+        live = OffloadedTeacher if self.config.teacher_parallel.teacher_offload else LiveTeacher
+        teacher = in_its_layout(self.places.grids, student, model, live) if self.config.needs_teacher else None
         self.teacher = teacher or Teacher()  # of whom nothing is asked
         return build_method(self.config, student, teacher, self.tokenizer, self.ends, self.data.text, total_iters=self.total_iters)
-
-    def _teacher_of(self, student: HiddenStateGPTModel, teacher: HiddenStateGPTModel | None) -> Teacher:
-        grids = self.places.grids
-        if grids[0] == grids[1]:
-            return OffloadedTeacher(teacher) if self.config.teacher_parallel.teacher_offload else LiveTeacher(teacher)
-        relayed = RelayedTeacher.between(grids, student, teacher)
-        tell(relayed.line)
-        return relayed
 
     def _resume(self) -> int:
         """The iteration of the run's last checkpoint, loaded; 0 where there is none."""

@@ -17,7 +17,7 @@ from megakd.config.methods.distillm import DistiLLMConfig
 from megakd.config.methods.kd import KDConfig
 from megakd.config.methods.minillm import MiniLLMConfig
 from megakd.config.methods.promptkd import PromptKDConfig
-from megakd.config.parallel import LayoutConfig, ParallelConfig, TeacherParallelConfig
+from megakd.config.parallel import LayoutConfig, ParallelConfig, TeacherLayoutConfig, TeacherParallelConfig
 from megakd.config.parse import AnyConfig, from_flags, from_values, from_yaml, parse
 from megakd.config.sampling import GenerationConfig, ResponseConfig, SamplingConfig
 from megakd.config.train import METHODS, Config, DataConfig, ModelConfig, OutputConfig
@@ -27,5 +27,6 @@ __all__ = [
     "METHODS", "AnsweringConfig", "AnyConfig", "BaseConfig", "BenchmarkConfig", "ConditioningConfig", "Config", "DataConfig",
     "DistiLLMConfig", "DistillationConfig", "EvaluateConfig", "GenerateConfig", "GenerationConfig", "KDConfig", "LayoutConfig",
     "MethodConfig", "MiniLLMConfig", "ModelConfig", "OutputConfig", "ParallelConfig", "PromptKDConfig", "ResponseConfig", "SamplingConfig",
-    "ScoreConfig", "TeacherParallelConfig", "TrainingConfig", "alike", "flag_name", "from_flags", "from_values", "from_yaml", "parse",
+    "ScoreConfig", "TeacherLayoutConfig", "TeacherParallelConfig", "TrainingConfig", "alike", "flag_name", "from_flags", "from_values",
+    "from_yaml", "parse",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from megakd.config.answering import AnsweringConfig
 from megakd.config.fields import POSITIVE, SEED, Group, alias, flag
+from megakd.config.parallel import TeacherLayoutConfig
 
 ROUGE_TOKENIZERS = ("default", "unicode", "model")
 
@@ -53,6 +54,7 @@ class EvaluateConfig(AnsweringConfig):
     teacher_model: Annotated[str, alias("--teacher-model-name-or-path", "--teacher-model-path")] = flag(
         "", "to compare with", path=True
     )
+    teacher_layout: Group[TeacherLayoutConfig] = TeacherLayoutConfig()
     data: tuple[str, ...] = flag((), "jsonl files with right answers, each as name=path or path", path=True)
     gsm8k: str = flag("", "GSM8K jsonl (question, answer with ####): accuracy of the number", path=True)
     seeds: tuple[int, ...] = flag((10, 20, 30, 40, 50), "one pass over the data each; scores are their mean", range=SEED)
@@ -80,9 +82,13 @@ class EvaluateConfig(AnsweringConfig):
             yield f"--seeds names {twice[0]} more than once, and the same answers would count as more; name each seed once"
         if self.exposure_bias and not self.teacher_model:
             yield "--exposure-bias needs --teacher-model; give the folder to compare with"
+        if self.exposure_bias and (given := self.teacher_layout.flags_given(self.parallel)):
+            yield f"--exposure-bias asks both models in one layout; leave it out, or {given}"
         if self.exposure_bias_samples > len(self.seeds):
             yield f"--exposure-bias-samples {self.exposure_bias_samples} is more than the {len(self.seeds)} --seeds; add seeds"
 
     def unless(self):
         curves = dict.fromkeys(("exposure_bias_samples", "exposure_bias_skip_first"), (self.exposure_bias, "without --exposure-bias"))
+        names = ("teacher_tensor_model_parallel_size", "teacher_pipeline_model_parallel_size")
+        curves |= dict.fromkeys(names, (self.teacher_model, "without --teacher-model"))
         return super().unless() | curves | {"overwrite": (self.save, "without --save")}

@@ -31,8 +31,8 @@ class ParallelConfig(LayoutConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherParallelConfig:
-    """A teacher in a layout of its own: over all ranks, or over ranks that the student has no part in. See docs/running.md."""
+class TeacherLayoutConfig:
+    """A teacher in a layout of its own. See docs/running.md."""
 
     teacher_tensor_model_parallel_size: Annotated[int | None, alias("--teacher-tp")] = flag(
         None, "ranks that share one layer of the teacher; default: as the student's", range=POSITIVE, read_by="needs_teacher"
@@ -40,16 +40,11 @@ class TeacherParallelConfig:
     teacher_pipeline_model_parallel_size: Annotated[int | None, alias("--teacher-pp")] = flag(
         None, "ranks that follow each other with the teacher's layers; default: as the student's", range=POSITIVE, read_by="needs_teacher"
     )
-    teacher_ranks: int = flag(
-        0,
-        "the last N ranks of the job are the teacher's alone, and work while the student's do; 0: both models are on all ranks",
-        range=NOT_NEGATIVE,
-        read_by="needs_teacher",
-    )
 
-    teacher_offload: bool = flag(
-        False, "the teacher's weights, but for its output layer, are on the CPU between its passes", read_by="needs_teacher"
-    )
+    @property
+    def own_ranks(self) -> int:
+        """How many ranks are the teacher's alone."""
+        return 0
 
     def sizes(self, student: LayoutConfig) -> tuple[int, int]:
         """TP and PP of the teacher."""
@@ -59,10 +54,29 @@ class TeacherParallelConfig:
     def flags_given(self, student: LayoutConfig) -> str:
         """What gives the teacher another layout than the student's, as words of the command line; empty where nothing does."""
         tp, pp = self.sizes(student)
-        words = [f"--teacher-ranks {self.teacher_ranks}"] if self.teacher_ranks else []
+        words = [f"--teacher-ranks {self.own_ranks}"] if self.own_ranks else []
         words += [f"--teacher-tensor-model-parallel-size {tp}"] if tp != student.tensor_model_parallel_size else []
         words += [f"--teacher-pipeline-model-parallel-size {pp}"] if pp != student.pipeline_model_parallel_size else []
         return " ".join(words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherParallelConfig(TeacherLayoutConfig):
+    """Where the teacher of a run lives."""
+
+    teacher_ranks: int = flag(
+        0,
+        "the last N ranks of the job are the teacher's alone, and work while the student's do; 0: both models are on all ranks",
+        range=NOT_NEGATIVE,
+        read_by="needs_teacher",
+    )
+    teacher_offload: bool = flag(
+        False, "the teacher's weights, but for its output layer, are on the CPU between its passes", read_by="needs_teacher"
+    )
+
+    @property
+    def own_ranks(self) -> int:
+        return self.teacher_ranks
 
     def validation_errors(self, config: Config) -> Iterator[str]:
         """What only a teacher in the student's layout can do, one line each."""

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from megakd.data.batch import Batch, Sample
+from megakd.errors import tell
 from megakd.losses.token_loss import HeadRows
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.reporting.stopwatch import Stopwatch
 from megakd.runtime.parallel_layout import Grid, ParallelLayout
 from megakd.schedules import Windows
+from megakd.teachers.live import LiveTeacher
 from megakd.teachers.relay import Deal, Relay, Side
 from megakd.teachers.teacher import Teacher
 
@@ -147,6 +149,20 @@ class RelayedTeacher(Teacher):
 
     def _along(self, work: Callable, *arguments: Any) -> None:
         work(*arguments)
+
+
+def in_its_layout(
+    grids: tuple[Grid, Grid],
+    student: HiddenStateGPTModel | None,
+    teacher: HiddenStateGPTModel | None,
+    live: Callable[[HiddenStateGPTModel], Teacher] = LiveTeacher,
+) -> Teacher:
+    """A `live` teacher where the student has its layout, else a relayed one, of whose place and messages a line tells."""
+    if grids[0] == grids[1]:
+        return live(teacher)
+    relayed = RelayedTeacher.between(grids, student, teacher)
+    tell(relayed.line)
+    return relayed
 
 
 def as_rows(parts: Iterable[tuple[int, Iterable[Tensor]]], head_VpH: Tensor | None) -> Windows:

@@ -379,7 +379,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (TEACHERS + "offloaded.py", "            if not self.users:\n                self._put_away()", "            pass"),
         (METHODS + "minillm.py", 'with self.time("rollout"), self.teacher.present():', 'with self.time("rollout"):'),
     ],
-    of("test_relayed_teachers", "a_run_with_a_teacher_on_its_own_rank_is_continued_to_the_bit"): [
+    of("test_relayed_teachers", "a_run_with_a_teacher_on_its_own_rank_is_continued_to_the_bit_and_says_what_one_without_says"): [
         (TEACHERS + "relayed.py", "            tensor.copy_(tensors[name])", "            pass"),
     ],
     of("test_python_api", "mistakes_are_exceptions_and_leave_no_inputs"): [
