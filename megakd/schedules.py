@@ -79,15 +79,16 @@ def forward_backward(
     layout: ParallelLayout,
     context: Context = (),
     soft_prompt: Tensor | None = None,
+    names: Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """Gradients of Σ loss over this rank's micro-batches; token means over the global batch of what the loss logs, and the number
     of `tokens`, on every rank.
 
     `model` is the student in its DistributedDataParallel, or the frozen teacher when `soft_prompt` is what learns. `context` has
-    one entry a micro-batch, on the last stage.
+    one entry a micro-batch, on the last stage. `names` says what the loss logs, where a replica may have no micro-batch to find out.
     """
     sums = _run_loss(model, batches, loss_function, context, soft_prompt, forward_only=False)
-    names = layout.object_from_last_stage(tuple(sums))
+    names = (*names, TOKENS) if names else layout.object_from_last_stage(tuple(sums))
     return token_means(layout.broadcast_from_last_stage(as_vector(sums, names, layout)), names[:-1], layout)
 
 

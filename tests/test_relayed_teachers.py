@@ -54,8 +54,8 @@ def apart(student: str, teacher: str) -> tuple[Grid, Grid]:
     return mine, Grid(mine.size, *TEACHERS[teacher])
 
 
-def config_of(method: str):
-    config = run_config(method, 1, {})
+def config_of(method: str, micro_batch_size: int):
+    config = run_config(method, micro_batch_size, {})
     return replace(
         config,
         minillm=replace(config.minillm, num_rollouts=8, teacher_mixed_alpha=0.0),
@@ -65,20 +65,20 @@ def config_of(method: str):
 
 
 def stage(spec: dict, seed: int, layout, options: dict):
-    """This rank's stage of a tiny model, or None outside its layout."""
+    """This rank's stage of a tiny model, with sequence parallelism where it has stages; None outside its layout."""
     if layout is None:
         return None
-    model = build_model(tiny_config(**spec), layout, **options)
+    model = build_model(tiny_config(**spec), layout, sequence_parallel=layout.pp_size > 1, **options)
     load_weights(model, StateDictSource(tiny_model(tiny_config(**spec), seed=seed)))
     return model
 
 
-def method_on(layout, method_name, grids, *, before=lambda source: None):
+def method_on(layout, method_name, grids, *, micro_batch_size=1, before=lambda source: None):
     """The method, on a rank that has the student; and its teacher, who has served where it is all that the rank has."""
     apart = grids[0].first != grids[1].first
     places = initialize_apart(*grids) if apart else (layout, layout if grids[0] == grids[1] else layout_over(grids[1]))
     refuse_global_state()
-    config, (one, other) = config_of(method_name), PAIRS[FAMILIES[method_name]]
+    config, (one, other) = config_of(method_name, micro_batch_size), PAIRS[FAMILIES[method_name]]
     options = align_vocabularies([97, 97], *(grid.tp_size for grid in grids))
     student, teacher = stage(one, 1, places[0], options), stage(other, 2, places[1], options)
     if teacher is not None:
@@ -94,9 +94,9 @@ def method_on(layout, method_name, grids, *, before=lambda source: None):
     return METHODS[method_name](parts, config, total_iters=TOTAL_ITERS), source
 
 
-def train(layout, method_name, grids):
+def train(layout, method_name, grids, micro_batch_size=1):
     """What some iterations log, held-out losses, the prompt with its gradient, and the weights: of each what this rank has."""
-    method, source = method_on(layout, method_name, grids)
+    method, source = method_on(layout, method_name, grids, micro_batch_size=micro_batch_size)
     found = {}
     if method is not None:
         batches = Batches(primed_batch, method.layout)
@@ -127,12 +127,13 @@ def on_one_rank(method_name):
     return run_distributed(train, 1, method_name, (one, one))[0]
 
 
-def check(method_name, grids) -> Counter:
+def check(method_name, grids, micro_batch_size=1) -> Counter:
     """Every rank says what one rank says; returns what has travelled."""
     (student, teacher), expected, kinds = grids, on_one_rank(method_name), Counter()
     layout = {} if student.first != teacher.first else {"tp": student.tp_size, "pp": student.pp_size}
     sent = Counter()
-    for rank in run_distributed(train, max(student.first + student.size, teacher.first + teacher.size), method_name, grids, **layout):
+    ranks = max(grid.first + grid.size for grid in grids)
+    for rank in run_distributed(train, ranks, method_name, grids, micro_batch_size, **layout):
         kinds.update(rank.keys())
         sent.update(rank["sent"])
         for mine, one in zip(rank.get("logged", expected["logged"]), expected["logged"], strict=True):
@@ -173,6 +174,10 @@ SELECTED = {
 @pytest.mark.parametrize("method_name, row", [(method_name, row) for method_name, rows in SELECTED.items() for row in rows])
 def test_a_teacher_in_its_own_layout_teaches_the_same(method_name, row):
     check(method_name, TABLE[row])
+
+
+def test_a_replica_of_the_teacher_may_have_nothing_to_read():
+    check("promptkd", TABLE["TP1 taught by DP2 on its own ranks"], micro_batch_size=8)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from functools import partial
 
 from megakd_kernels import VocabShard
 
-from megakd.losses.distillation import prompt_loss, reverse_kl_loss
+from megakd.losses.distillation import PROMPT_LOSSES, prompt_loss, reverse_kl_loss
 from megakd.methods.base import Method, normalised, to_floats
 from megakd.methods.rollout import rollout
 from megakd.models.soft_prompt import SoftPrompt
@@ -87,7 +87,7 @@ class PromptLearner:
         self.optimizer.zero_grad()
         self.teacher.train()  # activations are recomputed in training alone; there is no dropout, unless the reference's is asked for
         means = forward_backward(
-            self.teacher, batches, loss, context=context, layout=self.teacher.layout, soft_prompt=self.soft_prompt
+            self.teacher, batches, loss, context=context, layout=self.teacher.layout, soft_prompt=self.soft_prompt, names=PROMPT_LOSSES
         )
         self.teacher.eval()
         return means
