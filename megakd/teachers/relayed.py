@@ -51,8 +51,9 @@ class RelayedTeacher(Teacher):
         """Where it lives, and what travels, for people to read."""
         student, teacher = self.relay.student, self.relay.teacher
         grid, ranks = teacher.grid, teacher.grid.places.flatten().tolist()
+        last = f" to {ranks[-1]}" if ranks[1:] else ""
         return (
-            f"the teacher is TP {grid.tp_size} × PP {grid.pp_size} × DP {grid.dp_size} on rank(s) {ranks[0]}{f" to {ranks[-1]}" if ranks[1:] else ""}; of each token "
+            f"the teacher is TP {grid.tp_size} × PP {grid.pp_size} × DP {grid.dp_size} on rank(s) {ranks[0]}{last}; of each token "
             f"that is learnt a hidden state of {teacher.hidden_size * teacher.dtype.itemsize:,} bytes travels to "
             f"{student.grid.tp_size} rank(s) of the student"
         )
