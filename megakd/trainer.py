@@ -33,6 +33,7 @@ from megakd.generation.sampling import Sampling
 from megakd.loading import ModelFolders, Places, start_apart
 from megakd.methods import METHODS, build_method
 from megakd.methods.base import Method
+from megakd.models.lora import adapt
 from megakd.models.model_provider import context_length
 from megakd.reporting.jsonl import JsonLines
 from megakd.reporting.logger import RunLogger
@@ -190,6 +191,8 @@ class Trainer:
 
     def _build_method(self) -> Method:
         student, model = self.folders.load_apart(self.places, self.config.models.dtype, **model_options(self.config))
+        if self.config.lora.rank:
+            adapt(student, self.config.lora, seed=self.config.training.seed)
         live = OffloadedTeacher if self.config.teacher_parallel.teacher_offload else LiveTeacher
         teacher = in_its_layout(self.places.grids, student, model, live) if self.config.needs_teacher else None
         self.teacher = teacher or Teacher()  # of whom nothing is asked
@@ -300,7 +303,7 @@ class Trainer:
     def _finish(self) -> None:
         if is_rank_zero():
             if self.resumed < self.total_iters or not preflight.is_export(self.folder / "hf"):
-                export_to_hf(self.checkpoints, self.folder / "hf")
+                export_to_hf(self.checkpoints, self.folder / "hf", merge_adapter=self.config.lora.merge_lora)
             plot_training(self.folder)
             print(f"the student is {self.folder / 'hf'}; {self.folder} has its checkpoints, numbers and figures", flush=True)
         self.logger.close()

@@ -12,6 +12,7 @@ from megakd.config.distillation import DistillationConfig
 from megakd.config.evaluate import EvaluateConfig, ScoreConfig
 from megakd.config.fields import alike, flag_name
 from megakd.config.generate import GenerateConfig
+from megakd.config.lora import LoRAConfig
 from megakd.config.methods.base import MethodConfig
 from megakd.config.methods.distillm import DistiLLMConfig
 from megakd.config.methods.kd import KDConfig
@@ -26,7 +27,8 @@ from megakd.config.training import TrainingConfig
 __all__ = [
     "METHODS", "AnsweringConfig", "AnyConfig", "BaseConfig", "BenchmarkConfig", "ConditioningConfig", "Config", "DataConfig",
     "DistiLLMConfig", "DistillationConfig", "EvaluateConfig", "GenerateConfig", "GenerationConfig", "KDConfig", "LayoutConfig",
-    "MethodConfig", "MiniLLMConfig", "ModelConfig", "OutputConfig", "ParallelConfig", "PromptKDConfig", "ResponseConfig", "SamplingConfig",
-    "ScoreConfig", "TeacherLayoutConfig", "TeacherParallelConfig", "TrainingConfig", "alike", "flag_name", "from_flags", "from_values",
+    "LoRAConfig", "MethodConfig", "MiniLLMConfig", "ModelConfig", "OutputConfig", "ParallelConfig", "PromptKDConfig",
+    "ResponseConfig", "SamplingConfig", "ScoreConfig", "TeacherLayoutConfig", "TeacherParallelConfig", "TrainingConfig", "alike",
+    "flag_name", "from_flags", "from_values",
     "from_yaml", "parse",
 ]  # fmt: skip

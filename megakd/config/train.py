@@ -17,6 +17,7 @@ from megakd.config.base import BaseConfig
 from megakd.config.conditioning import ConditioningConfig
 from megakd.config.distillation import DistillationConfig
 from megakd.config.fields import NOT_NEGATIVE, POSITIVE, SHARE_BELOW_1, TEMPLATE_HELP, Group, alias, as_words, flag
+from megakd.config.lora import LoRAConfig
 from megakd.config.methods.base import MethodConfig
 from megakd.config.methods.distillm import DistiLLMConfig
 from megakd.config.methods.kd import KDConfig
@@ -103,6 +104,7 @@ class Config(BaseConfig):
     parallel: Group[ParallelConfig] = ParallelConfig()
     teacher_parallel: Group[TeacherParallelConfig] = TeacherParallelConfig()
     training: Group[TrainingConfig] = TrainingConfig()
+    lora: Group[LoRAConfig] = LoRAConfig()
     distillation: Group[DistillationConfig] = DistillationConfig()
     sft: Group[SFTConfig] = SFTConfig()
     kd: Group[KDConfig] = KDConfig()
@@ -132,6 +134,7 @@ class Config(BaseConfig):
         yield from self._missing()
         yield from self._contradictions()
         yield from self.conditioning.validation_errors()
+        yield from self.lora.validation_errors()
         yield from self.distillation.validation_errors(self)
         yield from self.teacher_parallel.validation_errors(self)
         yield from self.page.validation_errors(self)
