@@ -376,11 +376,15 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (TRAINER, "self.callbacks.on_iteration(self.iteration, metrics)", "self.callbacks.on_iteration(self.iteration, {})"),
     ],
     of("test_relayed_teachers", "a_teacher_in_its_own_layout_teaches_the_same[kd-TP1 DP4 taught by TP2 PP2]"): [
-        (TEACHERS + "relay.py", "slice(lo - first, hi - first)", "slice(0, hi - lo)"),
         (TEACHERS + "relay.py", "slice(lo - other, hi - other)", "slice(0, hi - lo)"),
         (TEACHERS + "relayed.py", "deal = relay.deal([batch.for_teacher for batch in batches], in_windows=relay.shares_ranks)", "deal = relay.deal(batches, in_windows=relay.shares_ranks)"),
+    ],
+    of("test_relayed_teachers", "a_teacher_in_its_own_layout_teaches_the_same[promptkd-PP2 DP2 taught by TP2 DP2]"): [
         (SCHEDULES, "finish([model], sum(tokens), **options)", "finish([model], tokens[-1], **options)"),
         (SCHEDULES, "        first += count\n", ""),
+    ],
+    of("test_relayed_teachers", "a_teacher_in_its_own_layout_teaches_the_same[minillm-TP2 PP2 taught by TP1 DP4]"): [
+        (TEACHERS + "relay.py", "slice(lo - first, hi - first)", "slice(0, hi - lo)"),
     ],
     of("test_relayed_teachers", "a_teacher_in_its_own_layout_teaches_the_same[promptkd-DP2 taught by PP2 on its own ranks]"): [
         (TEACHERS + "relayed.py", "soft_prompt = self.seat.soft_prompt if prompted", "soft_prompt = self.seat.soft_prompt if not prompted"),
