@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megakd.checkpointing.model_folder import ModelFolder
-from megakd.config import LayoutConfig, TeacherLayoutConfig
+from megakd.config import SELF, LayoutConfig, TeacherLayoutConfig
 from megakd.data.end_ids import EndIds
 from megakd.data.tokenizer import check_same_tokenizer
 from megakd.errors import UserError, tell
@@ -44,10 +44,12 @@ class ModelFolders:
 
     @classmethod
     def open(cls, model: str, teacher_model: str = "") -> ModelFolders:
-        """
+        """A `teacher_model` called self is the model itself, once more.
+
         Raises:
             UserError: a folder holds no model that can be run.
         """
+        teacher_model = model if teacher_model == SELF else teacher_model
         teacher = ModelFolder.open(teacher_model, flag="--teacher-model") if teacher_model else None
         return cls(ModelFolder.open(model, flag="--model"), teacher)
 

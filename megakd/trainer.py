@@ -7,6 +7,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from megakd import preflight
 from megakd.checkpointing.export_hf import export_to_hf
 from megakd.checkpointing.native import read_latest
-from megakd.checkpointing.training import load_checkpoint, load_nothing, save_checkpoint, save_nothing
+from megakd.checkpointing.training import TeacherWeights, load_checkpoint, load_nothing, save_checkpoint, save_nothing
 from megakd.config import Config
 from megakd.data.batch import Sample
 from megakd.data.conditioning import Conditioning
@@ -33,6 +34,7 @@ from megakd.generation.sampling import Sampling
 from megakd.loading import ModelFolders, Places, start_apart
 from megakd.methods import METHODS, build_method
 from megakd.methods.base import Method
+from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.lora import adapt
 from megakd.models.model_provider import context_length
 from megakd.reporting.jsonl import JsonLines
@@ -43,6 +45,7 @@ from megakd.runtime.initialize import is_rank_zero, seed_everything
 from megakd.runtime.parallel_layout import ParallelLayout
 from megakd.schedules import TOKENS
 from megakd.teachers.live import LiveTeacher
+from megakd.teachers.moving_average import MovingAverage
 from megakd.teachers.offloaded import OffloadedTeacher
 from megakd.teachers.relayed import RelayedTeacher, in_its_layout
 from megakd.teachers.teacher import Teacher
@@ -193,7 +196,7 @@ class Trainer:
         student, model = self.folders.load_apart(self.places, self.config.models.dtype, **model_options(self.config))
         if self.config.lora.rank:
             adapt(student, self.config.lora, seed=self.config.training.seed)
-        live = OffloadedTeacher if self.config.teacher_parallel.teacher_offload else LiveTeacher
+        live = partial(make_teacher, self.config)
         teacher = in_its_layout(self.places.grids, student, model, live) if self.config.needs_teacher else None
         self.teacher = teacher or Teacher()  # of whom nothing is asked
         return build_method(self.config, student, teacher, self.tokenizer, self.ends, self.data.text, total_iters=self.total_iters)
@@ -206,8 +209,14 @@ class Trainer:
         method = self.method
         self.teacher.along(load_nothing, self.checkpoints, iteration)
         saved = load_checkpoint(
-            self.checkpoints, iteration, model=method.student, optimizer=method.optimizer.optimizer, flag="--save"
+            self.checkpoints,
+            iteration,
+            model=method.student,
+            optimizer=method.optimizer.optimizer,
+            teacher=teacher_weights(method.teacher),
+            flag="--save",
         )
+        self.teacher.go_on()
         method.restore(saved)
         return iteration
 
@@ -298,6 +307,7 @@ class Trainer:
             extra_tensors=extra_tensors,
             run_config=self.folder / "config.yaml",
             teacher_layout=self.teacher.layout,
+            teacher=teacher_weights(self.method.teacher),
         )
 
     def _finish(self) -> None:
@@ -309,6 +319,20 @@ class Trainer:
         self.logger.close()
         self.teacher.along(dist.barrier)
         dist.barrier()
+
+
+def teacher_weights(teacher: Teacher | None) -> TeacherWeights | None:
+    """What a checkpoint keeps of the teacher, if anything."""
+    weights = teacher.learnt_weights() if teacher else {}
+    return TeacherWeights(teacher.model, weights) if weights else None
+
+
+def make_teacher(config: Config, model: HiddenStateGPTModel) -> Teacher:
+    """The loaded model in the student's layout: frozen, and away between its passes where that is asked for, or following the student."""
+    decay = config.models.teacher_ema
+    if decay is not None:
+        return MovingAverage(model, decay)
+    return OffloadedTeacher(model) if config.teacher_parallel.teacher_offload else LiveTeacher(model)
 
 
 def conditioning_of(config: Config, folders: ModelFolders) -> Conditioning | None:
@@ -341,8 +365,8 @@ def open_training_rows(
     if not method.reads_responses(config):
         return open_prompts(data.train_data, tokenizer, data, conditioning=conditioning)
     rows = open_responses(data.train_data, tokenizer, data, conditioning=conditioning, no_response=no_response(config))
-    if method.answers_prompts(config):
-        check_prompts(rows)
+    if method.needs_prompts(config):
+        check_prompts(rows, config)
     return rows
 
 
@@ -351,8 +375,8 @@ def no_response(config: Config) -> str:
     return config.page.no_response(NO_RESPONSE)
 
 
-def check_prompts(dataset: Sequence[Sample]) -> None:
-    """A student that answers the data's prompts, be it now and then, needs one in every row.
+def check_prompts(dataset: Sequence[Sample], config: Config) -> None:
+    """A student that answers the data's prompts, be it now and then, needs one in every row; so do losses on prompts.
 
     Raises:
         UserError: a row of plain text.
@@ -360,7 +384,7 @@ def check_prompts(dataset: Sequence[Sample]) -> None:
     plain = next((i for i, sample in enumerate(dataset) if not sample.prompt), None)
     if plain is not None:
         raise UserError(
-            f"{dataset.where(plain)} has no prompt that the student could answer; give data with prompts, or leave out --on-policy-ratio"
+            f"{dataset.where(plain)} has no prompt, which --method {config.method} needs; give data with prompts{config.page.no_prompt}"
         )
 
 

@@ -133,6 +133,8 @@ CASES = {  # what is wrong: flags over the good ones (None takes one away), what
     "a teacher's TP that does not divide its heads": ({"teacher-tp": "3"}, r"--teacher-tensor-model-parallel-size 3 does not divide the 4 attention heads.* of --teacher-model .*use one of", 3),
     "a mixture of models in two layouts": ({"method": "minillm", "num-rollouts": "4", "teacher-pp": "2"}, r"--teacher-mixed-alpha 0.2 draws each token from both .*give --teacher-mixed-alpha 0, or leave out --teacher-pipeline-model-parallel-size 2"),
     "layers matched in two layouts": ({"hidden-coef": "1", "teacher-ranks": "1"}, r"--hidden-coef 1 matches layers of models in one layout; leave it out, or --teacher-ranks 1", 2),
+    "an average of the student in another layout": ({"teacher-model": "self", "teacher-ema": "0.9", "teacher-ranks": "1"}, r"--teacher-ema 0.9 averages the student where it is; leave it out, or --teacher-ranks 1", 2),
+    "an average of the student that is away": ({"teacher-model": "self", "teacher-ema": "0.9", "teacher-offload": "True"}, r"--teacher-ema 0.9 averages the student where it is; leave it out, or --teacher-offload"),
     "a teacher that is away in two ways": ({"teacher-offload": "True", "teacher-ranks": "1"}, r"--teacher-offload is for a teacher in the student's layout; leave it out, or --teacher-ranks 1", 2),
     "more stages than layers": ({"pp": "3"}, r"--pipeline-model-parallel-size 3 is more than the 2 layers .*use 2 or fewer", 3),
     "rows longer than the context": ({"max-length": "65"}, r"--max-length 65 is more than the 64 positions of --model .*use --max-length 64 or less"),

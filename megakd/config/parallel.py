@@ -81,6 +81,9 @@ class TeacherParallelConfig(TeacherLayoutConfig):
     def validation_errors(self, config: Config) -> Iterator[str]:
         """What only a teacher in the student's layout can do, one line each."""
         given = self.flags_given(config.parallel)
+        ema, elsewhere = config.models.teacher_ema, given or ("--teacher-offload" if self.teacher_offload else "")
+        if ema is not None and elsewhere:
+            yield f"--teacher-ema {ema} averages the student where it is; leave it out, or {elsewhere}"
         if given and self.teacher_offload:
             yield f"--teacher-offload is for a teacher in the student's layout; leave it out, or {given}"
         if given and config.distillation.hidden_coef:

@@ -80,6 +80,10 @@ class TextDataset(Sequence[Sample]):
         """File and line of the row, as in messages."""
         return self._rows.where(self._row_of[index])
 
+    def fields(self, index: int) -> dict:
+        """All that the record of a sample holds."""
+        return self._rows.fields(self._row_of[index])
+
     def prompt_text(self, index: int) -> str:
         """The rendered prompt, as the model is asked to continue it."""
         return self.text(index).prompt

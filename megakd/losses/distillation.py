@@ -83,6 +83,14 @@ def kd_loss(
     return TokenLoss(total, {"loss/total": total, "loss/lm": lm, f"loss/{divergence.objective}": distance})
 
 
+def priming_loss(q: HeadRows, p: Rows, labels_N: Tensor, vocabulary: VocabShard, *, alpha: float, temperature: float) -> TokenLoss:
+    """α·(−log q(label)) + (1 − α)·T²·KL(q_T‖p_T), the KL logged as it is, without T² (response priming)."""
+    lm = label_loss(q, labels_N, vocabulary)
+    distance = Divergence("reverse_kl", temperature)(q, p, vocabulary)
+    total = alpha * lm + (1 - alpha) * temperature**2 * distance
+    return TokenLoss(total, {"loss/total": total, "loss/lm": lm, "loss/reverse_kl": distance})
+
+
 def function_of_log_q(f: Callable[[Tensor], Tensor], q: HeadRows, labels_N: Tensor, vocabulary: VocabShard) -> Tensor:
     """f(log q(label)) per token, f any differentiable function of each token's log-probability.
 

@@ -75,3 +75,13 @@ class Teacher:
 
     def dismiss(self) -> None:
         """Let them go: nothing will be asked any more."""
+
+    def follow(self, student: HiddenStateGPTModel) -> None:
+        """What it does when the student has made a step: nothing, unless it is made of the student."""
+
+    def learnt_weights(self) -> dict[str, Tensor]:
+        """Shards of its model's weights by name, of which a checkpoint is the only copy: none of a teacher that stays as it was loaded."""
+        return {}
+
+    def go_on(self) -> None:
+        """What it does when a checkpoint has filled its `learnt_weights`."""

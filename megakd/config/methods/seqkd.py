@@ -15,6 +15,7 @@ class SeqKDConfig(MethodConfig):
     help = "the teacher's own responses"
     implementation = "megakd.methods.seqkd:SeqKD"
     shares = (RatioConfig, DivergenceConfig, HiddenMatchingConfig)
+    teacher_may_move = False
 
     def unless(self, config):
         has_divergence = config.distillation.ratio(0.0) or config.training.reference_compat.seqkd_with_kd
