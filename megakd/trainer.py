@@ -122,9 +122,10 @@ def train(config: Config, *, callbacks: Callbacks = Callbacks(), write_inputs: C
 
 def serve(config: Config, folders: ModelFolders, places: Places) -> None:
     """A rank of the teacher's own, through the whole run: it does what the student's ranks ask for."""
-    if not config.output.show_data:
-        _, teacher = folders.load_apart(places, config.models.dtype, **model_options(config))
-        RelayedTeacher.between(places.grids, None, teacher).serve()
+    if config.output.show_data:
+        return
+    _, teacher = folders.load_apart(places, config.models.dtype, **model_options(config))
+    RelayedTeacher.between(places.grids, None, teacher).serve()
 
 
 def model_options(config: Config) -> dict[str, Any]:
