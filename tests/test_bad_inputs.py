@@ -118,7 +118,7 @@ CASES = {  # what is wrong: flags over the good ones (None takes one away), what
     "a broken config.json": ({"teacher-model": "{root}/not-json"}, r"--teacher-model .*not-json/config.json: not JSON \(.* at line 1 column 2\); copy or download it again"),
     "an unknown family": ({"model": "{root}/other-family"}, r"--model .*: model_type 'bert' is not supported; use one of gpt2, llama"),
     "truncated weights": ({"teacher-model": "{root}/truncated"}, r"model.safetensors: [\d,]+ bytes, truncated or damaged \(.*\); copy or download"),
-    "pickled weights": ({"model": "{root}/pickled"}, r"pytorch_model.bin is a pickle, which can run code .*give the folder that save_pretrained writes"),
+    "pickled weights": ({"model": "{root}/pickled"}, r"pytorch_model.bin: PyTorch's format of before version 1.6, or damaged; .*give the folder that save_pretrained writes"),
     "no weights": ({"model": "{root}/no-weights"}, r"no model.safetensors and no model.safetensors.index.json; the weights are missing"),
     "a missing shard": ({"model": "{root}/missing-shard"}, r"model-00001-of-00002.safetensors: the index names this file, but it is not there"),
     "a missing tensor": ({"model": "{root}/missing-tensor"}, r"tensor 'transformer.h.1.mlp.c_fc.weight' is missing"),

@@ -41,6 +41,11 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (CHECKPOINTS + "peft_folder.py", "torch.empty_like(B).index_copy_(0, rows, B)", "B"),
         (CHECKPOINTS + "peft_folder.py", "delta.t() if transposed else delta", "delta.t()"),
     ],
+    "tests/test_pytorch_files.py": [
+        (MODELS + "pytorch_file.py", "mmap=True, weights_only=True", "mmap=True, weights_only=False"),
+        (MODELS + "pytorch_file.py", "mmap=True, weights_only=True", "weights_only=True"),
+        (MODELS + "hf_checkpoint.py", "tensor if index is None else tensor[index]", "tensor"),
+    ],
     "tests/test_lora.py::test_a_checkpoint_holds_adapters_alone_and_continues_to_the_bit": [
         (CHECKPOINTS + "training.py", "if not is_frozen(value)} if model.adapted", "} if model.adapted"),
     ],
