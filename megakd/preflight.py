@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from megakd.checkpointing.export_hf import REPORT
@@ -11,13 +10,14 @@ from megakd.checkpointing.native import LATEST, NativeCheckpoint, read_latest
 from megakd.checkpointing.peft_folder import MergedSource
 from megakd.config import Config, flag_name, from_yaml
 from megakd.errors import UserError, tell
-from megakd.loading import ModelFolders, check_context
+from megakd.loading import ModelFolders, check_context, grids_of
 from megakd.models.lora import target_modules
 from megakd.reporting.own_folder import OwnFolder
 
 MAY_CHANGE = {  # between a run and its resumption: the layout, and what is only written down
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel", "use_distributed_optimizer", "micro_batch_size",
     "micro_batch_tokens", "rollout_batch_size", "recompute",
+    "teacher_tensor_model_parallel_size", "teacher_pipeline_model_parallel_size", "teacher_ranks", "teacher_offload",
     "save", "save_interval", "eval_interval", "eval_iters", "log_interval", "save_rollouts", "show_data", "merge_lora",
 }  # fmt: skip
 
@@ -31,13 +31,12 @@ def check(config: Config, folders: ModelFolders) -> None:
     Raises:
         UserError: the first thing that does not fit.
     """
-    parallel = config.parallel
-    folders.check(parallel)
+    folders.check(config.parallel, config.teacher_parallel)
     check_lengths(config, folders)
     check_hidden_layers(config, folders.student)
     check_adapter(config, folders.student)
-    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    check_batch(config, int(os.environ.get("WORLD_SIZE", "1")) // ranks)
+    student, _teacher = grids_of(config.parallel, config.teacher_parallel)
+    check_batch(config, student.dp_size)
 
 
 def check_lengths(config: Config, folders: ModelFolders) -> None:

@@ -7,7 +7,9 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from megakd import preflight
 from megakd.checkpointing.export_hf import export_to_hf
 from megakd.checkpointing.native import read_latest
-from megakd.checkpointing.training import TeacherWeights, load_checkpoint, save_checkpoint
+from megakd.checkpointing.training import TeacherWeights, load_checkpoint, load_nothing, save_checkpoint, save_nothing
 from megakd.config import Config
 from megakd.data.batch import Sample
 from megakd.data.conditioning import Conditioning
@@ -29,7 +31,7 @@ from megakd.errors import UserError, tell
 from megakd.evaluation.held_out import held_out_losses
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
-from megakd.loading import ModelFolders, start
+from megakd.loading import ModelFolders, Places, start_apart
 from megakd.methods import METHODS, build_method
 from megakd.methods.base import Method
 from megakd.models.gpt_model import HiddenStateGPTModel
@@ -44,6 +46,8 @@ from megakd.runtime.parallel_layout import ParallelLayout
 from megakd.schedules import TOKENS
 from megakd.teachers.live import LiveTeacher
 from megakd.teachers.moving_average import MovingAverage
+from megakd.teachers.offloaded import OffloadedTeacher
+from megakd.teachers.relayed import RelayedTeacher, in_its_layout
 from megakd.teachers.teacher import Teacher
 
 SAMPLES_SHOWN = 4  # held-out prompts that the student answers greedily at every evaluation, for people to read
@@ -107,18 +111,35 @@ def train(config: Config, *, callbacks: Callbacks = Callbacks(), write_inputs: C
     write_inputs()
     folders = ModelFolders.open(config.models.model, config.models.teacher_model if config.needs_teacher else "")
     preflight.check(config, folders)
-    layout = start(config.parallel, seed=config.training.seed)
-    data = RunData.open(config, folders, layout)
+    places = start_apart(config.parallel, config.teacher_parallel, seed=config.training.seed)
+    if places.student is None:
+        return serve(config, folders, places)
+    data = RunData.open(config, folders, places.student)
     data.show(config.output.show_data or int(config.conditioning.adds_text), config, folders.student.tokenizer)
     if not config.output.show_data:
-        Trainer(config, folders, data, layout, callbacks).run()
+        Trainer(config, folders, data, places, callbacks).run()
+
+
+def serve(config: Config, folders: ModelFolders, places: Places) -> None:
+    """A rank of the teacher's own, through the whole run: it does what the student's ranks ask for."""
+    if config.output.show_data:
+        return
+    _, teacher = folders.load_apart(places, config.models.dtype, **model_options(config))
+    RelayedTeacher.between(places.grids, None, teacher).serve()
+
+
+def model_options(config: Config) -> dict[str, Any]:
+    """Of ModelFolders.load_apart."""
+    sequence_parallel = config.parallel.sequence_parallel
+    return {"sequence_parallel": sequence_parallel, "student": student_options(config), "teacher": teacher_options(config)}
 
 
 class Trainer:
     """One run on this rank."""
 
-    def __init__(self, config: Config, folders: ModelFolders, data: RunData, layout: ParallelLayout, callbacks: Callbacks):
-        self.config, self.folders, self.data, self.layout, self.callbacks = config, folders, data, layout, callbacks
+    def __init__(self, config: Config, folders: ModelFolders, data: RunData, places: Places, callbacks: Callbacks):
+        self.config, self.folders, self.data, self.places, self.callbacks = config, folders, data, places, callbacks
+        self.layout = layout = places.student
         self.folder = Path(config.output.save)
         self.checkpoints = self.folder / "checkpoints"
         self.tokenizer, self.ends = folders.student.tokenizer, folders.joined_ends()
@@ -140,7 +161,19 @@ class Trainer:
         self.rollouts = self._open_rollouts()
 
     def run(self) -> None:
-        """Iterate, evaluate, save; leave the export and the figures."""
+        """Iterate, evaluate, save; leave the export and the figures.
+
+        Raises:
+            UserError: the run cannot go on.
+        """
+        try:
+            self._run()
+        except UserError:
+            self.teacher.dismiss()  # ranks of its own would wait, and end with a traceback
+            raise
+        self.teacher.dismiss()
+
+    def _run(self) -> None:
         tell(self.ends.line(self.tokenizer))
         if self.iteration == 0:
             self._evaluate()
@@ -161,14 +194,12 @@ class Trainer:
     # ---- set-up
 
     def _build_method(self) -> Method:
-        models, parallel = self.config.models, self.config.parallel
-        student, *teachers = self.folders.load(
-            self.layout, models.dtype, sequence_parallel=parallel.sequence_parallel,
-            student=student_options(self.config), teacher=teacher_options(self.config),
-        )
+        student, model = self.folders.load_apart(self.places, self.config.models.dtype, **model_options(self.config))
         if self.config.lora.rank:
             adapt(student, self.config.lora, seed=self.config.training.seed)
-        teacher = make_teacher(self.config, *teachers) if teachers else None
+        live = partial(make_teacher, self.config)
+        teacher = in_its_layout(self.places.grids, student, model, live) if self.config.needs_teacher else None
+        self.teacher = teacher or Teacher()  # of whom nothing is asked
         return build_method(self.config, student, teacher, self.tokenizer, self.ends, self.data.text, total_iters=self.total_iters)
 
     def _resume(self) -> int:
@@ -177,6 +208,7 @@ class Trainer:
         if iteration is None:
             return 0
         method = self.method
+        self.teacher.along(load_nothing, self.checkpoints, iteration)
         saved = load_checkpoint(
             self.checkpoints,
             iteration,
@@ -185,10 +217,8 @@ class Trainer:
             teacher=teacher_weights(method.teacher),
             flag="--save",
         )
-        if method.teacher:
-            method.teacher.go_on()
-        for name, tensor in method.extra_tensors().items():
-            tensor.copy_(saved[name])
+        self.teacher.go_on()
+        method.restore(saved)
         return iteration
 
     def _begin_folder(self) -> None:
@@ -266,6 +296,8 @@ class Trainer:
     # ---- what is left behind
 
     def _save(self) -> None:
+        extra_tensors = self.method.extra_tensors()
+        self.teacher.along(save_nothing, self.checkpoints, self.iteration)
         save_checkpoint(
             self.checkpoints,
             self.iteration,
@@ -273,9 +305,9 @@ class Trainer:
             optimizer=self.method.optimizer.optimizer,
             source=self.folders.student,
             ends=self.ends,
-            extra_tensors=self.method.extra_tensors(),
+            extra_tensors=extra_tensors,
             run_config=self.folder / "config.yaml",
-            teacher_layout=self.method.teacher.model.layout if self.method.teacher else None,
+            teacher_layout=self.teacher.layout,
             teacher=teacher_weights(self.method.teacher),
         )
 
@@ -286,6 +318,7 @@ class Trainer:
             plot_training(self.folder)
             print(f"the student is {self.folder / 'hf'}; {self.folder} has its checkpoints, numbers and figures", flush=True)
         self.logger.close()
+        self.teacher.along(dist.barrier)
         dist.barrier()
 
 
@@ -296,9 +329,11 @@ def teacher_weights(teacher: Teacher | None) -> TeacherWeights | None:
 
 
 def make_teacher(config: Config, model: HiddenStateGPTModel) -> Teacher:
-    """The loaded model, frozen or following the student."""
+    """The loaded model in the student's layout: frozen, and away between its passes where that is asked for, or following the student."""
     decay = config.models.teacher_ema
-    return LiveTeacher(model) if decay is None else MovingAverage(model, decay)
+    if decay is not None:
+        return MovingAverage(model, decay)
+    return OffloadedTeacher(model) if config.teacher_parallel.teacher_offload else LiveTeacher(model)
 
 
 def conditioning_of(config: Config, folders: ModelFolders) -> Conditioning | None:

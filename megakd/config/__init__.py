@@ -21,7 +21,7 @@ from megakd.config.methods.minillm import MiniLLMConfig
 from megakd.config.methods.promptkd import PromptKDConfig
 from megakd.config.methods.response_priming import ResponsePrimingConfig
 from megakd.config.models import SELF, ModelConfig
-from megakd.config.parallel import LayoutConfig, ParallelConfig
+from megakd.config.parallel import LayoutConfig, ParallelConfig, TeacherLayoutConfig, TeacherParallelConfig
 from megakd.config.parse import AnyConfig, from_flags, from_values, from_yaml, parse
 from megakd.config.sampling import GenerationConfig, ResponseConfig, SamplingConfig
 from megakd.config.train import METHODS, Config, DataConfig, OutputConfig
@@ -31,6 +31,6 @@ __all__ = [
     "METHODS", "SELF", "AnsweringConfig", "AnyConfig", "AttentionConfig", "BaseConfig", "BenchmarkConfig", "ConditioningConfig",
     "Config", "DataConfig", "DistiLLMConfig", "DistillationConfig", "EvaluateConfig", "GenerateConfig", "GenerationConfig",
     "KDConfig", "LayoutConfig", "LoRAConfig", "MethodConfig", "MiniLLMConfig", "ModelConfig", "OutputConfig", "ParallelConfig",
-    "PromptKDConfig", "ResponseConfig", "ResponsePrimingConfig", "SamplingConfig", "ScoreConfig", "TrainingConfig", "alike",
-    "flag_name", "from_flags", "from_values", "from_yaml", "parse",
+    "PromptKDConfig", "ResponseConfig", "ResponsePrimingConfig", "SamplingConfig", "ScoreConfig", "TeacherLayoutConfig",
+    "TeacherParallelConfig", "TrainingConfig", "alike", "flag_name", "from_flags", "from_values", "from_yaml", "parse",
 ]  # fmt: skip

@@ -30,11 +30,12 @@ from megakd.evaluation.report import Report, check_folder, notes, print_table
 from megakd.generation.answers import Writer, gather_by_index, hidden_ids, open_folders, sampling_of
 from megakd.generation.progress import Progress
 from megakd.generation.sampling import Sampling
-from megakd.loading import ModelFolders, frozen, start
+from megakd.loading import ModelFolders, frozen, start_apart
 from megakd.models.model_provider import context_length
 from megakd.runtime.initialize import is_rank_zero
 from megakd.runtime.parallel_layout import ParallelLayout
-from megakd.teachers.live import LiveTeacher
+from megakd.teachers.relayed import in_its_layout
+from megakd.teachers.teacher import Teacher
 
 AT_LENGTH = 16  # the response length at which MiniLLM's code prints ExAccErr; the last one where responses are shorter
 
@@ -51,12 +52,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     folders = open_folders(config, config.teacher_model)
     tokenizer = folders.student.tokenizer
     sets = open_sets(config, tokenizer, conditioning_of(config, folders))
-    layout = start(config.parallel)
+    places = start_apart(config.parallel, config.teacher_layout)
+    layout = places.student
     report = Report(config.save if is_rank_zero() else "")
-    models = map(frozen, folders.load(layout, config.dtype))
+    student, model = folders.load_apart(places, config.dtype)
+    models = filter(None, (frozen(student), model))
     written = [Writer(model, folder.ends, config.responses.batch_size) for model, folder in zip(models, folders)]
     writers = dict(zip(("student", "teacher"), written))
-    scores = Evaluator(config, sets, tokenizer, writers, report).run()
+    teacher = model and in_its_layout(places.grids, student, model)
+    scores = Evaluator(config, sets, tokenizer, writers, teacher, report).run()
     ends_of = {name: asdict(writer.ends) for name, writer in writers.items()}
     results = {**describe(config, layout), "ends": ends_of, "seconds": time.perf_counter() - began, **scores}
     results["notes"] = notes(results)
@@ -88,7 +92,7 @@ def describe(config: EvaluateConfig, layout: ParallelLayout) -> dict[str, Any]:
 
 
 class Evaluator:
-    """One run on this rank. `writers` are the student and, where there is one, the teacher."""
+    """One run on this rank. `writers` are the student and, where there is one, the teacher, who is read as `teacher` says."""
 
     def __init__(
         self,
@@ -96,12 +100,13 @@ class Evaluator:
         sets: Sequence[EvaluationSet],
         tokenizer: PreTrainedTokenizerBase,
         writers: dict[str, Writer],
+        teacher: Teacher | None,
         report: Report,
     ) -> None:
         self.config, self.sets, self.tokenizer, self.writers, self.report = config, sets, tokenizer, writers, report
         self.hidden = hidden_ids(tokenizer)
         self.model = writers["student"].model
-        self.teacher = LiveTeacher(writers["teacher"].model) if "teacher" in writers else None
+        self.teacher = teacher
         settings = config.responses
         seeds = config.seeds[:1] if settings.greedy else config.seeds  # a greedy answer is the same for every seed
         self.scored = {seed: sampling_of(settings, seed) for seed in seeds}
