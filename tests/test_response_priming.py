@@ -11,7 +11,7 @@ from distributed import run_distributed
 from megakd_kernels import VocabShard
 from test_trainer import command, inputs, run  # noqa: F401  a fixture
 
-from megakd.config import from_flags, from_yaml
+from megakd.config import from_flags, from_yaml, parse
 from megakd.losses.distillation import priming_loss
 from megakd.losses.token_loss import HeadRows
 
@@ -56,6 +56,14 @@ def test_the_papers_values_are_in_its_files(priming):
     assert (training.micro_batch_size, training.global_batch_size, training.epochs, training.lr_decay_style) == (1, 1, 2, "cosine")
     assert (data.max_length, data.max_prompt_length) == (512, 256)
     assert (own.priming_alpha, own.priming_temperature, own.priming_objective) == (0.6093348343631224, 5.942267335064758, "aligned")
+
+
+def test_the_published_objective_is_told_for_what_it_is(capsys):
+    words = ["--method", "response_priming", "--model", "m", "--teacher-model", "t", "--train-data", "d", "--save", "s", "--train-iters", "1"]
+    parse(words)
+    assert capsys.readouterr().err == ""
+    parse([*words, "--priming-objective", "original"])
+    assert capsys.readouterr().err.startswith("note: --priming-objective original compares each place of the question with the answer's token")
 
 
 def test_a_loss_on_prompts_needs_one_in_every_row(inputs, tmp_path):  # noqa: F811
