@@ -50,7 +50,9 @@ def test_both_are_softened_and_the_distance_counts_by_the_square():
 def test_the_papers_values_are_in_its_files(priming):
     config = from_yaml(CONFIGS / f"{priming}.yaml")
     from_flags(["--model", "m", "--teacher-model", "t", "--train-data", "d", "--save", "s"], config).check()
-    training, data, own = config.training, config.data, config.response_priming
+    training, data, own, lora = config.training, config.data, config.response_priming, config.lora
+    assert (lora.rank, lora.lora_alpha, lora.lora_dropout) == (4, 8.0, 0.1)
+    assert lora.lora_target_modules == ("q_proj", "k_proj", "v_proj", "o_proj")
     assert (config.method, config.conditioning.priming) == ("response_priming", priming)
     assert (training.optimizer, training.lr, training.momentum, training.weight_decay) == ("sgd", 5e-6, 0.9, 1e-2)
     assert (training.micro_batch_size, training.global_batch_size, training.epochs, training.lr_decay_style) == (1, 1, 2, "cosine")
