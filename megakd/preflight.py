@@ -11,6 +11,7 @@ from megakd.checkpointing.peft_folder import MergedSource
 from megakd.config import Config, flag_name, from_yaml
 from megakd.errors import UserError, tell
 from megakd.loading import ModelFolders, check_context, grids_of
+from megakd.losses.own_divergence import find_divergence
 from megakd.models.lora import target_modules
 from megakd.reporting.own_folder import OwnFolder
 
@@ -35,6 +36,7 @@ def check(config: Config, folders: ModelFolders) -> None:
     check_lengths(config, folders)
     check_hidden_layers(config, folders.student)
     check_adapter(config, folders.student)
+    find_divergence(config.distillation.kd_objective)
     student, _teacher = grids_of(config.parallel, config.teacher_parallel)
     check_batch(config, student.dp_size)
 
