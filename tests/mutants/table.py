@@ -343,7 +343,6 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     ],
     of("test_self_distillation", "a_run_cut_off_and_continued_logs_the_same_numbers"): [
         (TRAINER, "teacher=teacher_weights(method.teacher),", "teacher=None,"),
-        (CHECKPOINTS + "training.py", 'tensor.copy_(loaded["teacher"][name])', "pass"),  # gated layers alone are not filled in place
         (OPTIMIZER, "part.init_state_fn or _begin_momentum", "part.init_state_fn or (lambda *_: None)"),
     ],
     of("test_self_distillation", "an_average_goes_on_at_another_layout_and_is_resharded", "an_empty_priming_is_none_to_the_bit"): [
