@@ -164,6 +164,10 @@ class Config(BaseConfig):
                 words = " ".join(as_words(name, given[name]))
                 yield f"--method {self.method} has no use for {words}, a flag of {', '.join(methods)}; leave it out"
 
+    def remarks(self) -> Iterator[str]:
+        yield from super().remarks()
+        yield from self.page.remarks()
+
     def unless(self) -> dict[str, tuple[Any, str]]:
         held_out, training = (self.data.valid_data, "without --valid-data"), self.training
         adam = (training.optimizer == "adamw" or self.page.soft_prompt_len, "with --optimizer sgd")

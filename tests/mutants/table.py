@@ -43,7 +43,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "tests/test_pytorch_files.py": [
         (MODELS + "pytorch_file.py", "mmap=True, weights_only=True", "mmap=True, weights_only=False"),
-        (MODELS + "pytorch_file.py", "mmap=True, weights_only=True", "weights_only=True"),
+        (MODELS + "pytorch_file.py", "mmap=True, weights_only=True", "mmap=False, weights_only=True"),
         (MODELS + "hf_checkpoint.py", "tensor if index is None else tensor[index]", "tensor"),
     ],
     "tests/test_lora.py::test_a_checkpoint_holds_adapters_alone_and_continues_to_the_bit": [

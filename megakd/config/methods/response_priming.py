@@ -27,3 +27,10 @@ class ResponsePrimingConfig(MethodConfig):
         "aligned: what both models predict of the same token of the response; original: what the paper's code compares, place by place and "
         "unshifted, the question's beside the answer's tokens: for comparison alone",
     )
+
+    def remarks(self):
+        if self.priming_objective == "original":
+            yield (
+                "--priming-objective original compares each place of the question with the answer's token of the same number, as the "
+                "published code does: no model has read what it is asked for"
+            )
