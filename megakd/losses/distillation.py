@@ -15,7 +15,6 @@ from torch import Tensor
 
 from megakd.losses.token_loss import HeadRows, LogitRows, Rows, TokenLoss
 
-
 BIASES = ("loss/forward_kl_bias", "loss/reverse_kl_bias")  # of a truncated teacher: what the KL of whole rows is above, at most
 
 

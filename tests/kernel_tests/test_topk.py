@@ -197,7 +197,7 @@ def test_the_bound_is_reached_where_the_formula_is_an_equality(implementation):
     weight = torch.tensor([[0.5, 1e-9, 0.5 - 1e-9]], dtype=torch.float64).log().t()
     rows = TopKRows(torch.tensor([[0]]), log_p[:, :1], log_p[:, 1:].logsumexp(-1), log_p.amin(-1))
     with launch.use(implementation):
-        loss, forward, reverse = fused_linear_topk_kl_with_bias(torch.ones(1, 1, dtype=torch.float64), weight, rows)
+        loss, forward, _ = fused_linear_topk_kl_with_bias(torch.ones(1, 1, dtype=torch.float64), weight, rows)
     gap = (log_p.exp() * (log_p - weight.t())).sum() - loss
     assert 0 <= forward - gap <= 1e-6 and forward > 7
 
@@ -225,7 +225,7 @@ def test_the_bounds_are_the_same_on_every_split(implementation):
 @implementations
 @pytest.mark.parametrize("objective", ["forward_kl", "reverse_kl", "jsd", "alpha_beta"])
 def test_a_teacher_given_by_its_logits_is_the_same_to_the_bit(objective, implementation):
-    hidden, weight, log_p, _ = case(dtype=torch.float32)
+    hidden, weight, _, _ = case(dtype=torch.float32)
     teacher_hidden, teacher_weight = torch.randn(N, 5), torch.randn(V, 5)
     options = {**OPTIONS, "objective": objective}
     found = []
