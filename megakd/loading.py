@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megakd.checkpointing.model_folder import ModelFolder
+from megakd.checkpointing.teacher_store import TeacherStore
 from megakd.config import LayoutConfig
 from megakd.data.end_ids import EndIds
 from megakd.data.tokenizer import check_same_tokenizer
@@ -20,19 +21,32 @@ from megakd.runtime.parallel_layout import ParallelLayout
 
 @dataclass(frozen=True)
 class ModelFolders:
-    """The student, or whatever model answers, and its teacher where there is one: headers and configs were read, no weight."""
+    """The student, or whatever model answers, and its teacher where there is one: headers and configs were read, no weight. In place of
+    a teacher a store of its targets."""
 
     student: ModelFolder
     teacher: ModelFolder | None = None
+    store: TeacherStore | None = None
 
     @classmethod
-    def open(cls, model: str, teacher_model: str = "") -> ModelFolders:
-        """
+    def open(cls, model: str, teacher_model: str = "", teacher_cache: str = "") -> ModelFolders:
+        """With a store the teacher's own folder is not opened, but has to be the one whose targets it holds.
+
         Raises:
-            UserError: a folder holds no model that can be run.
+            UserError: a folder holds no model that can be run, or no store.
         """
+        if teacher_cache:
+            store = TeacherStore(teacher_cache)
+            if teacher_model:
+                store.check_teacher(teacher_model)
+            return cls(ModelFolder.open(model, flag="--model"), store=store)
         teacher = ModelFolder.open(teacher_model, flag="--teacher-model") if teacher_model else None
         return cls(ModelFolder.open(model, flag="--model"), teacher)
+
+    @property
+    def taught_by(self) -> ModelFolder | TeacherStore | None:
+        """Whoever has the teacher's tokenizer, vocabulary and ends."""
+        return self.teacher or self.store
 
     def __iter__(self) -> Iterator[ModelFolder]:
         return filter(None, (self.student, self.teacher))
@@ -47,11 +61,13 @@ class ModelFolders:
         check_world_size(tp, pp, int(os.environ.get("WORLD_SIZE", "1")))
         for folder in self:
             check_layout(folder.config, tp, pp, flag=folder.flag, name=str(folder.path))
-        check_tokenizers(self.student, self.teacher)
+        check_tokenizers(self.student, self.taught_by)
+        if self.store:
+            self.store.check_vocabulary(self.student.config.vocab_size)
 
     def joined_ends(self) -> EndIds:
         """Those of the student, and of the teacher whose habit it learns; the student's are taught."""
-        return self.student.ends.joined(self.teacher.ends) if self.teacher else self.student.ends
+        return self.student.ends.joined(self.taught_by.ends) if self.taught_by else self.student.ends
 
     def load(
         self, layout: ParallelLayout, dtype: str, *, sequence_parallel: bool = False,
@@ -61,7 +77,8 @@ class ModelFolders:
 
         student, teacher: TransformerConfig fields of one of them alone.
         """
-        options = align_vocabularies([folder.config.vocab_size for folder in self], layout.tp_size)
+        sizes = [folder.config.vocab_size for folder in (self.student, self.taught_by) if folder]
+        options = align_vocabularies(sizes, layout.tp_size)
         options |= {"dtype": resolve_dtype(dtype), "sequence_parallel": sequence_parallel}
         models = [load_model(self.student, layout, **options, **student)]
         return models + ([frozen(load_model(self.teacher, layout, **options, **teacher))] if self.teacher else [])
@@ -114,7 +131,7 @@ def check_context(folder: ModelFolder, length: int, extra: int, said: str, way_o
         raise UserError(f"{said} is more than the {positions} positions of {folder.flag} {folder.path}; {way_out}")
 
 
-def check_tokenizers(student: ModelFolder, teacher: ModelFolder | None) -> None:
+def check_tokenizers(student: ModelFolder, teacher: ModelFolder | TeacherStore | None) -> None:
     """Both models spell text alike, and every id has a row in both embeddings.
 
     Raises:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 from megakd.checkpointing.export_hf import REPORT
 from megakd.checkpointing.model_folder import ModelFolder
 from megakd.checkpointing.native import LATEST, NativeCheckpoint, read_latest
+from megakd.checkpointing.teacher_store import TeacherStore
 from megakd.config import Config, flag_name, from_yaml
 from megakd.errors import UserError, tell
 from megakd.loading import ModelFolders, check_context
@@ -33,6 +35,8 @@ def check(config: Config, folders: ModelFolders) -> None:
     folders.check(parallel)
     check_lengths(config, folders)
     check_hidden_layers(config, folders.student)
+    if folders.store:
+        check_store(config, folders.store)
     ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     check_batch(config, int(os.environ.get("WORLD_SIZE", "1")) // ranks)
 
@@ -56,6 +60,17 @@ def check_hidden_layers(config: Config, student: ModelFolder) -> None:
     layers = student.config.num_hidden_layers
     if absent := [layer for layer in config.distillation.hidden_layers if not 1 <= layer <= layers]:
         raise UserError(f"--hidden-layers {absent[0]}: --model {student.path} has the layers 1 to {layers}; name some of them")
+
+
+def check_store(config: Config, store: TeacherStore) -> None:
+    """The teacher read what it is to read, and its rows suffice for the loss."""
+    store.check_conditioning(asdict(config.conditioning))
+    temperature = config.distillation.kd_temperature
+    if store.description.kind == "topk" and temperature != 1:
+        raise UserError(
+            f"--kd-temperature {temperature} needs whole distributions, and --teacher-cache {store.path} has the "
+            f"{store.description.top_k} likeliest tokens of each; use --kd-temperature 1, or write another with --cache-kind hidden"
+        )
 
 
 def check_batch(config: Config, dp: int) -> None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from megakd import preflight
 from megakd.checkpointing.export_hf import export_to_hf
 from megakd.checkpointing.native import read_latest
+from megakd.checkpointing.teacher_store import TeacherStore
 from megakd.checkpointing.training import load_checkpoint, save_checkpoint
 from megakd.config import Config
 from megakd.data.batch import Sample
@@ -39,6 +40,7 @@ from megakd.reporting.plots import plot_training
 from megakd.runtime.initialize import is_rank_zero, seed_everything
 from megakd.runtime.parallel_layout import ParallelLayout
 from megakd.teachers.live import LiveTeacher
+from megakd.teachers.stored import StoredTeacher
 
 SAMPLES_SHOWN = 4  # held-out prompts that the student answers greedily at every evaluation, for people to read
 GIB = 1024**3
@@ -73,6 +75,14 @@ class RunData:
         options = {"conditioning": conditioning, "no_response": HELD_OUT}
         return cls(loader, text, open_responses(data.valid_data, tokenizer, data, **options) if data.valid_data else None)
 
+    def check_stored(self, store: TeacherStore) -> None:
+        """
+        Raises:
+            UserError: a row is not in the store.
+        """
+        for rows in (self.loader.dataset, self.valid or ()):
+            store.check_texts(rows, where=rows.where if rows else None)
+
     def show(self, count: int, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         """Print the first rows as they are read, on rank 0."""
         written = f"what the {'teacher' if config.method == 'seqkd' else 'student'} writes, {config.max_new_tokens} tokens at most"
@@ -99,10 +109,12 @@ def train(config: Config, *, callbacks: Callbacks = Callbacks(), write_inputs: C
     """
     preflight.check_run_folder(config)
     write_inputs()
-    folders = ModelFolders.open(config.models.model, config.models.teacher_model if config.needs_teacher else "")
+    folders = open_folders(config)
     preflight.check(config, folders)
     layout = start(config.parallel, seed=config.training.seed)
     data = RunData.open(config, folders, layout)
+    if folders.store:
+        data.check_stored(folders.store)
     data.show(config.output.show_data or int(config.conditioning.adds_text), config, folders.student.tokenizer)
     if not config.output.show_data:
         Trainer(config, folders, data, layout, callbacks).run()
@@ -160,7 +172,7 @@ class Trainer:
             self.layout, models.dtype, sequence_parallel=parallel.sequence_parallel,
             student=student_options(self.config), teacher=teacher_options(self.config),
         )
-        teacher = LiveTeacher(*teachers) if teachers else None
+        teacher = StoredTeacher(self.folders.store, student) if self.folders.store else LiveTeacher(*teachers) if teachers else None
         return build_method(self.config, student, teacher, self.tokenizer, self.ends, self.data.text, total_iters=self.total_iters)
 
     def _resume(self) -> int:
@@ -260,7 +272,7 @@ class Trainer:
             ends=self.ends,
             extra_tensors=self.method.extra_tensors(),
             run_config=self.folder / "config.yaml",
-            teacher_layout=self.method.teacher.model.layout if self.method.teacher else None,
+            teacher_layout=self.method.teacher.model.layout if self.method.teacher and self.method.teacher.model else None,
         )
 
     def _finish(self) -> None:
@@ -273,20 +285,30 @@ class Trainer:
         dist.barrier()
 
 
+def open_folders(config: Config) -> ModelFolders:
+    """The student, and the teacher of a method that has one, or its store.
+
+    Raises:
+        UserError: a folder holds none.
+    """
+    teacher = (config.models.teacher_model, config.teacher.teacher_cache) if config.needs_teacher else ()
+    return ModelFolders.open(config.models.model, *teacher)
+
+
 def conditioning_of(config: Config, folders: ModelFolders) -> Conditioning | None:
     """What the teacher reads where the student reads a prompt; None where that is the same.
 
     Raises:
         UserError: a template cannot be used.
     """
-    if folders.teacher is None:
+    if folders.taught_by is None:
         return None
     return Conditioning.open(
         config.conditioning,
         folders.student.tokenizer,
-        folders.teacher.tokenizer,
+        folders.taught_by.tokenizer,
         template=config.data.prompt_template,
-        positions=context_length(folders.teacher.config) - config.page.soft_prompt_len,
+        positions=context_length(folders.taught_by.config) - config.page.soft_prompt_len,
         new_tokens=config.max_new_tokens if METHODS[config.method].answers_prompts(config) else 0,
     )
 

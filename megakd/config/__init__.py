@@ -7,6 +7,7 @@ so that `--help` answers at once.
 from megakd.config.answering import AnsweringConfig
 from megakd.config.base import BaseConfig
 from megakd.config.benchmark import BenchmarkConfig
+from megakd.config.cache import CacheConfig
 from megakd.config.conditioning import ConditioningConfig
 from megakd.config.distillation import DistillationConfig
 from megakd.config.evaluate import EvaluateConfig, ScoreConfig
@@ -20,12 +21,13 @@ from megakd.config.methods.promptkd import PromptKDConfig
 from megakd.config.parallel import LayoutConfig, ParallelConfig
 from megakd.config.parse import AnyConfig, from_flags, from_values, from_yaml, parse
 from megakd.config.sampling import GenerationConfig, ResponseConfig, SamplingConfig
+from megakd.config.teacher import TeacherConfig
 from megakd.config.train import METHODS, Config, DataConfig, ModelConfig, OutputConfig
 from megakd.config.training import TrainingConfig
 
 __all__ = [
-    "METHODS", "AnsweringConfig", "AnyConfig", "BaseConfig", "BenchmarkConfig", "ConditioningConfig", "Config", "DataConfig",
+    "METHODS", "AnsweringConfig", "AnyConfig", "BaseConfig", "BenchmarkConfig", "CacheConfig", "ConditioningConfig", "Config", "DataConfig",
     "DistiLLMConfig", "DistillationConfig", "EvaluateConfig", "GenerateConfig", "GenerationConfig", "KDConfig", "LayoutConfig",
     "MethodConfig", "MiniLLMConfig", "ModelConfig", "OutputConfig", "ParallelConfig", "PromptKDConfig", "ResponseConfig", "SamplingConfig",
-    "ScoreConfig", "TrainingConfig", "alike", "flag_name", "from_flags", "from_values", "from_yaml", "parse",
+    "ScoreConfig", "TeacherConfig", "TrainingConfig", "alike", "flag_name", "from_flags", "from_values", "from_yaml", "parse",
 ]  # fmt: skip

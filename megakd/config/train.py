@@ -26,6 +26,7 @@ from megakd.config.methods.seqkd import SeqKDConfig
 from megakd.config.methods.sft import SFTConfig
 from megakd.config.parallel import ParallelConfig
 from megakd.config.sampling import GenerationConfig
+from megakd.config.teacher import TeacherConfig
 from megakd.config.training import TrainingConfig
 
 
@@ -99,6 +100,7 @@ class Config(BaseConfig):
     method: MethodName = "promptkd"
     models: Group[ModelConfig] = ModelConfig()
     data: Group[DataConfig] = DataConfig()
+    teacher: Group[TeacherConfig] = TeacherConfig()
     conditioning: Group[ConditioningConfig] = ConditioningConfig()
     parallel: Group[ParallelConfig] = ParallelConfig()
     training: Group[TrainingConfig] = TrainingConfig()
@@ -131,13 +133,14 @@ class Config(BaseConfig):
         yield from self._missing()
         yield from self._contradictions()
         yield from self.conditioning.validation_errors()
+        yield from self.teacher.validation_errors(self)
         yield from self.distillation.validation_errors(self)
         yield from self.page.validation_errors(self)
 
     def _missing(self) -> Iterator[str]:
         if not self.models.model:
             yield "--model is missing; give the student's Hugging Face folder or native checkpoint"
-        if self.needs_teacher and not self.models.teacher_model:
+        if self.needs_teacher and not (self.models.teacher_model or self.teacher.teacher_cache):
             yield f"--method {self.method} needs --teacher-model; give the teacher's folder"
         yield from self.unread()
         if not self.data.train_data:

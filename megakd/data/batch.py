@@ -69,6 +69,7 @@ class Batch:
     response_lengths: Tensor  # [b] int64, labels that count
     sample_ids: Tensor  # [b] int64
     twin: "Batch | None" = None  # where the teacher reads another text
+    samples: tuple[Sample, ...] = ()  # what the rows were made of, to whoever looks them up
 
     @property
     def for_teacher(self) -> "Batch":
@@ -118,9 +119,10 @@ def collate(samples: Sequence[Sample], *, seq_length: int | None = None, multipl
     labels, width = [sample.num_labels for sample in samples], seq_length or round_up(longest, multiple_of)
     batch = padded(samples, labels, width)
     if all(sample.teacher_prompt is None for sample in samples):
-        return batch
+        return replace(batch, samples=tuple(samples))
     as_read = [sample.for_teacher for sample in samples]
-    return replace(batch, twin=padded(as_read, labels, round_up(max(sample.num_positions for sample in as_read), multiple_of)))
+    twin = padded(as_read, labels, round_up(max(sample.num_positions for sample in as_read), multiple_of))
+    return replace(batch, twin=twin, samples=tuple(samples))
 
 
 def padded(samples: Sequence[Sample], labels: Sequence[int], width: int) -> Batch:

@@ -15,7 +15,7 @@ from megakd.data.batch import Batch, Sample, micro_batches
 from megakd.data.conditioning import Conditioning
 from megakd.data.dataloader import DataLoader
 from megakd.data.end_ids import EndIds
-from megakd.losses.distillation import reverse_kl_loss, sft_loss
+from megakd.losses.distillation import BIASES, reverse_kl_loss, sft_loss
 from megakd.losses.token_loss import Rows, TokenLoss
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.optimizer import StudentOptimizer
@@ -152,7 +152,8 @@ class Method:
     @property
     def evaluation_names(self) -> tuple[str, ...]:
         """Held-out losses on the gold responses: −log q, and KL(q‖p) against the teacher without a prompt."""
-        return ("lm_loss", "reverse_kl") if self.teacher else ("lm_loss",)
+        bias = [name.removeprefix("loss/") for name in BIASES] if self.teacher and self.teacher.truncates else ()
+        return ("lm_loss", "reverse_kl", *bias) if self.teacher else ("lm_loss",)
 
 
 def to_floats(values: dict[str, torch.Tensor]) -> dict[str, float]:

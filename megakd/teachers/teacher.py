@@ -23,6 +23,7 @@ class Teacher:
     only ever read."""
 
     model: HiddenStateGPTModel | None = None
+    truncates = False  # whether its rows are TopKRows, whose bias is logged
 
     def read(self, batches: Sequence[Batch], *, to: ParallelLayout) -> list[Rows]:
         """The rows of every micro-batch: no gradient, no dropout."""

@@ -3,8 +3,8 @@
     z_k the tokens' logits, z_rest = log sum of e^z over all others       log q = log_softmax of these K + 1
     dz_v = dz_rest e^(z_v - z_rest) for the others                        dz_k from the divergence's function, by autograd
 
-K + 3 floats a row and shard (the tokens' logits, the others' maximum and sum, the minimum) merge with one all-gather; what follows has K + 1
-columns and is the same on every rank.
+K + 3 floats a row and shard (the tokens' logits, the others' maximum and sum, the minimum) merge with one all-gather; what follows
+has K + 1 columns and is the same on every rank.
 """
 
 from __future__ import annotations
