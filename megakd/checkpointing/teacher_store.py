@@ -63,7 +63,7 @@ class Description:
     kind: str  # hidden, dense or topk
     top_k: int | None
     dtype: str  # of the teacher as it read, and of hidden states and logits
-    vocab_size: int  # ids that count
+    vocab_size: int  # ids that are told apart: the teacher's, of topk those that count in the student as well
     hidden_size: int
     teacher: str  # its folder
     checksum: str  # of that
@@ -173,10 +173,8 @@ class TeacherStore:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """The teacher's, with the ids that count in what is stored."""
-        config = load_hf_config(self.path / TEACHER, flag=self.flag)
-        config.vocab_size = self.description.vocab_size
-        return config
+        """The teacher's."""
+        return load_hf_config(self.path / TEACHER, flag=self.flag)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -216,13 +214,13 @@ class TeacherStore:
                 )
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Log-probabilities of the likeliest tokens count all ids that the student has to have.
+        """Log-probabilities of the likeliest tokens are of all ids that count: those that the student has, too.
 
         Raises:
-            UserError: it has fewer.
+            UserError: they are of others.
         """
         counted = self.description.vocab_size
-        if self.description.kind == "topk" and vocab_size < counted:
+        if self.description.kind == "topk" and counted != min(vocab_size, self.config.vocab_size):
             raise UserError(
                 f"{self.flag} {self.path} counts {counted} token ids, and --model has {vocab_size}; write another with "
                 "scripts/cache_teacher.py --model, which counts those that both have"

@@ -140,7 +140,7 @@ class Plan:
             kind=config.cache_kind,
             top_k=config.top_k if config.cache_kind == "topk" else None,
             dtype=dtype,
-            vocab_size=vocab_size(teacher, student),
+            vocab_size=vocab_size(teacher, student) if config.cache_kind == "topk" else teacher.config.vocab_size,
             hidden_size=teacher.config.hidden_size,
             teacher=config.teacher_model,
             checksum=checksum(model_files(Path(config.teacher_model)), whole=False),
