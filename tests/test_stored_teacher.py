@@ -18,11 +18,12 @@ from tiny import tiny_folder
 from megakd import trainer
 from megakd.checkpointing import teacher_store
 from megakd.checkpointing.teacher_store import TeacherStore, key_of
-from megakd.config import CacheConfig, parse
+from megakd.config import CacheConfig, EvaluateConfig, parse
 from megakd.data.batch import Sample
 from megakd.data.tasks import make_rows
 from megakd.data.train_tokenizer import train_tokenizer
 from megakd.errors import UserError
+from megakd.evaluation.evaluator import evaluate
 from megakd.teachers import caching
 
 KINDS = {"hidden": [], "dense": [], "topk": ["--top-k", "5"]}
@@ -94,8 +95,8 @@ def train(layout, *commands):
         trainer.train(parse(arguments))
 
 
-def trained(root: Path, save: str, *more, ranks=1, layout={}, **teacher):
-    run_distributed(train, ranks, train_command(root, save, *more, **teacher), **layout)
+def trained(root: Path, save: str, *more, ranks=1, **teacher):
+    run_distributed(train, ranks, train_command(root, save, *more, **teacher))
     return numbers(root / save), {file.name: file.read_bytes() for file in (root / save / "hf").glob("*.safetensors")}
 
 
@@ -157,6 +158,22 @@ def test_truncated_targets_say_how_much_they_can_be_wrong(inputs, objective):
     assert 1e-4 < whole - found <= bias < 3
     assert 1e-4 < live_first["valid/reverse_kl"] - first["valid/reverse_kl"] <= first["valid/reverse_kl_bias"]
     assert first["valid/forward_kl_bias"] > 0 and "valid/forward_kl_bias" not in live_first
+
+
+def score(layout, *commands):
+    os.environ["WORLD_SIZE"] = str(torch.distributed.get_world_size())
+    return [evaluate(parse(words, EvaluateConfig))["sets"]["valid"] for words in commands]
+
+
+@pytest.mark.parametrize("ranks, layout, flags", [(1, {}, []), (2, {"tp": 2}, ["--tp", "2"])])
+def test_evaluation_compares_with_a_store_as_with_the_model(inputs, ranks, layout, flags):
+    words = ["--model", inputs / "student", "--data", inputs / "valid.jsonl", "--max-prompt-length", 24, "--max-new-tokens", 8, "--greedy", *flags]
+    teachers = {"model": ["--teacher-model", inputs / "teacher"]} | {kind: ["--teacher-cache", inputs / kind] for kind in KINDS}
+    commands = [[*map(str, words), *map(str, teacher)] for teacher in teachers.values()]
+    model, hidden, dense, topk = run_distributed(score, ranks, *commands, **layout)[0]
+    assert hidden == pytest.approx(model, rel=1e-5) and dense == pytest.approx(model, rel=1e-5)
+    for name in ("forward_kl", "reverse_kl"):
+        assert 1e-4 < model[name] - topk[name] <= topk[f"{name}_bias"]
 
 
 # ---- writing

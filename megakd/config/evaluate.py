@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from megakd.config.answering import AnsweringConfig
 from megakd.config.fields import POSITIVE, SEED, Group, alias, flag
+from megakd.config.teacher import CACHE_HELP
 
 ROUGE_TOKENIZERS = ("default", "unicode", "model")
 
@@ -53,6 +54,7 @@ class EvaluateConfig(AnsweringConfig):
     teacher_model: Annotated[str, alias("--teacher-model-name-or-path", "--teacher-model-path")] = flag(
         "", "to compare with", path=True
     )
+    teacher_cache: str = flag("", f"{CACHE_HELP}: --data as its --valid-data was", path=True)
     data: tuple[str, ...] = flag((), "jsonl files with right answers, each as name=path or path", path=True)
     gsm8k: str = flag("", "GSM8K jsonl (question, answer with ####): accuracy of the number", path=True)
     seeds: tuple[int, ...] = flag((10, 20, 30, 40, 50), "one pass over the data each; scores are their mean", range=SEED)

@@ -33,6 +33,8 @@ from megakd.loading import frozen, start
 from megakd.runtime.initialize import is_rank_zero
 from megakd.runtime.parallel_layout import ParallelLayout
 from megakd.teachers.live import LiveTeacher
+from megakd.teachers.stored import StoredTeacher
+from megakd.teachers.teacher import Teacher
 
 AT_LENGTH = 16  # the response length at which MiniLLM's code prints ExAccErr; the last one where responses are shorter
 
@@ -46,15 +48,18 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     config.check()
     check_folder(config)
     began = time.perf_counter()
-    folders = open_folders(config, config.teacher_model)
+    folders = open_folders(config, config.teacher_model, config.teacher_cache)
     tokenizer = folders.student.tokenizer
     sets = open_sets(config, tokenizer)
+    for data in sets if folders.store else ():
+        folders.store.check_texts(data, where=data.where)
     layout = start(config.parallel)
     report = Report(config.save if is_rank_zero() else "")
-    models = map(frozen, folders.load(layout, config.dtype))
+    models = list(map(frozen, folders.load(layout, config.dtype)))
     written = [Writer(model, folder.ends, config.responses.batch_size) for model, folder in zip(models, folders)]
     writers = dict(zip(("student", "teacher"), written))
-    scores = Evaluator(config, sets, tokenizer, writers, report).run()
+    teacher = StoredTeacher(folders.store, models[0]) if folders.store else LiveTeacher(models[1]) if models[1:] else None
+    scores = Evaluator(config, sets, tokenizer, writers, teacher, report).run()
     ends_of = {name: asdict(writer.ends) for name, writer in writers.items()}
     results = {**describe(config, layout), "ends": ends_of, "seconds": time.perf_counter() - began, **scores}
     results["notes"] = notes(results)
@@ -72,7 +77,7 @@ def describe(config: EvaluateConfig, layout: ParallelLayout) -> dict[str, Any]:
 
 
 class Evaluator:
-    """One run on this rank. `writers` are the student and, where there is one, the teacher."""
+    """One run on this rank. `writers` are the student and, where it is a model, the teacher."""
 
     def __init__(
         self,
@@ -80,12 +85,13 @@ class Evaluator:
         sets: Sequence[EvaluationSet],
         tokenizer: PreTrainedTokenizerBase,
         writers: dict[str, Writer],
+        teacher: Teacher | None,
         report: Report,
     ) -> None:
         self.config, self.sets, self.tokenizer, self.writers, self.report = config, sets, tokenizer, writers, report
         self.hidden = hidden_ids(tokenizer)
         self.model = writers["student"].model
-        self.teacher = LiveTeacher(writers["teacher"].model) if "teacher" in writers else None
+        self.teacher = teacher
         settings = config.responses
         seeds = config.seeds[:1] if settings.greedy else config.seeds  # a greedy answer is the same for every seed
         self.scored = {seed: sampling_of(settings, seed) for seed in seeds}

@@ -3,6 +3,7 @@
     lm_loss      -log q(y_t | y_<t, x)
     reverse_kl   KL(q‖p)                      q the model, p the teacher, both read the gold response
     forward_kl   KL(p‖q)
+    *_kl_bias    of a teacher that was stored truncated: what the KL of whole rows is above these, at most
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from megakd_kernels import VocabShard
 
 from megakd.data.batch import Sample, micro_batches
 from megakd.data.dataloader import split_across_dp
-from megakd.losses.distillation import Divergence, label_loss
+from megakd.losses.distillation import BIASES, Divergence, label_loss
 from megakd.losses.token_loss import TokenLoss
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.schedules import evaluate_loss, token_means
@@ -28,7 +29,7 @@ def held_out_losses(
 ) -> dict[str, float]:
     """The means by name, and the number of `tokens`, on every rank. Without a teacher only `lm_loss`."""
     layout = model.layout
-    names = ("lm_loss", "reverse_kl", "forward_kl") if teacher else ("lm_loss",)
+    names = ("lm_loss", "reverse_kl", "forward_kl", *(BIASES if teacher.truncates else ())) if teacher else ("lm_loss",)
     sums = torch.zeros(len(names) + 1, dtype=torch.double, device=layout.device)
     for part in passes(split_across_dp(samples, layout.dp_size)[layout.dp_rank], micro_batch_size):
         sums += sums_of(model, teacher, part, names, micro_batch_size)
@@ -49,7 +50,9 @@ def sums_of(model, teacher, samples: Sequence[Sample], names: Sequence[str], mic
 
     def loss(q, batch, p):
         lm = label_loss(q, batch.supervised_labels, vocabulary)
-        distances = {name: Divergence(name)(q, p, vocabulary) for name in ("reverse_kl", "forward_kl")} if teacher else {}
-        return TokenLoss(lm, {"lm_loss": lm, **distances})
+        if not teacher:
+            return TokenLoss(lm, {"lm_loss": lm})
+        found = {name: Divergence(name).with_bias(q, p, vocabulary) for name in ("reverse_kl", "forward_kl")}
+        return TokenLoss(lm, {"lm_loss": lm} | {name: distance for name, (distance, _) in found.items()} | found["reverse_kl"][1])
 
     return evaluate_loss(model, batches, loss, names, teacher.read(batches, to=model.layout) if teacher else ())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megakd.losses.token_loss import HeadRows, LogitRows, Rows, TokenLoss
 
-BIASES = ("loss/forward_kl_bias", "loss/reverse_kl_bias")  # of a truncated teacher: what the KL of whole rows is above, at most
+BIASES = ("forward_kl_bias", "reverse_kl_bias")  # of a truncated teacher: what the KL of whole rows is above, at most
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def sft_loss(q: HeadRows, labels_N: Tensor, vocabulary: VocabShard) -> TokenLoss
 def reverse_kl_loss(q: HeadRows, p: Rows, vocabulary: VocabShard) -> TokenLoss:
     """KL(q‖p), with gradient to the student."""
     loss, bias = Divergence("reverse_kl").with_bias(q, p, vocabulary)
-    return TokenLoss(loss, {"loss/reverse_kl": loss} | bias)
+    return TokenLoss(loss, {"loss/reverse_kl": loss} | as_logs(bias))
 
 
 def kd_loss(
@@ -91,7 +91,12 @@ def kd_loss(
         lm = label_loss(q, labels_N, vocabulary)
     distance, bias = divergence.with_bias(q, p, vocabulary)
     total = (1 - kd_ratio) * lm + kd_ratio * distance
-    return TokenLoss(total, {"loss/total": total, "loss/lm": lm, f"loss/{divergence.objective}": distance} | bias)
+    return TokenLoss(total, {"loss/total": total, "loss/lm": lm, f"loss/{divergence.objective}": distance} | as_logs(bias))
+
+
+def as_logs(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By the names that losses have in training."""
+    return {f"loss/{name}": value for name, value in values.items()}
 
 
 def function_of_log_q(f: Callable[[Tensor], Tensor], q: HeadRows, labels_N: Tensor, vocabulary: VocabShard) -> Tensor:

@@ -15,7 +15,7 @@ from megakd.data.batch import Batch, Sample, micro_batches
 from megakd.data.conditioning import Conditioning
 from megakd.data.dataloader import DataLoader
 from megakd.data.end_ids import EndIds
-from megakd.losses.distillation import BIASES, reverse_kl_loss, sft_loss
+from megakd.losses.distillation import BIASES, Divergence, sft_loss
 from megakd.losses.token_loss import Rows, TokenLoss
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.optimizer import StudentOptimizer
@@ -144,16 +144,19 @@ class Method:
 
         def loss(q, batch, p):
             lm = sft_loss(q, batch.supervised_labels, self.vocabulary).objective_N
-            kl = {"reverse_kl": reverse_kl_loss(q, p, self.vocabulary).objective_N} if self.teacher else {}
-            return TokenLoss(lm, {"lm_loss": lm, **kl})
+            if not self.teacher:
+                return TokenLoss(lm, {"lm_loss": lm})
+            kl, bias = Divergence("reverse_kl").with_bias(q, p, self.vocabulary)
+            return TokenLoss(lm, {"lm_loss": lm, "reverse_kl": kl} | bias)
 
         return evaluate_loss(self.student, batches, loss, self.evaluation_names, teacher)
 
     @property
     def evaluation_names(self) -> tuple[str, ...]:
         """Held-out losses on the gold responses: −log q, and KL(q‖p) against the teacher without a prompt."""
-        bias = [name.removeprefix("loss/") for name in BIASES] if self.teacher and self.teacher.truncates else ()
-        return ("lm_loss", "reverse_kl", *bias) if self.teacher else ("lm_loss",)
+        if not self.teacher:
+            return ("lm_loss",)
+        return ("lm_loss", "reverse_kl", *(BIASES if self.teacher.truncates else ()))
 
 
 def to_floats(values: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -28,6 +28,7 @@ CONFIG, METHODS, LOSSES, MODELS, DATA = "megakd/config/", "megakd/methods/", "me
 RUNTIME, GENERATION, CHECKPOINTS = "megakd/runtime/", "megakd/generation/", "megakd/checkpointing/"
 TEACHERS = "megakd/teachers/"
 EVALUATION, REPORTING, KERNELS = "megakd/evaluation/", "megakd/reporting/", "kernels/megakd_kernels/"
+TEACHERS = "megakd/teachers/"
 
 GROUPS: dict[str, list[tuple[str, str, str]]] = {
     story(ONE, "sft and kd"): [
@@ -52,7 +53,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (METHODS + "rollout.py", "config.training.seed * SEED_STRIDE + iteration", "SEED_STRIDE + iteration"),
         (METHODS + "rollout.py", "temperature=settings.temperature", "temperature=1.0"),
         (METHODS + "rollout.py", "max_new_tokens=config.max_new_tokens", "max_new_tokens=256"),
-        (METHODS + "base.py", "reverse_kl_loss(q, p, self.vocabulary)", "reverse_kl_loss(p, q, self.vocabulary)"),
+        (METHODS + "base.py", "with_bias(q, p, self.vocabulary)", "with_bias(p, q, self.vocabulary)"),
         (LOSSES + "distillation.py", "total = (1 - kd_ratio) * lm + kd_ratio * distance", "total = kd_ratio * lm + (1 - kd_ratio) * distance"),
         (LOSSES + "distillation.py", "temperature=self.temperature,", "temperature=1.0,"),
         (LOSSES + "distillation.py", "beta=self.beta,", "beta=1 - self.beta,"),
@@ -330,7 +331,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (EVALUATION + "exposure_bias.py", "(100 * (ratio - 1), 100 * residuals)", "(100 * ratio, 100 * residuals)"),
     ],
     of("test_evaluation", "held_out_losses_are_those_of_transformers_in_float64"): [
-        (EVALUATION + "held_out.py", "Divergence(name)(q, p, vocabulary)", "Divergence(name)(p, q, vocabulary)"),
+        (EVALUATION + "held_out.py", "Divergence(name).with_bias(q, p, vocabulary)", "Divergence(name).with_bias(p, q, vocabulary)"),
     ],
     "tests/test_metrics.py": [
         (EVALUATION + "metrics.py", "use_stemmer=True", "use_stemmer=False"),
@@ -377,6 +378,37 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     "tests/kernel_tests/test_prompt_embedding.py": [
         (KERNELS + "prompt_embedding/rows.py", "prompt_PH if shard.rank == 0 else 0", "prompt_PH"),
         (KERNELS + "prompt_embedding/rows.py", "out_BTH[:, P:] += positions_TH[..., P:, :]", "out_BTH[:, P:] += positions_TH[..., :-P, :]"),
+    ],
+    of("test_stored_teacher", "a_key_is_of_what_the_teacher_reads_and_of_the_response"): [
+        (CHECKPOINTS + "teacher_store.py", "digest(sample.for_teacher.prompt)", "digest(sample.prompt)"),
+        (CHECKPOINTS + "teacher_store.py", "digest((sample.num_labels, *sample.response))", "digest(sample.response)"),
+    ],
+    of("test_stored_teacher", "one_store_serves_every_layout_and_batch_size"): [
+        (TEACHERS + "stored.py", "slice(layout.tp_rank * width,", "slice(0,"),
+        (TEACHERS + "stored.py", "for batch in batches] if to.is_last_stage else []", "for batch in batches]"),
+    ],
+    of("test_stored_teacher", "a_killed_command_goes_on_to_the_same_files"): [
+        (TEACHERS + "caching.py", "missing[self.layout.dp_rank :: self.layout.dp_size]", "missing"),
+        (TEACHERS + "caching.py", "if head or not targets_file(self.folder, i).is_file()", "if True"),
+    ],
+    of("test_stored_teacher", "the_writers_layout_changes_no_row"): [
+        (TEACHERS + "caching.py", "torch.cat([found[i][name] for i in range(len(samples))])", "torch.cat([part[name] for part in found.values()])"),
+    ],
+    of("test_stored_teacher", "a_changed_row_or_response_is_refused_by_its_place", "a_changed_model_is_refused"): [
+        ("megakd/trainer.py", "        data.check_stored(folders.store)", "        pass"),
+        ("megakd/trainer.py", "for rows in (self.loader.dataset, self.valid or ()):", "for rows in (self.loader.dataset,):"),
+    ],
+    of("test_stored_teacher", "a_changed_model_is_refused"): [
+        ("megakd/loading.py", "                store.check_teacher(teacher_model)", "                pass"),
+    ],
+    of("test_stored_teacher", "a_changed_tokenizer_and_priming_are_refused", "a_temperature_needs_whole_distributions"): [
+        ("megakd/preflight.py", "    store.check_conditioning(asdict(config.conditioning))\n", ""),
+        ("megakd/preflight.py", 'if store.description.kind == "topk" and temperature != 1:', "if False:"),
+    ],
+    "tests/kernel_tests/test_topk.py": [
+        (KERNELS + "topk/reference.py", "gap(log_p_rest_N, log_p_NB.amin(-1),", "gap(log_p_rest_N, log_p_NB.amax(-1),"),
+        (KERNELS + "topk/reference.py", "gap(log_q_rest_N, log_q_max_N, log_p_rest_N, log_p_min_N)", "gap(log_q_rest_N, log_q_max_N, log_p_rest_N, log_p_rest_N)"),
+        (KERNELS + "topk/loss.py", "stats_PKN[:, -1].amin(0)", "stats_PKN[0, -1]"),
     ],
 }  # fmt: skip
 
