@@ -13,6 +13,7 @@ from megakd.checkpointing.teacher_store import TeacherStore
 from megakd.config import Config, flag_name, from_yaml
 from megakd.errors import UserError, tell
 from megakd.loading import ModelFolders, check_context
+from megakd.models.weight_only import check_quantization
 from megakd.reporting.own_folder import OwnFolder
 
 MAY_CHANGE = {  # between a run and its resumption: the layout, and what is only written down
@@ -35,6 +36,7 @@ def check(config: Config, folders: ModelFolders) -> None:
     folders.check(parallel)
     check_lengths(config, folders)
     check_hidden_layers(config, folders.student)
+    check_quantization(config.teacher.teacher_quantize)
     if folders.store:
         check_store(config, folders.store)
     ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size

@@ -39,8 +39,7 @@ from megakd.reporting.own_folder import write_text
 from megakd.reporting.plots import plot_training
 from megakd.runtime.initialize import is_rank_zero, seed_everything
 from megakd.runtime.parallel_layout import ParallelLayout
-from megakd.teachers.live import LiveTeacher
-from megakd.teachers.stored import StoredTeacher
+from megakd.teachers.build import build_teacher
 
 SAMPLES_SHOWN = 4  # held-out prompts that the student answers greedily at every evaluation, for people to read
 GIB = 1024**3
@@ -172,7 +171,7 @@ class Trainer:
             self.layout, models.dtype, sequence_parallel=parallel.sequence_parallel,
             student=student_options(self.config), teacher=teacher_options(self.config),
         )
-        teacher = StoredTeacher(self.folders.store, student) if self.folders.store else LiveTeacher(*teachers) if teachers else None
+        teacher = build_teacher(self.config, self.folders, student, teachers, self.data.loader.samples(0))
         return build_method(self.config, student, teacher, self.tokenizer, self.ends, self.data.text, total_iters=self.total_iters)
 
     def _resume(self) -> int:

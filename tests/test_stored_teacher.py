@@ -240,6 +240,14 @@ def test_a_key_is_of_what_the_teacher_reads_and_of_the_response():
     assert key_of(Sample(0, (), (3, 4), (1,))) != key_of(Sample(0, (1,), (3, 4))), "of a text the first token does not count"
 
 
+def test_a_quantised_teachers_targets_are_its_own(inputs, live):
+    pytest.importorskip("torchao")
+    quantize = ["--teacher-quantize", "int4"]
+    run_distributed(cache, 1, [*cache_command(inputs, "dense", "int4"), *quantize])
+    found = trained(inputs, "from-int4", **stored("int4"))
+    assert found == trained(inputs, "int4-live", *quantize) and found != live
+
+
 # ---- what is refused
 
 

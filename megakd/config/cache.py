@@ -9,6 +9,7 @@ from megakd.config.base import BaseConfig
 from megakd.config.conditioning import ConditioningConfig
 from megakd.config.fields import POSITIVE, Group, alias, flag
 from megakd.config.parallel import LayoutConfig
+from megakd.config.teacher import QUANTIZE_HELP, Quantization
 from megakd.config.train import DataConfig
 
 
@@ -34,6 +35,7 @@ class CacheConfig(BaseConfig):
         "the mass of the rest, whose bias is logged. A position is so many numbers: hidden_size, vocab_size, 2 × K + 2",
     )
     top_k: int = flag(64, "tokens of a position that topk keeps", range=POSITIVE)
+    teacher_quantize: Quantization = flag("none", QUANTIZE_HELP)
     data: Group[DataConfig] = DataConfig()
     conditioning: Group[ConditioningConfig] = ConditioningConfig()
     parallel: Group[LayoutConfig] = LayoutConfig()

@@ -21,3 +21,9 @@ def quiet_megatron() -> None:
     for name in ("megatron", "torch.distributed.checkpoint"):
         warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
     logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
+def quiet_torchao() -> None:
+    """Silence what torchao says at import of kernels that it has for other machines, and torch of torchao."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -38,11 +38,14 @@ from megakd.data.open_data import open_responses
 from megakd.errors import UserError, file_errors
 from megakd.loading import ModelFolders, align_vocabularies, check_context, frozen, load_model, start
 from megakd.losses.token_loss import HeadRows
+from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.model_provider import context_length
+from megakd.models.weight_only import check_quantization
 from megakd.reporting.own_folder import OwnFolder
 from megakd.runtime.initialize import is_rank_zero, on_rank_zero, resolve_dtype
 from megakd.runtime.parallel_layout import ParallelLayout
 from megakd.teachers.live import LiveTeacher
+from megakd.teachers.quantised import quantised
 
 MIB = 2**20
 MICRO_BATCHES_PER_PASS = 8  # hidden states of a pass are kept; more fill the pipeline better
@@ -70,10 +73,18 @@ def cache_teacher(config: CacheConfig) -> None:
     if missing := plan.missing():
         options = align_vocabularies([teacher.config.vocab_size], layout.tp_size) | {"dtype": resolve_dtype(config.dtype)}
         model = frozen(load_model(teacher, layout, hidden_dropout=0.0, attention_dropout=0.0, **options))
-        Writer(plan, LiveTeacher(model), config.micro_batch_size).write(missing)
+        Writer(plan, teacher_of(model, config, plan), config.micro_batch_size).write(missing)
     dist.barrier()
     if is_rank_zero():
         print(f"{config.save}: {plan.summary()}; train with --teacher-cache {config.save}", flush=True)
+
+
+def teacher_of(model: HiddenStateGPTModel, config: CacheConfig, plan: Plan) -> LiveTeacher:
+    """The model, quantised where that is asked for; measured on the texts that come first."""
+    if config.teacher_quantize == "none":
+        return LiveTeacher(model)
+    first = [dataset[i] for dataset, i in plan.texts[: config.micro_batch_size]]
+    return quantised(model, config.teacher_quantize, first, config.micro_batch_size)
 
 
 def check(config: CacheConfig, teacher: ModelFolder, student: ModelFolder | None) -> None:
@@ -82,6 +93,7 @@ def check(config: CacheConfig, teacher: ModelFolder, student: ModelFolder | None
     Raises:
         UserError: the first thing that does not fit.
     """
+    check_quantization(config.teacher_quantize)
     ModelFolders(student or teacher, teacher).check(config.parallel)
     check_context(teacher, config.data.max_length, 0, f"--max-length {config.data.max_length}", "use --max-length {} or less")
     counted = vocab_size(teacher, student)
@@ -144,7 +156,7 @@ class Plan:
             hidden_size=teacher.config.hidden_size,
             teacher=config.teacher_model,
             checksum=checksum(model_files(Path(config.teacher_model)), whole=False),
-            quantize="none",
+            quantize=config.teacher_quantize,
             conditioning=asdict(config.conditioning),
             data={name: value for name, value in asdict(config.data).items() if name.endswith("_data") and value},
             texts=len(rows),

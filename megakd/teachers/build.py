@@ -1,0 +1,26 @@
+"""Which teacher a run has, by its flags."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megakd.config import Config
+from megakd.data.batch import Sample
+from megakd.loading import ModelFolders
+from megakd.models.gpt_model import HiddenStateGPTModel
+from megakd.teachers.live import LiveTeacher
+from megakd.teachers.quantised import quantised
+from megakd.teachers.stored import StoredTeacher
+from megakd.teachers.teacher import Teacher
+
+
+def build_teacher(
+    config: Config, folders: ModelFolders, student: HiddenStateGPTModel, models: Sequence[HiddenStateGPTModel], first: Sequence[Sample]
+) -> Teacher | None:
+    """`models` are the teacher's, none where the method has no teacher or a store; `first` is this replica's part of the first batch."""
+    if folders.store:
+        return StoredTeacher(folders.store, student)
+    if not models:
+        return None
+    kind = config.teacher.teacher_quantize
+    return LiveTeacher(*models) if kind == "none" else quantised(*models, kind, first, config.training.micro_batch_size)
