@@ -21,7 +21,8 @@ from megakd.checkpointing.native import read_latest
 from megakd.checkpointing.publish import published
 from megakd.config import AnyConfig, Config, EvaluateConfig, GenerateConfig, alike, from_values
 from megakd.errors import UserError, file_errors, said, tell
-from megakd.evaluation import evaluator, write_responses
+from megakd.evaluation import evaluator
+from megakd.generation import write_responses
 from megakd.reporting.jsonl import read_jsonl
 from megakd.reporting.own_folder import check_can_write
 from megakd.runtime.initialize import among_ranks, on_rank_zero

@@ -22,11 +22,12 @@ from megakd.checkpointing.training import load_checkpoint, save_checkpoint
 from megakd.config import Config
 from megakd.data.batch import Sample
 from megakd.data.conditioning import Conditioning
-from megakd.data.dataloader import DataLoader, split_across_dp
+from megakd.data.dataloader import DataLoader
 from megakd.data.open_data import open_prompts, open_responses
 from megakd.data.sft_dataset import NO_RESPONSE
 from megakd.data.shown import as_read
 from megakd.errors import UserError, tell
+from megakd.evaluation.held_out import held_out_losses
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
 from megakd.loading import ModelFolders, start
@@ -39,6 +40,7 @@ from megakd.reporting.own_folder import write_text
 from megakd.reporting.plots import plot_training
 from megakd.runtime.initialize import is_rank_zero, seed_everything
 from megakd.runtime.parallel_layout import ParallelLayout
+from megakd.schedules import TOKENS
 from megakd.teachers.build import build_teacher
 
 SAMPLES_SHOWN = 4  # held-out prompts that the student answers greedily at every evaluation, for people to read
@@ -233,7 +235,7 @@ class Trainer:
         if self.data.valid is None:
             return
         with self.method.time("evaluation"):
-            metrics = held_out_losses(self.method, self._valid_samples(), self.layout)
+            metrics = valid_losses(self.method, self._valid_samples())
             self._show_samples()
         self.method.on_evaluation(metrics)
         metrics |= self.method.time.take()
@@ -396,13 +398,19 @@ def remarks(config: Config, loader: DataLoader, total_iters: int) -> Iterator[st
         )
 
 
-def held_out_losses(method: Method, samples: Sequence[Sample], layout: ParallelLayout) -> dict[str, float]:
-    """Token means of the method's held-out losses, as `valid/<name>`."""
-    mine = split_across_dp(samples, layout.dp_size)[layout.dp_rank]
-    step = max(1, method.config.training.global_batch_size // layout.dp_size)
-    sums = sum(method.evaluate(mine[first : first + step]) for first in range(0, max(1, len(mine)), step))
-    *totals, tokens = layout.sum_over_data_parallel(sums).tolist()
-    return {f"valid/{name}": total / max(1, tokens) for name, total in zip(method.evaluation_names, totals)}
+def valid_losses(method: Method, samples: Sequence[Sample]) -> dict[str, float]:
+    """Held-out losses of the student, and KL(q‖p) against the teacher without a soft prompt, as `valid/<name>`; cut as a batch is."""
+    training = method.config.training
+    means = held_out_losses(
+        method.student,
+        method.teacher,
+        samples=samples,
+        micro_batch_size=training.micro_batch_size,
+        micro_batch_tokens=training.micro_batch_tokens,
+        samples_per_pass=max(1, training.global_batch_size // method.layout.dp_size),
+        divergences=["reverse_kl"],
+    )
+    return {f"valid/{name}": value for name, value in means.items() if name != TOKENS}
 
 
 def check_finite(metrics: dict[str, float], iteration: int, checkpoints: Path) -> None:

@@ -7,15 +7,19 @@ Models have random weights. The systems' losses are compared first: what is wron
 """
 
 import sys
+from pathlib import Path
 
 from megakd.config import BenchmarkConfig, parse
 from megakd.errors import told_in_one_line
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 
 def main() -> None:
     config = parse(sys.argv[1:], BenchmarkConfig, program="benchmark.py")
     with told_in_one_line():
-        from megakd.benchmarking.run import run  # seconds to import, --help none
+        from megakd_benchmarks.run import run  # seconds to import, --help none
+
         from megakd.runtime.initialize import process_group_closed_at_exit
 
         with process_group_closed_at_exit():

@@ -15,7 +15,7 @@ def main() -> None:
     config = parse(sys.argv[1:], GenerateConfig, program="generate.py")  # before torch is imported
     going_on = f"interrupted; the same command continues {config.save}"
     with told_in_one_line(interrupted=going_on):
-        from megakd.evaluation.write_responses import write_responses
+        from megakd.generation.write_responses import write_responses
         from megakd.runtime.initialize import process_group_closed_at_exit
 
         with process_group_closed_at_exit():

@@ -11,7 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
-from megakd.data.tasks import make_rows
+from tasks import make_rows
+
 from megakd.errors import file_errors, told_in_one_line
 from megakd.reporting.own_folder import OwnFolder, write_text
 
@@ -39,7 +40,7 @@ def prepare(args: argparse.Namespace) -> None:
         first += size
     write_jsonl(args.out / "train_few.jsonl", rows[: min(args.num_few, args.num_train)])
 
-    from megakd.data.train_tokenizer import train_tokenizer  # transformers takes seconds to import, --help none
+    from train_tokenizer import train_tokenizer  # transformers takes seconds to import, --help none
 
     tokenizer = train_tokenizer([row["prompt"] + row["response"] for row in rows[: args.num_train]])
     with file_errors(args.out / "tokenizer"):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))  # `from distributed import run_distributed`
+sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("scripts", "benchmarks"))  # `from tasks import make_rows`
 
 import pytest
 import torch

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
+from tasks import make_rows
 from tiny import tiny_folder
+from train_tokenizer import train_tokenizer
 
-from megakd.data.tasks import make_rows
-from megakd.data.train_tokenizer import train_tokenizer
 from megakd.reporting.jsonl import read_jsonl
 
 ROOT = Path(__file__).parents[1]

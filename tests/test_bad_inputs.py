@@ -15,13 +15,13 @@ import torch
 import yaml
 from distributed import run_distributed
 from safetensors.torch import load_file, save_file
+from tasks import make_rows
 from tiny import tiny_folder
+from train_tokenizer import train_tokenizer
 
 from megakd import errors, loading, trainer
 from megakd.checkpointing import native
 from megakd.config import parse
-from megakd.data.tasks import make_rows
-from megakd.data.train_tokenizer import train_tokenizer
 from megakd.errors import UserError
 from megakd.models.hf_config import load_hf_config
 from megakd.runtime.initialize import process_group_closed_at_exit

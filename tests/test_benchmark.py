@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from distributed import run_distributed
+from megakd_benchmarks import hf_system, measuring, run
+from megakd_benchmarks.hf_system import HFSystem, left_padded
+from megakd_benchmarks.measuring import MIB, PARTS, check_equal, peak_in_own_process
+from megakd_benchmarks.workload import PositionCounter, flops_of_iteration, make_workload, model_configs, write_models
 
-from megakd.benchmarking import hf_system, measuring, run
-from megakd.benchmarking.hf_system import HFSystem, left_padded
-from megakd.benchmarking.measuring import MIB, PARTS, check_equal, peak_in_own_process
-from megakd.benchmarking.workload import PositionCounter, flops_of_iteration, make_workload, model_configs, write_models
 from megakd.config import BenchmarkConfig, ParallelConfig
 from megakd.data.batch import Sample
 

@@ -4,13 +4,13 @@ import json
 import re
 
 import pytest
+from train_tokenizer import train_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from megakd.data.prompt_dataset import PromptDataset
 from megakd.data.sft_dataset import SFTDataset
 from megakd.data.templates import open_template
 from megakd.data.tokenizer import load_tokenizer
-from megakd.data.train_tokenizer import train_tokenizer
 
 
 def chatml(before="", after=""):

@@ -3,11 +3,11 @@
 import json
 
 import pytest
+from train_tokenizer import train_tokenizer
 
 from megakd.data.prompt_dataset import PromptDataset
 from megakd.data.sft_dataset import SFTDataset
 from megakd.data.tokenizer import check_same_tokenizer, load_tokenizer
-from megakd.data.train_tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")

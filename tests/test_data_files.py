@@ -9,9 +9,9 @@ import subprocess
 import sys
 
 import pytest
+from train_tokenizer import train_tokenizer
 
 from megakd.data.rows import read_rows
-from megakd.data.train_tokenizer import train_tokenizer
 
 ROWS = [
     {"prompt": "one, \"two\"\nthree", "output": "vier 😀 \u2028 fünf"},

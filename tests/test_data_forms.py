@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from train_tokenizer import train_tokenizer
 
 from megakd.config import DataConfig
 from megakd.data.indexed import IndexedDataset
@@ -14,7 +15,6 @@ from megakd.data.prompt_dataset import PromptDataset
 from megakd.data.rows import read_rows
 from megakd.data.sft_dataset import SFTDataset
 from megakd.data.templates import open_template
-from megakd.data.train_tokenizer import train_tokenizer
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 SETTINGS = DataConfig(max_length=8, max_prompt_length=4)

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from tasks import PREAMBLES, TASKS, make_rows
 
 from megakd.data.sft_dataset import SFTDataset
-from megakd.data.tasks import PREAMBLES, TASKS, make_rows
 from megakd.data.tokenizer import encode, load_tokenizer
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "prepare_data.py"
@@ -87,6 +87,7 @@ def test_the_tokenizer_gives_each_word_one_id_and_encodes_any_text(folder):
 
 def test_help_needs_no_libraries_and_a_bad_number_is_refused():
     code = "import sys, runpy; sys.argv = ['prepare_data.py', '--help']; "
+    code += f"sys.path[0] = {str(SCRIPT.parent)!r}; "  # as python sets it for a script
     code += "sys.modules |= dict.fromkeys(('torch', 'transformers')); "  # None there makes an import fail
     code += f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     helped = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SCRIPT.parents[1])

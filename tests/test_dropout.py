@@ -13,6 +13,7 @@ from megakd import trainer
 from megakd.methods import METHODS
 from megakd.runtime.initialize import seed_everything
 from megakd.schedules import supervised_hidden
+from megakd.trainer import valid_losses
 
 DROPOUT = {"family": "gpt2", "layers": 2, "resid_pdrop": 0.3, "attn_pdrop": 0.3}
 
@@ -50,7 +51,7 @@ def losses(layout, method_name, pair):
         seed_everything(1234, layout, iteration=1)
         mine = split_across_dp(samples(), layout.dp_size)[layout.dp_rank]
         method.student.train()
-        held_out.append(method.evaluate(mine).tolist())
+        held_out.append(valid_losses(method, samples()))
         assert torch.equal(*(supervised_hidden(method.student, method.batches(mine[:1]))[0] for _ in range(2))), "read twice"
         assert method.student.training, "the mode is put back"
         logged.append(method.train(mine, 1))

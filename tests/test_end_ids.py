@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import run_distributed
+from tasks import make_rows
 from test_generation import EagerStep
 from test_trainer import command, run
 from tiny import tiny_config, tiny_model
+from train_tokenizer import train_tokenizer
 from transformers import AutoModelForCausalLM
 
 from megakd.checkpointing.export_hf import export_to_hf
@@ -21,14 +23,12 @@ from megakd.checkpointing.training import save_checkpoint
 from megakd.config import EvaluateConfig, GenerateConfig, ResponseConfig
 from megakd.data.end_ids import EndIds, end_ids
 from megakd.data.sft_dataset import SFTDataset
-from megakd.data.tasks import make_rows
 from megakd.data.tokenizer import check_same_tokenizer, load_tokenizer
-from megakd.data.train_tokenizer import train_tokenizer
 from megakd.evaluation.evaluator import evaluate
-from megakd.evaluation.write_responses import write_responses
 from megakd.generation import rows
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
+from megakd.generation.write_responses import write_responses
 from megakd.models.model_provider import build_model, padded_vocab_size
 
 NEW = 24

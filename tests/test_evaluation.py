@@ -16,23 +16,23 @@ import numpy as np
 import pytest
 import torch
 from distributed import run_distributed
+from tasks import make_rows
 from tiny import tiny_config, tiny_model
+from train_tokenizer import train_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megakd.config import EvaluateConfig, GenerateConfig, LayoutConfig, ResponseConfig, ScoreConfig, parse
 from megakd.data.sft_dataset import SFTDataset
-from megakd.data.tasks import make_rows
 from megakd.data.tokenizer import load_tokenizer
-from megakd.data.train_tokenizer import train_tokenizer
 from megakd.evaluation import gsm8k, metrics
-from megakd.evaluation.answers import hidden_ids
 from megakd.evaluation.evaluation_set import EvaluationSet, named_paths
 from megakd.evaluation.evaluator import evaluate
 from megakd.evaluation.exposure_bias import accumulated, exposure_bias
 from megakd.evaluation.report import Report, notes
-from megakd.evaluation.write_responses import ResponseFile, write_responses
+from megakd.generation.answers import hidden_ids
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
+from megakd.generation.write_responses import ResponseFile, write_responses
 from megakd.loading import ModelFolders, frozen
 
 ROOT = Path(__file__).parents[1]

@@ -18,14 +18,14 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tasks import make_rows
 from tiny import tiny_folder
+from train_tokenizer import train_tokenizer
 
 from megakd import preflight
 from megakd.config import Config, EvaluateConfig, GenerateConfig, from_yaml, parse
 from megakd.data.rows import read_rows
-from megakd.data.tasks import make_rows
 from megakd.data.tokenizer import load_tokenizer
-from megakd.data.train_tokenizer import train_tokenizer
 from megakd.errors import UserError
 from megakd.loading import ModelFolders
 

@@ -12,7 +12,7 @@ from transformers.utils import is_kernels_available
 ROOT = Path(__file__).parents[1]
 ROOMS = [  # a file imports from rooms above its own, or from its own
     "megakd_kernels", "errors", "config", "reporting", "runtime", "data", "optimizer", "losses", "schedules", "models", "checkpointing",
-    "loading", "generation", "teachers", "methods", "preflight", "evaluation", "trainer", "api", "benchmarking",
+    "loading", "generation", "teachers", "methods", "preflight", "evaluation", "trainer", "api",
 ]  # fmt: skip
 WITHOUT_MEGATRON = [
     "kernels/megakd_kernels",
@@ -30,7 +30,7 @@ SAID_ELSEWHERE = {  # public names that need no docstring, by folder: where thei
     "checkpoint_tools": {"parser", "convert"},  # there as well
     "": {"forward", "backward"},  # torch calls them: in the class's docstring
 }
-FILES = sorted(path for folder in ("megakd", "kernels", "scripts", "checkpoint_tools") for path in (ROOT / folder).rglob("*.py"))
+FILES = sorted(path for folder in ("megakd", "kernels", "benchmarks", "scripts", "checkpoint_tools") for path in (ROOT / folder).rglob("*.py"))
 
 
 def imported(path: Path) -> set[str]:
@@ -76,10 +76,13 @@ def test_megatrons_global_state_is_asked_in_runtime_alone():
             assert not any("parallel_state" in name for name in imported(path)), path
 
 
-def test_nothing_imports_scripts_tools_or_tests():
+def test_nothing_that_is_installed_imports_what_is_not():
+    apart = [ROOT / name for name in ("scripts", "checkpoint_tools", "tests", "benchmarks")]
+    names = {path.stem for folder in apart for path in (folder, *folder.glob("*.py"), *folder.glob("*/__init__.py"))}
+    names |= {"megakd_benchmarks"}
     for path in FILES:
         if path.is_relative_to(ROOT / "megakd") or path.is_relative_to(ROOT / "kernels"):
-            assert not any(name.split(".")[0] in ("scripts", "checkpoint_tools", "tests") for name in imported(path)), path
+            assert not names & {name.split(".")[0] for name in imported(path)}, path
 
 
 def test_every_room_has_a_name_and_kernels_is_no_package():

@@ -14,8 +14,10 @@ import pytest
 import torch
 from distributed import run_distributed
 from safetensors.torch import load_file, save_file
+from tasks import make_rows
 from test_models import batches, difference
 from tiny import tiny_config, tiny_folder, tiny_model
+from train_tokenizer import train_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
@@ -23,9 +25,7 @@ from megakd.checkpointing import ModelFolder, export_to_hf
 from megakd.checkpointing.import_hf import hf_to_native
 from megakd.checkpointing.reshard import reshard
 from megakd.data.chat import Chat
-from megakd.data.tasks import make_rows
 from megakd.data.tokenizer import check_same_tokenizer, load_tokenizer
-from megakd.data.train_tokenizer import train_tokenizer
 from megakd.errors import UserError
 from megakd.loading import check_tokenizers
 from megakd.models.model_provider import build_model, padded_vocab_size

@@ -16,23 +16,23 @@ from pathlib import Path
 import pytest
 import yaml
 from distributed import run_distributed
+from megakd_benchmarks import report
 from safetensors.torch import load_file, save_file
+from tasks import make_rows
 from tiny import tiny_folder
+from train_tokenizer import train_tokenizer
 
 from megakd import loading, preflight, trainer
-from megakd.benchmarking import results
 from megakd.checkpointing import native
 from megakd.checkpointing.export_hf import export_to_hf
 from megakd.checkpointing.import_hf import hf_to_native
 from megakd.checkpointing.publish import published
 from megakd.config import Config, EvaluateConfig, GenerateConfig, ResponseConfig, parse
-from megakd.data.tasks import make_rows
-from megakd.data.train_tokenizer import train_tokenizer
 from megakd.errors import UserError
-from megakd.evaluation import origin
 from megakd.evaluation.evaluator import evaluate
 from megakd.evaluation.report import check_folder
-from megakd.evaluation.write_responses import ResponseFile, write_responses
+from megakd.generation import origin
+from megakd.generation.write_responses import ResponseFile, write_responses
 from megakd.reporting.jsonl import JsonLines, dump, read_jsonl
 from megakd.reporting.own_folder import MARKER, OwnFolder
 
@@ -194,7 +194,7 @@ def test_a_full_disk_is_one_line_with_the_file_wherever_it_is_met(lab, tmp_path,
     (tmp_path / "answers.jsonl").symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"--save \S+answers.jsonl: No space left on device; free some space"):
         answers.append([{"response": "a"}])
-    monkeypatch.setattr("megakd.models.hf_writer.memoryview", full, raising=False)
+    monkeypatch.setattr("megakd.checkpointing.hf_writer.memoryview", full, raising=False)
     hf_to_native(lab / "student", tmp_path / "native", tp=1, pp=1)
     with pytest.raises(UserError, match=r"\S+/out: No space left on device; free some space"):
         export_to_hf(tmp_path / "native", tmp_path / "out")
@@ -251,12 +251,12 @@ def test_a_benchmark_adds_to_its_own_table_and_to_no_other(tmp_path):
     (tmp_path / "figure.png").touch()
     for name in ("mine", "figure"):
         with pytest.raises(UserError, match=rf"--out \S+/{name}: {name}.csv or {name}.png is there, and no benchmark wrote it; give another"):
-            results.check_place(tmp_path / name)
-    results.append(tmp_path / "ours.csv", [{"date": "d", "device": "cpu", "commit": "c", "command": "x", "system": "megakd"}])
-    results.check_place(tmp_path / "ours")
-    results.check_place(ROOT / "benchmarks" / "results" / "iteration_cpu")
+            report.check_place(tmp_path / name)
+    report.append(tmp_path / "ours.csv", [{"date": "d", "device": "cpu", "commit": "c", "command": "x", "system": "megakd"}])
+    report.check_place(tmp_path / "ours")
+    report.check_place(ROOT / "benchmarks" / "results" / "iteration_cpu")
     with pytest.raises(UserError, match=r"--out \S+/mine.csv is a file, and \S+ cannot lie under it"):
-        results.check_place(tmp_path / "mine.csv" / "deep" / "x")
+        report.check_place(tmp_path / "mine.csv" / "deep" / "x")
 
 
 def test_force_replaces_an_export_and_no_other_model(lab, tmp_path):
@@ -337,7 +337,7 @@ def test_an_answer_file_is_continued_with_the_data_and_the_model_that_began_it_w
 
 def test_special_tokens_that_the_text_of_a_response_lacks_are_told(lab, tmp_path, monkeypatch, capfd):
     """A tool call's sign, for example; here every token counts as one."""
-    monkeypatch.setattr("megakd.evaluation.write_responses.hidden_ids", lambda tokenizer: frozenset(range(len(tokenizer))))
+    monkeypatch.setattr("megakd.generation.write_responses.hidden_ids", lambda tokenizer: frozenset(range(len(tokenizer))))
     for token_ids in (True, False):
         config = replace(generation(lab, tmp_path / f"{token_ids}.jsonl"), token_ids=token_ids)
         run(write_responses, config)

@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 
 import pytest
+from train_tokenizer import train_tokenizer
 
 from megakd.config import ConditioningConfig, Config, DataConfig, parse
 from megakd.data.conditioning import Conditioning
@@ -15,7 +16,6 @@ from megakd.data.open_data import open_prompts, open_responses
 from megakd.data.priming import NAMED
 from megakd.data.shown import as_read
 from megakd.data.templates import render_prompt
-from megakd.data.train_tokenizer import train_tokenizer
 from megakd.errors import UserError
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"

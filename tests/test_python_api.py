@@ -16,10 +16,10 @@ import torch.distributed as dist
 from distributed import CONTEXT, run_distributed
 from test_trainer import command, inputs, numbers, run  # noqa: F401, `inputs` is a fixture
 from tiny import tiny_folder
+from train_tokenizer import train_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import megakd
-from megakd.data.train_tokenizer import train_tokenizer
 from megakd.errors import UserError
 from megakd.runtime.initialize import ALONE
 

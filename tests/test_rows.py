@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from train_tokenizer import train_tokenizer
 
 from megakd.config import ResponseConfig
 from megakd.data.end_ids import EndIds
@@ -10,8 +11,7 @@ from megakd.data.prompt_dataset import PromptDataset
 from megakd.data.rows import read_rows
 from megakd.data.sft_dataset import SFTDataset
 from megakd.data.templates import render_prompt
-from megakd.data.train_tokenizer import train_tokenizer
-from megakd.evaluation.write_responses import Prompts
+from megakd.generation.write_responses import Prompts
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 ASKED = [{"role": "system", "content": "one"}, {"role": "user", "content": "two"}]

@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import run_distributed
+from tasks import make_rows
 from test_trainer import numbers
 from tiny import tiny_folder
+from train_tokenizer import train_tokenizer
 
 from megakd import trainer
 from megakd.checkpointing import teacher_store
 from megakd.checkpointing.teacher_store import TeacherStore, key_of
 from megakd.config import CacheConfig, EvaluateConfig, parse
 from megakd.data.batch import Sample
-from megakd.data.tasks import make_rows
-from megakd.data.train_tokenizer import train_tokenizer
 from megakd.errors import UserError
 from megakd.evaluation.evaluator import evaluate
 from megakd.teachers import caching

@@ -12,15 +12,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from distributed import run_distributed
+from tasks import make_rows
 from tiny import tiny_folder
+from train_tokenizer import train_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megakd import trainer
 from megakd.config import Config, OutputConfig, from_yaml, parse
 from megakd.data.batch import Sample
 from megakd.data.end_ids import EndIds
-from megakd.data.tasks import make_rows
-from megakd.data.train_tokenizer import train_tokenizer
 from megakd.reporting.jsonl import read_jsonl
 
 

@@ -63,10 +63,10 @@ ONLY_IN = {  # flags that a module's messages may name, by who calls it: a way o
     "megakd/preflight.py": "pretrain_kd.py",
     "megakd/methods": "pretrain_kd.py",
     "megakd/optimizer.py": "pretrain_kd.py",
-    "megakd/evaluation/write_responses.py": "generate.py",
+    "megakd/generation/write_responses.py": "generate.py",
     "megakd/evaluation/report.py": "evaluate.py",
     "megakd/evaluation/evaluation_set.py": "evaluate.py",
-    "megakd/benchmarking": "benchmark.py",
+    "benchmarks/megakd_benchmarks": "benchmark.py",
 }
 
 

@@ -16,13 +16,13 @@ from megakd.checkpointing.description import versions
 from megakd.checkpointing.hf_files import copy_hf_files
 from megakd.checkpointing.hf_source import WindowedCheckpoint
 from megakd.checkpointing.hf_view import HuggingFaceView
+from megakd.checkpointing.hf_writer import TensorPlan, write_weights
 from megakd.checkpointing.native import NativeCheckpoint
 from megakd.checkpointing.parameters import Grid, Parameter, checkpoint_parameters
 from megakd.checkpointing.publish import check_target, published
 from megakd.checkpointing.verify import compare_blocks, progress
 from megakd.errors import UserError
 from megakd.models.gpt_model import METHOD_PARTS
-from megakd.models.hf_writer import TensorPlan, write_weights
 from megakd.models.inspection import inspect
 from megakd.models.param_mapping import Source, Vocabulary
 

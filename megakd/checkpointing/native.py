@@ -23,7 +23,7 @@ from megakd.models.hf_config import load_hf_config
 from megakd.models.model_provider import family_of
 from megakd.reporting.own_folder import write_text
 
-LATEST = "latest_checkpointed_iteration.txt"
+LATEST, RUN_CONFIG = "latest_checkpointed_iteration.txt", "run_config.yaml"
 
 
 class NativeCheckpoint:

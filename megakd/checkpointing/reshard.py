@@ -19,15 +19,13 @@ from megakd.checkpointing import hf_files
 from megakd.checkpointing.blocks import Index, blocks
 from megakd.checkpointing.description import layout_dict
 from megakd.checkpointing.import_hf import COMMON, extra_states
-from megakd.checkpointing.native import NativeCheckpoint, is_native, iteration_folder, write_latest
+from megakd.checkpointing.native import RUN_CONFIG, NativeCheckpoint, is_native, iteration_folder, write_latest
 from megakd.checkpointing.parameters import Grid, Parameter, checkpoint_parameters
 from megakd.checkpointing.publish import check_target, published
 from megakd.checkpointing.torch_dist_writer import TorchDistWriter
 from megakd.checkpointing.verify import check_equal, progress
 from megakd.models.model_provider import check_layout, padded_vocab_size
 from megakd.models.param_mapping import Vocabulary
-
-RUN_CONFIG = "run_config.yaml"
 
 
 def reshard(

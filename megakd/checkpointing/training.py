@@ -25,10 +25,9 @@ from torch import Tensor
 from megakd.checkpointing.description import Description, layout_dict
 from megakd.checkpointing.hf_files import FOLDER, write_hf_folder
 from megakd.checkpointing.model_folder import ModelFolder
-from megakd.checkpointing.native import NativeCheckpoint, iteration_folder, write_latest
+from megakd.checkpointing.native import RUN_CONFIG, NativeCheckpoint, iteration_folder, write_latest
 from megakd.checkpointing.parameters import HEAD
 from megakd.checkpointing.publish import hidden, published
-from megakd.checkpointing.reshard import RUN_CONFIG
 from megakd.checkpointing.torch_dist_save import SynchronousSave
 from megakd.data.end_ids import EndIds, write_end_ids
 from megakd.errors import UserError

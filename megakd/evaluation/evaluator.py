@@ -22,12 +22,12 @@ from transformers import PreTrainedTokenizerBase
 from megakd.checkpointing.description import versions
 from megakd.config import EvaluateConfig
 from megakd.data.text_dataset import response_text
-from megakd.evaluation.answers import Writer, gather_by_index, hidden_ids, open_folders, sampling_of
 from megakd.evaluation.evaluation_set import EvaluationSet, open_sets
 from megakd.evaluation.exposure_bias import accumulated, exposure_bias, token_divergences
 from megakd.evaluation.held_out import held_out_losses
-from megakd.evaluation.progress import Progress
 from megakd.evaluation.report import Report, check_folder, notes, print_table
+from megakd.generation.answers import Writer, gather_by_index, hidden_ids, open_folders, sampling_of
+from megakd.generation.progress import Progress
 from megakd.generation.sampling import Sampling
 from megakd.loading import frozen, start
 from megakd.runtime.initialize import is_rank_zero

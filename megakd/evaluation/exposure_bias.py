@@ -22,8 +22,8 @@ from megakd_kernels import VocabShard
 
 from megakd.data.batch import Batch, Sample, micro_batches
 from megakd.data.dataloader import split_across_dp
-from megakd.evaluation.answers import gather_by_index
 from megakd.evaluation.held_out import passes
+from megakd.generation.answers import gather_by_index
 from megakd.losses.distillation import Divergence
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.teachers.live import LiveStudent

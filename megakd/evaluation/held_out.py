@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from megakd_kernels import VocabShard
 
-from megakd.data.batch import Sample, micro_batches
+from megakd.data.batch import Batch, Sample, micro_batches
 from megakd.data.dataloader import split_across_dp
 from megakd.losses.distillation import BIASES, Divergence, label_loss
 from megakd.losses.token_loss import TokenLoss
@@ -25,34 +25,47 @@ MICRO_BATCHES_PER_PASS = 8  # hidden states of a pass are kept; more fill the pi
 
 
 def held_out_losses(
-    model: HiddenStateGPTModel, teacher: Teacher | None = None, *, samples: Sequence[Sample], micro_batch_size: int
+    model: HiddenStateGPTModel,
+    teacher: Teacher | None = None,
+    *,
+    samples: Sequence[Sample],
+    micro_batch_size: int,
+    micro_batch_tokens: int | None = None,
+    samples_per_pass: int | None = None,
+    divergences: Sequence[str] = ("reverse_kl", "forward_kl"),
 ) -> dict[str, float]:
-    """The means by name, and the number of `tokens`, on every rank. Without a teacher only `lm_loss`."""
-    layout = model.layout
-    names = ("lm_loss", "reverse_kl", "forward_kl", *(BIASES if teacher.truncates else ())) if teacher else ("lm_loss",)
+    """The means by name, and the number of `tokens`, on every rank. Without a teacher only `lm_loss`.
+
+    samples_per_pass: on each replica; default: as many as fill MICRO_BATCHES_PER_PASS.
+    """
+    layout, divergences = model.layout, tuple(divergences) if teacher else ()
+    names = ("lm_loss", *divergences, *(BIASES if teacher and teacher.truncates else ()))
     sums = torch.zeros(len(names) + 1, dtype=torch.double, device=layout.device)
-    for part in passes(split_across_dp(samples, layout.dp_size)[layout.dp_rank], micro_batch_size):
-        sums += sums_of(model, teacher, part, names, micro_batch_size)
+    for part in passes(split_across_dp(samples, layout.dp_size)[layout.dp_rank], micro_batch_size, samples_per_pass):
+        batches = micro_batches(part, micro_batch_size, most_tokens=micro_batch_tokens, device=layout.device)
+        sums += sums_of(model, teacher, batches, divergences, names)
     return {name: float(value) for name, value in token_means(sums, names, layout).items()}
 
 
-def passes(samples: Sequence[Sample], micro_batch_size: int) -> Iterator[Sequence[Sample]]:
+def passes(samples: Sequence[Sample], micro_batch_size: int, step: int | None = None) -> Iterator[Sequence[Sample]]:
     """As many samples as go through the pipeline together."""
-    step = micro_batch_size * MICRO_BATCHES_PER_PASS
+    step = step or micro_batch_size * MICRO_BATCHES_PER_PASS
     for first in range(0, len(samples), step):
         yield samples[first : first + step]
 
 
-def sums_of(model, teacher, samples: Sequence[Sample], names: Sequence[str], micro_batch_size: int) -> torch.Tensor:
-    """Sums of `names` and the token count over some samples, on every stage."""
-    batches = micro_batches(samples, micro_batch_size, device=model.layout.device)
+def sums_of(
+    model: HiddenStateGPTModel, teacher: Teacher | None, batches: Sequence[Batch], divergences: Sequence[str], names: Sequence[str]
+) -> torch.Tensor:
+    """Sums of the names and, last, the token count, on every stage."""
     vocabulary = VocabShard(model.real_vocab_size, tp_group=model.layout.tp_group)
 
     def loss(q, batch, p):
         lm = label_loss(q, batch.supervised_labels, vocabulary)
-        if not teacher:
-            return TokenLoss(lm, {"lm_loss": lm})
-        found = {name: Divergence(name).with_bias(q, p, vocabulary) for name in ("reverse_kl", "forward_kl")}
-        return TokenLoss(lm, {"lm_loss": lm} | {name: distance for name, (distance, _) in found.items()} | found["reverse_kl"][1])
+        logs = {"lm_loss": lm}
+        for name in divergences:
+            logs[name], bias = Divergence(name).with_bias(q, p, vocabulary)
+            logs |= bias
+        return TokenLoss(lm, logs)
 
     return evaluate_loss(model, batches, loss, names, teacher.read(batches, to=model.layout) if teacher else ())

@@ -1,4 +1,4 @@
-"""What methods share: what they are given, one optimizer step of the student, and the held-out losses."""
+"""What methods share: what they are given, and one optimizer step of the student."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from megakd.data.batch import Batch, Sample, micro_batches
 from megakd.data.conditioning import Conditioning
 from megakd.data.dataloader import DataLoader
 from megakd.data.end_ids import EndIds
-from megakd.losses.distillation import BIASES, Divergence, sft_loss
-from megakd.losses.token_loss import Rows, TokenLoss
+from megakd.losses.distillation import sft_loss
+from megakd.losses.token_loss import Rows
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.optimizer import StudentOptimizer
 from megakd.reporting.stopwatch import Stopwatch
 from megakd.runtime.parallel_layout import ParallelLayout
-from megakd.schedules import LossFunction, evaluate_loss, forward_backward, mean_of_means
+from megakd.schedules import LossFunction, forward_backward, mean_of_means
 from megakd.teachers.teacher import Teacher
 
 
@@ -134,29 +134,6 @@ class Method:
         replicas: list[Sequence[Sample]] = [()] * self.layout.dp_size
         dist.all_gather_object(replicas, samples, group=self.layout.dp_group)
         return [sample for replica in replicas for sample in replica]
-
-    def evaluate(self, samples: Sequence[Sample]) -> torch.Tensor:
-        """Sums of `evaluation_names` and the token count over this rank's samples, every stage alike."""
-        if not samples:
-            return torch.zeros(len(self.evaluation_names) + 1, dtype=torch.double, device=self.layout.device)
-        batches = self.batches(samples)
-        teacher = self.teacher.read(batches, to=self.layout) if self.teacher else []
-
-        def loss(q, batch, p):
-            lm = sft_loss(q, batch.supervised_labels, self.vocabulary).objective_N
-            if not self.teacher:
-                return TokenLoss(lm, {"lm_loss": lm})
-            kl, bias = Divergence("reverse_kl").with_bias(q, p, self.vocabulary)
-            return TokenLoss(lm, {"lm_loss": lm, "reverse_kl": kl} | bias)
-
-        return evaluate_loss(self.student, batches, loss, self.evaluation_names, teacher)
-
-    @property
-    def evaluation_names(self) -> tuple[str, ...]:
-        """Held-out losses on the gold responses: −log q, and KL(q‖p) against the teacher without a prompt."""
-        if not self.teacher:
-            return ("lm_loss",)
-        return ("lm_loss", "reverse_kl", *(BIASES if self.teacher.truncates else ()))
 
 
 def to_floats(values: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -266,8 +266,7 @@ class Writer:
         found: dict[int, dict[str, Tensor]] = {}
         step = self.micro_batch_size * MICRO_BATCHES_PER_PASS
         for first in range(0, len(samples), step):
-            cut_up = micro_batches(samples[first : first + step], self.micro_batch_size)
-            batches = [batch.to(self.layout.device) for batch in cut_up]
+            batches = micro_batches(samples[first : first + step], self.micro_batch_size, device=self.layout.device)
             for batch, rows in zip(batches, self.teacher.read(batches, to=self.layout)):
                 parts = {name: x.cpu().split(batch.response_lengths.tolist()) for name, x in self._of_rows(rows).items()}
                 found |= {sample: {name: x[i] for name, x in parts.items()} for i, sample in enumerate(batch.sample_ids.tolist())}

@@ -22,7 +22,7 @@ def quantised(model: HiddenStateGPTModel, kind: str, samples: Sequence[Sample], 
     """The teacher on its codes. `samples` are this replica's part of the batch that is read before and after; a prompt without a response
     is read as a text."""
     teacher, layout = LiveTeacher(model), model.layout
-    batches = [batch.to(layout.device) for batch in micro_batches([as_read(sample) for sample in samples], micro_batch_size)]
+    batches = micro_batches([as_read(sample) for sample in samples], micro_batch_size, device=layout.device)
     size, before = stored_bytes(model), teacher.read(batches, to=layout)
     quantize(model, kind)
     loss, was, distance = difference(before, teacher.read(batches, to=layout), batches, model)

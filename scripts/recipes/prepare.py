@@ -85,7 +85,9 @@ def open_tokenizer(vocab_size: int, train_file: Path):
     """That of the folder TOKENIZER, or a byte-level BPE trained on the training rows."""
     from megakd.data.rows import read_rows
     from megakd.data.tokenizer import load_tokenizer
-    from megakd.data.train_tokenizer import train_tokenizer
+
+    sys.path.append(str(Path(__file__).parents[1]))
+    from train_tokenizer import train_tokenizer
 
     if folder := os.environ.get("TOKENIZER"):
         return load_tokenizer(folder)

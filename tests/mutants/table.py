@@ -53,7 +53,6 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (METHODS + "rollout.py", "config.training.seed * SEED_STRIDE + iteration", "SEED_STRIDE + iteration"),
         (METHODS + "rollout.py", "temperature=settings.temperature", "temperature=1.0"),
         (METHODS + "rollout.py", "max_new_tokens=config.max_new_tokens", "max_new_tokens=256"),
-        (METHODS + "base.py", "with_bias(q, p, self.vocabulary)", "with_bias(p, q, self.vocabulary)"),
         (LOSSES + "distillation.py", "total = (1 - kd_ratio) * lm + kd_ratio * distance", "total = kd_ratio * lm + (1 - kd_ratio) * distance"),
         (LOSSES + "distillation.py", "temperature=self.temperature,", "temperature=1.0,"),
         (LOSSES + "distillation.py", "beta=self.beta,", "beta=1 - self.beta,"),
@@ -61,7 +60,6 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (MODELS + "gpt_model.py", "if self.padding_idx is None or not torch.is_grad_enabled():", "if True:"),
         (MODELS + "family.py", "return hf.pad_token_id % hf.vocab_size", "return hf.pad_token_id"),
         (MODELS + "gpt2.py", "freezes_pad_input=False", "freezes_pad_input=True"),
-        (TRAINER, "total / max(1, tokens)", "total"),
     ],
     story(ONE, "promptkd"): [
         (OPTIMIZER, "betas = (config.adam_beta1, config.adam_beta2)", "betas = (config.adam_beta2, config.adam_beta1)"),
@@ -117,7 +115,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (GENERATION + "generate.py", "MixtureComponent(model, 1 - sum(component.share for component in mix_with), soft_prompt)", "MixtureComponent(model, 1.0, soft_prompt)"),
     ],
     story(DP2, "sft and kd"): [
-        (TRAINER, "mine = split_across_dp(samples, layout.dp_size)[layout.dp_rank]", "mine = split_across_dp(samples, layout.dp_size)[0]"),
+        (EVALUATION + "held_out.py", "split_across_dp(samples, layout.dp_size)[layout.dp_rank]", "split_across_dp(samples, layout.dp_size)[0]"),
         (SCHEDULES, "    layout.sum_over_data_parallel(sums)\n    *totals", "    *totals"),
         (RUNTIME + "parallel_layout.py", "dist.all_reduce(tensor, group=self.dp_group)", "dist.all_reduce(tensor, group=self.tp_group)"),
         (OPTIMIZER, "use_distributed_optimizer=distributed)\n", "use_distributed_optimizer=False)\n"),

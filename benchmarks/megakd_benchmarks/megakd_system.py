@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megakd.benchmarking.workload import PositionCounter, Workload
 from megakd.config import BenchmarkConfig, Config, DataConfig, ModelConfig, TrainingConfig
 from megakd.data.batch import Sample
 from megakd.data.dataloader import split_across_dp
@@ -18,6 +17,7 @@ from megakd.methods.promptkd import PromptKD
 from megakd.optimizer import StudentOptimizer
 from megakd.runtime.parallel_layout import ParallelLayout
 from megakd.teachers.live import LiveTeacher
+from megakd_benchmarks.workload import PositionCounter, Workload
 
 TOTAL_ITERS = 1000  # of the run that the measured iterations belong to: says how far the weight of KL(p_P‖p) has fallen
 ENDLESS = EndIds(stop=(), taught=-1)  # no token ends a response

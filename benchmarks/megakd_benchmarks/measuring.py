@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 
-from megakd.benchmarking.workload import Workload, positions
 from megakd.config import BenchmarkConfig
 from megakd.data.batch import Sample
 from megakd.errors import UserError
 from megakd.reporting.logger import RunLogger
 from megakd.reporting.stopwatch import now
 from megakd.runtime.initialize import is_rank_zero
+from megakd_benchmarks.workload import Workload, positions
 
 PARTS = ("rollout", "teacher", "prompt_step", "student_step", "optimizer", "logging", "other")
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative, of losses

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from megakd.benchmarking.measuring import PARTS, Timed, median_ratio
 from megakd.config import BenchmarkConfig
 from megakd.errors import UserError, file_errors
 from megakd.reporting.flops import peak_flops
 from megakd.reporting.own_folder import check_can_write
 from megakd.reporting.plots import COLOURS, draw_bars, label_of, new_figure
+from megakd_benchmarks.measuring import PARTS, Timed, median_ratio
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "megatron-core", "peft")

@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megakd.benchmarking import results
-from megakd.benchmarking.measuring import MIB, Timed, generations, iterations, memory, peak_in_own_process
-from megakd.benchmarking.megakd_system import MegakdSystem
-from megakd.benchmarking.workload import Workload, flops_of_iteration, make_workload, model_configs, write_models
 from megakd.config import BenchmarkConfig
 from megakd.errors import file_errors
 from megakd.loading import start
 from megakd.runtime.initialize import is_rank_zero, resolve_dtype
+from megakd_benchmarks import report
+from megakd_benchmarks.measuring import MIB, Timed, generations, iterations, memory, peak_in_own_process
+from megakd_benchmarks.megakd_system import MegakdSystem
+from megakd_benchmarks.workload import Workload, flops_of_iteration, make_workload, model_configs, write_models
 
 Makers = dict[str, Callable]  # name: (config, workload, folder of models) -> system
 
@@ -28,18 +28,18 @@ def run(config: BenchmarkConfig) -> None:
     Raises:
         UserError: something does not fit, or the systems do not compute the same losses.
     """
-    results.check_place(results.place(config))
+    report.check_place(report.place(config))
     if config.threads:
         torch.set_num_threads(config.threads)
     start(config.parallel, seed=config.seed)
-    here, workload = results.machine(), make_workload(config)
+    here, workload = report.machine(), make_workload(config)
     with model_folder(config, workload) as folder:
-        rows = [here | results.what_ran(config, workload.source) | row for row in measure(config, workload, folder)]
+        rows = [here | report.what_ran(config, workload.source) | row for row in measure(config, workload, folder)]
     if is_rank_zero():
         _keep(config, rows)
 
 
-def measure(config: BenchmarkConfig, workload: Workload, folder: Path) -> list[results.Row]:
+def measure(config: BenchmarkConfig, workload: Workload, folder: Path) -> list[report.Row]:
     """One row of numbers a system."""
     makers, wanted = _systems_of(config), config.measure
     before = memory("VmRSS")
@@ -57,17 +57,17 @@ def _as_rows(
 ):
     rows = []
     for name in names:
-        columns = results.iteration_columns(times.get(name, ()), flops) | results.generation_columns(written.get(name, ()))
+        columns = report.iteration_columns(times.get(name, ()), flops) | report.generation_columns(written.get(name, ()))
         rows.append({"system": name, **columns, **({"peak_mib": peaks[name]} if peaks else {})})
     if len(names) > 1:
-        rows[-1] |= results.ratio_columns(names, times, written, peaks)
+        rows[-1] |= report.ratio_columns(names, times, written, peaks)
     return rows
 
 
 def _systems_of(config: BenchmarkConfig) -> Makers:
     makers: Makers = {MegakdSystem.name: MegakdSystem}
     if config.baseline == "hf":
-        from megakd.benchmarking.hf_system import HFSystem  # PEFT takes seconds to import
+        from megakd_benchmarks.hf_system import HFSystem  # PEFT takes seconds to import
 
         makers[HFSystem.name] = HFSystem
     return makers
@@ -103,11 +103,11 @@ def model_folder(config: BenchmarkConfig, workload: Workload) -> Iterator[Path]:
         dist.barrier()
 
 
-def _keep(config: BenchmarkConfig, rows: list[results.Row]) -> None:
-    out = results.place(config)
-    print(results.table(rows))
+def _keep(config: BenchmarkConfig, rows: list[report.Row]) -> None:
+    out = report.place(config)
+    print(report.table(rows))
     with file_errors(out, flag="--out"):
-        results.append(out.with_suffix(".csv"), rows)
+        report.append(out.with_suffix(".csv"), rows)
         if "iteration" in config.measure:
-            results.draw(out.with_suffix(".png"), rows)
+            report.draw(out.with_suffix(".png"), rows)
     print(f"{out.with_suffix('.csv')}")

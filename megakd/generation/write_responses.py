@@ -20,9 +20,9 @@ from megakd.data.forms import unanswered
 from megakd.data.prompt_dataset import PromptDataset
 from megakd.data.text_dataset import response_text
 from megakd.errors import UserError, file_errors, read_json, tell
-from megakd.evaluation.answers import Writer, hidden_ids, open_folders, sampling_of
-from megakd.evaluation.origin import checksums
-from megakd.evaluation.progress import Progress
+from megakd.generation.answers import Writer, hidden_ids, open_folders, sampling_of
+from megakd.generation.origin import checksums
+from megakd.generation.progress import Progress
 from megakd.loading import frozen, start
 from megakd.reporting.jsonl import dump
 from megakd.reporting.own_folder import MARKER, check_can_write, hidden, mark, marked_by, write_text

@@ -25,12 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, StoppingCriteria
 
-from megakd.benchmarking.megakd_system import TOTAL_ITERS
-from megakd.benchmarking.workload import PositionCounter, Workload
 from megakd.config import BenchmarkConfig, PromptKDConfig, TrainingConfig
 from megakd.data.batch import Batch, Sample, collate
 from megakd.reporting.stopwatch import Stopwatch
 from megakd.runtime.initialize import resolve_dtype
+from megakd_benchmarks.megakd_system import TOTAL_ITERS
+from megakd_benchmarks.workload import PositionCounter, Workload
 
 HAS_PEFT = importlib.util.find_spec("peft") is not None
 if HAS_PEFT:
