@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megakd.checkpointing.model_folder import ModelFolder
@@ -22,14 +22,15 @@ from megakd.runtime.parallel_layout import ParallelLayout
 @dataclass(frozen=True)
 class ModelFolders:
     """The student, or whatever model answers, and its teacher where there is one: headers and configs were read, no weight. In place of
-    a teacher a store of its targets."""
+    a teacher a store of its targets. `named` are all teachers where there are several, `teacher` then the first of them."""
 
     student: ModelFolder
     teacher: ModelFolder | None = None
     store: TeacherStore | None = None
+    named: Mapping[str, ModelFolder] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, model: str, teacher_model: str = "", teacher_cache: str = "") -> ModelFolders:
+    def open(cls, model: str, teacher_model: str = "", teacher_cache: str = "", named_teachers: Mapping[str, str] = {}) -> ModelFolders:
         """With a store the teacher's own folder is not opened, but has to be the one whose targets it holds.
 
         Raises:
@@ -40,6 +41,9 @@ class ModelFolders:
             if teacher_model:
                 store.check_teacher(teacher_model)
             return cls(ModelFolder.open(model, flag="--model"), store=store)
+        named = {name: ModelFolder.open(path, flag="--teacher-model") for name, path in named_teachers.items()}
+        if named:
+            return cls(ModelFolder.open(model, flag="--model"), next(iter(named.values())), named=named)
         teacher = ModelFolder.open(teacher_model, flag="--teacher-model") if teacher_model else None
         return cls(ModelFolder.open(model, flag="--model"), teacher)
 
@@ -49,7 +53,12 @@ class ModelFolders:
         return self.teacher or self.store
 
     def __iter__(self) -> Iterator[ModelFolder]:
-        return filter(None, (self.student, self.teacher))
+        return filter(None, (self.student, self.teacher, *self.others.values()))
+
+    @property
+    def others(self) -> dict[str, ModelFolder]:
+        """Of several teachers all but the first."""
+        return dict(list(self.named.items())[1:])
 
     def check(self, parallel: LayoutConfig) -> None:
         """Layout and tokenizers.
@@ -62,26 +71,33 @@ class ModelFolders:
         for folder in self:
             check_layout(folder.config, tp, pp, flag=folder.flag, name=str(folder.path))
         check_tokenizers(self.student, self.taught_by)
+        for folder in self.others.values():
+            check_tokenizers(self.student, folder)
+            check_same_chat_template(self.teacher, folder)
         if self.store:
             self.store.check_vocabulary(self.student.config.vocab_size)
 
     def joined_ends(self) -> EndIds:
         """Those of the student, and of the teacher whose habit it learns; the student's are taught."""
-        return self.student.ends.joined(self.taught_by.ends) if self.taught_by else self.student.ends
+        ends = self.student.ends
+        for folder in filter(None, (self.taught_by, *self.others.values())):
+            ends = ends.joined(folder.ends)
+        return ends
 
     def load(
         self, layout: ParallelLayout, dtype: str, *, sequence_parallel: bool = False,
         student: Mapping[str, Any] = {}, teacher: Mapping[str, Any] = {},
     ) -> list[HiddenStateGPTModel]:
-        """The student and, where there is one, the frozen teacher, over one vocabulary.
+        """The student and, where there are any, the frozen teachers, over one vocabulary.
 
         student, teacher: TransformerConfig fields of one of them alone.
         """
-        sizes = [folder.config.vocab_size for folder in (self.student, self.taught_by) if folder]
+        sizes = [folder.config.vocab_size for folder in (self.student, self.taught_by, *self.others.values()) if folder]
         options = align_vocabularies(sizes, layout.tp_size)
         options |= {"dtype": resolve_dtype(dtype), "sequence_parallel": sequence_parallel}
         models = [load_model(self.student, layout, **options, **student)]
-        return models + ([frozen(load_model(self.teacher, layout, **options, **teacher))] if self.teacher else [])
+        teachers = filter(None, (self.teacher, *self.others.values()))
+        return models + [frozen(load_model(folder, layout, **options, **teacher)) for folder in teachers]
 
 
 def load_model(folder: ModelFolder, layout: ParallelLayout, **options) -> HiddenStateGPTModel:
@@ -129,6 +145,19 @@ def check_context(folder: ModelFolder, length: int, extra: int, said: str, way_o
     if length + extra > positions:
         way_out = way_out.format(positions - extra)
         raise UserError(f"{said} is more than the {positions} positions of {folder.flag} {folder.path}; {way_out}")
+
+
+def check_same_chat_template(teacher: ModelFolder, other: ModelFolder) -> None:
+    """A row is rendered for its teacher by the template of all.
+
+    Raises:
+        UserError: theirs differ.
+    """
+    if getattr(teacher.tokenizer, "chat_template", None) != getattr(other.tokenizer, "chat_template", None):
+        raise UserError(
+            f"--teacher-model {teacher.path} and {other.path} have different chat templates; copy one's chat_template.jinja, or the field "
+            "chat_template of its tokenizer_config.json, to the other"
+        )
 
 
 def check_tokenizers(student: ModelFolder, teacher: ModelFolder | TeacherStore | None) -> None:

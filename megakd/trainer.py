@@ -24,6 +24,7 @@ from megakd.data.batch import Sample
 from megakd.data.conditioning import Conditioning
 from megakd.data.dataloader import DataLoader
 from megakd.data.open_data import open_prompts, open_responses
+from megakd.data.routing import RoutedData
 from megakd.data.sft_dataset import NO_RESPONSE
 from megakd.data.shown import as_read
 from megakd.errors import UserError, tell
@@ -66,7 +67,7 @@ class RunData:
         data, method = config.data, METHODS[config.method]
         tokenizer, conditioning = folders.student.tokenizer, conditioning_of(config, folders)
         loader = DataLoader(
-            open_training_rows(config, tokenizer, conditioning),
+            routed(open_training_rows(config, tokenizer, conditioning), config),
             global_batch_size=config.training.global_batch_size,
             seed=config.training.seed,
             dp_rank=layout.dp_rank,
@@ -74,7 +75,8 @@ class RunData:
         )
         text = method.open_text(config, tokenizer, layout, conditioning)
         options = {"conditioning": conditioning, "no_response": HELD_OUT}
-        return cls(loader, text, open_responses(data.valid_data, tokenizer, data, **options) if data.valid_data else None)
+        valid = routed(open_responses(data.valid_data, tokenizer, data, **options), config) if data.valid_data else None
+        return cls(loader, text, valid)
 
     def check_stored(self, store: TeacherStore) -> None:
         """
@@ -292,8 +294,12 @@ def open_folders(config: Config) -> ModelFolders:
     Raises:
         UserError: a folder holds none.
     """
-    teacher = (config.models.teacher_model, config.teacher.teacher_cache) if config.needs_teacher else ()
-    return ModelFolders.open(config.models.model, *teacher)
+    models = config.models
+    if not config.needs_teacher:
+        return ModelFolders.open(models.model)
+    if named := models.named_teachers:
+        return ModelFolders.open(models.model, named_teachers=named)
+    return ModelFolders.open(models.model, models.teacher_model, config.teacher.teacher_cache)
 
 
 def conditioning_of(config: Config, folders: ModelFolders) -> Conditioning | None:
@@ -329,6 +335,16 @@ def open_training_rows(
     if method.answers_prompts(config):
         check_prompts(rows)
     return rows
+
+
+def routed(rows: Sequence[Sample], config: Config) -> Sequence[Sample]:
+    """Each with its teacher, where there are several.
+
+    Raises:
+        UserError: a row names none of them.
+    """
+    names = config.models.named_teachers
+    return RoutedData(rows, config.teacher.teacher_field, names) if names else rows
 
 
 def no_response(config: Config) -> str:

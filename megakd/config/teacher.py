@@ -25,11 +25,33 @@ class TeacherConfig:
 
     teacher_cache: str = flag("", CACHE_HELP, path=True, read_by="needs_teacher")
     teacher_quantize: Quantization = flag("none", QUANTIZE_HELP, read_by="needs_teacher")
+    teacher_field: str = flag(
+        "", "field of a row that names the teacher it learns from, with --teacher-model math=DIR code=DIR", read_by="needs_teacher"
+    )
 
     def validation_errors(self, config: Config) -> Iterator[str]:
         """What a teacher of this kind cannot do, one line each."""
         if self.teacher_cache:
             yield from (f"{reason}; give --teacher-model in place of --teacher-cache" for reason in self._beyond_a_store(config))
+        if config.models.named_teachers:
+            yield from self._beyond_several(config)
+        elif self.teacher_field:
+            yield f"--teacher-field {self.teacher_field} chooses among several teachers; name them, as in --teacher-model math=DIR code=DIR"
+
+    def _beyond_several(self, config: Config) -> Iterator[str]:
+        words, names = config.models.teacher_model, config.models.named_teachers
+        if unnamed := [word for word in words if not all(word.partition("="))]:
+            yield f"--teacher-model {unnamed[0]} is one of several and has no name; name each, as in math=DIR code=DIR"
+        if len(names) < len(words):
+            yield f"--teacher-model {' '.join(words)} gives one name twice; name each otherwise"
+        if not self.teacher_field:
+            yield f"--teacher-model has the teachers {', '.join(names)}; say with --teacher-field which field of a row names its own"
+        if self.teacher_cache:
+            yield "--teacher-cache holds the targets of one teacher; leave it out, or all --teacher-model but one"
+        if work := config.page.work_with_model(config):
+            yield f"--method {config.method} {work}, which several can only be read as; give one --teacher-model"
+        if config.distillation.hidden_coef:
+            yield "--hidden-coef matches the layers of one teacher; give one --teacher-model, or leave it out"
 
     def _beyond_a_store(self, config: Config) -> Iterator[str]:
         page = config.page

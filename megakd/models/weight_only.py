@@ -20,7 +20,6 @@ from torch.nn.utils import parametrize
 from megakd.errors import UserError
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.linear import ColumnLinear, RowLinear
-from megakd.runtime.quiet import quiet_torchao
 
 BOUNDS = {"int8": (-128, 127), "int4": (-8, 7)}
 GROUP = 32  # columns, of int4
@@ -48,7 +47,6 @@ class Codes(torch.nn.Module):
 
     def __init__(self, kind: str, weight: Tensor, group: dist.ProcessGroup | None):
         super().__init__()
-        quiet_torchao()
         self.kind, self.dtype, self.group = kind, weight.dtype, group
         in_groups = kind == "int4" and weight.shape[1] % GROUP == 0
         self.block = (1, GROUP if in_groups else weight.shape[1])

@@ -20,10 +20,5 @@ def quiet_megatron() -> None:
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated")  # megatron-core's calls, said on every rank
     for name in ("megatron", "torch.distributed.checkpoint"):
         warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
-
-
-def quiet_torchao() -> None:
-    """Silence what torchao says at import of kernels that it has for other machines, and torch of torchao."""
-    for name in ("torchao", "torch.utils._pytree"):
+    for name in ("megatron", "torchao", "torch.utils._pytree"):  # torchao, which transformers imports, names kernels of other machines
         logging.getLogger(name).setLevel(logging.ERROR)

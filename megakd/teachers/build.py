@@ -10,6 +10,7 @@ from megakd.loading import ModelFolders
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.teachers.live import LiveTeacher
 from megakd.teachers.quantised import quantised
+from megakd.teachers.several import SeveralTeachers
 from megakd.teachers.stored import StoredTeacher
 from megakd.teachers.teacher import Teacher
 
@@ -20,7 +21,11 @@ def build_teacher(
     """`models` are the teacher's, none where the method has no teacher or a store; `first` is this replica's part of the first batch."""
     if folders.store:
         return StoredTeacher(folders.store, student)
-    if not models:
-        return None
+    teachers = [live(model, config, first) for model in models]
+    return SeveralTeachers(dict(zip(folders.named, teachers))) if folders.named else next(iter(teachers), None)
+
+
+def live(model: HiddenStateGPTModel, config: Config, first: Sequence[Sample]) -> LiveTeacher:
+    """The model, as its weights are or quantised."""
     kind = config.teacher.teacher_quantize
-    return LiveTeacher(*models) if kind == "none" else quantised(*models, kind, first, config.training.micro_batch_size)
+    return LiveTeacher(model) if kind == "none" else quantised(model, kind, first, config.training.micro_batch_size)

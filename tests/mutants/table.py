@@ -279,7 +279,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (TEACHERS + "live.py", "supervised_hidden(self.model, self.text(batches), soft_prompt)", "supervised_hidden(self.model, batches, soft_prompt)"),
         (TEACHERS + "live.py", "return list(batches)", "return [batch.for_teacher for batch in batches]"),
         (METHODS + "seqkd.py", "[sample.for_teacher for sample in samples]", "samples"),
-        (METHODS + "distillm.py", "teacher_prompt=self.dataset[sample.sample_id].teacher_prompt", "teacher_prompt=None"),
+        (METHODS + "distillm.py", "teacher_prompt=known.teacher_prompt", "teacher_prompt=None"),
         (METHODS + "promptkd.py", "read = self.prompted_teacher.text(batches)", "read = batches"),
     ],
     of("test_hidden_matching", "hidden_states_of_a_teacher_that_reads_another_text_are_those_of_the_same_tokens[1-1]"): [
@@ -402,6 +402,15 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     of("test_stored_teacher", "a_changed_tokenizer_and_priming_are_refused", "a_temperature_needs_whole_distributions"): [
         ("megakd/preflight.py", "    store.check_conditioning(asdict(config.conditioning))\n", ""),
         ("megakd/preflight.py", 'if store.description.kind == "topk" and temperature != 1:', "if False:"),
+    ],
+    of("test_several_teachers", "two_routed_teachers_equal_two_runs_on_the_parts", "a_micro_batch_has_one_teacher"): [
+        (TEACHERS + "several.py", "if batch.teacher == name", "if True"),
+        (TEACHERS + "several.py", "[found[i] for i in sorted(found)]", "list(found.values())[::-1]"),
+        (DATA + "batch.py", "[sample for sample in samples if sample.teacher == name]", "list(samples)[: len(name)]"),
+    ],
+    of("test_several_teachers", "a_run_with_two_teachers_is_the_same_on_replicas_and_evaluates_each_row_with_its_own"): [
+        ("megakd/trainer.py", "valid = routed(open_responses(", "valid = (lambda rows, _: rows)(open_responses("),
+        ("megakd/loading.py", "return dict(list(self.named.items())[1:])", "return dict(list(self.named.items())[:1])"),
     ],
     of("test_quantised_teacher", "scales_of_a_row_are_those_of_all_its_columns", "a_quantised_teacher_is_the_model_of_its_numbers"): [
         (MODELS + "weight_only.py", "module.tp_group if isinstance(module, RowParallelLinear) else None", "None"),

@@ -32,7 +32,8 @@ class MiniLLMConfig(MethodConfig):
     lm_data: str = flag("", "text for it, in any form; default: --train-data", path=True)
 
     def work_with_model(self, config):
-        return "draws responses from a mixture with the teacher (--teacher-mixed-alpha)" if self.teacher_mixed_alpha else ""
+        mixes = "draws responses from a mixture with the teacher (--teacher-mixed-alpha)"
+        return mixes if self.teacher_mixed_alpha else "keeps the teacher's hidden states and output layer for a phase"
 
     def learns_own_text(self, config):
         return True
