@@ -15,7 +15,7 @@ setup(
     long_description=(HERE / "README.md").read_text() if (HERE / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.10,<3.14",  # megatron-core 0.16.1 comes as wheels for these
     packages=[*find_packages(include=["megakd", "megakd.*"]), *find_packages("kernels")],
     package_dir={"megakd_kernels": "kernels/megakd_kernels"},
     install_requires=[
@@ -37,6 +37,6 @@ setup(
     extras_require={
         "quantize": ["torchao>=0.15"],  # --teacher-quantize
         "gpu": ["triton>=3.6", "flash-attn"],  # torch pins its own Triton; tests interpret kernels, which takes 3.7 beside NumPy 2.4
-        "test": ["hypothesis", "pytest", "pytest-xdist", "ruff", "triton>=3.7", "pyarrow"],
+        "test": ["hypothesis", "peft", "pytest", "pytest-xdist", "ruff", "triton>=3.7", "pyarrow"],
     },
 )

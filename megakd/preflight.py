@@ -9,17 +9,19 @@ from pathlib import Path
 from megakd.checkpointing.export_hf import REPORT
 from megakd.checkpointing.model_folder import ModelFolder
 from megakd.checkpointing.native import LATEST, NativeCheckpoint, read_latest
+from megakd.checkpointing.peft_folder import MergedSource
 from megakd.checkpointing.teacher_store import TeacherStore
 from megakd.config import Config, flag_name, from_yaml
 from megakd.errors import UserError, tell
 from megakd.loading import ModelFolders, check_context
+from megakd.models.lora import target_modules
 from megakd.models.weight_only import check_quantization
 from megakd.reporting.own_folder import OwnFolder
 
 MAY_CHANGE = {  # between a run and its resumption: the layout, and what is only written down
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel", "use_distributed_optimizer", "micro_batch_size",
     "micro_batch_tokens", "rollout_batch_size", "recompute",
-    "save", "save_interval", "eval_interval", "eval_iters", "log_interval", "save_rollouts", "show_data",
+    "save", "save_interval", "eval_interval", "eval_iters", "log_interval", "save_rollouts", "show_data", "merge_lora",
 }  # fmt: skip
 
 
@@ -36,6 +38,7 @@ def check(config: Config, folders: ModelFolders) -> None:
     folders.check(parallel)
     check_lengths(config, folders)
     check_hidden_layers(config, folders.student)
+    check_adapter(config, folders.student)
     check_quantization(config.teacher.teacher_quantize)
     if folders.store:
         check_store(config, folders.store)
@@ -55,6 +58,17 @@ def check_lengths(config: Config, folders: ModelFolders) -> None:
             f"--max-new-tokens {response} after --max-prompt-length {data.max_prompt_length} is more than --max-length "
             f"{data.max_length}; use --max-new-tokens {data.max_length - data.max_prompt_length} or less"
         )
+
+
+def check_adapter(config: Config, student: ModelFolder) -> None:
+    """Adapters are trained on a whole model, with targets that it has."""
+    if not config.lora.rank:
+        return
+    if isinstance(student.source, MergedSource):
+        raise UserError(
+            f"--lora-rank {config.lora.rank}: --model {student.path} is an adapter itself; give a whole model, --merge-lora exports one"
+        )
+    target_modules(student.config, config.lora.lora_target_modules)
 
 
 def check_hidden_layers(config: Config, student: ModelFolder) -> None:

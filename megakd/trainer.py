@@ -34,6 +34,7 @@ from megakd.generation.sampling import Sampling
 from megakd.loading import ModelFolders, start
 from megakd.methods import METHODS, build_method
 from megakd.methods.base import Method
+from megakd.models.lora import adapt
 from megakd.models.model_provider import context_length
 from megakd.reporting.jsonl import JsonLines
 from megakd.reporting.logger import RunLogger
@@ -175,6 +176,8 @@ class Trainer:
             self.layout, models.dtype, sequence_parallel=parallel.sequence_parallel,
             student=student_options(self.config), teacher=teacher_options(self.config),
         )
+        if self.config.lora.rank:
+            adapt(student, self.config.lora, seed=self.config.training.seed)
         teacher = build_teacher(self.config, self.folders, student, teachers, self.data.loader.samples(0))
         return build_method(self.config, student, teacher, self.tokenizer, self.ends, self.data.text, total_iters=self.total_iters)
 
@@ -281,7 +284,7 @@ class Trainer:
     def _finish(self) -> None:
         if is_rank_zero():
             if self.resumed < self.total_iters or not preflight.is_export(self.folder / "hf"):
-                export_to_hf(self.checkpoints, self.folder / "hf")
+                export_to_hf(self.checkpoints, self.folder / "hf", merge_adapter=self.config.lora.merge_lora)
             plot_training(self.folder)
             print(f"the student is {self.folder / 'hf'}; {self.folder} has its checkpoints, numbers and figures", flush=True)
         self.logger.close()

@@ -9,11 +9,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
+from megakd_kernels import OBJECTIVES
 
 from megakd.config import BenchmarkConfig, CacheConfig, Config, EvaluateConfig, GenerateConfig, flag_name, from_yaml, parse
+from megakd.config.distillation import Objective
 from megakd.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +71,7 @@ COMMANDS = {
     BenchmarkConfig: [],
     CacheConfig: ["--teacher-model", "t", "--train-data", "d", "--save", "s"],
 }  # fmt: skip
-ZERO_SAYS_SOMETHING = {  # none, off, all, or the first of them
+ZERO_SAYS_SOMETHING = {"lora_dropout",   # none, off, all, or the first of them
     "seed", "seeds", "lm_coef", "hidden_coef", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "base_coef", "top_k", "teacher_lr",
     "no_repeat_ngram_size", "gamma", "kd_ratio", "on_policy_ratio", "beta", "skew_alpha", "teacher_mixed_alpha", "adam_beta1",
     "adam_beta2", "hidden_dropout", "attention_dropout", "show_data",
@@ -192,7 +195,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
     text = [line.name for line, value in flags if isinstance(value, (str, tuple))]
     paths = {line.name for line, _ in flags if line.metadata.get("path")}
     words = {"method", "dtype", "lr_decay_style", "kd_objective", "prompt_init", "prompt_init_text", "teacher_kld_type", "base_kld_type"}
-    words |= {"reference_behaviour", "seeds", "preset", "baseline", "measure", "hidden_loss", "hidden_layers", "teacher_prompt_field", "teacher_field", "teacher_quantize", "cache_kind", "gsm8k_rule", "exact_match_rule", "rouge_tokenizer"}
+    words |= {"reference_behaviour", "seeds", "preset", "baseline", "measure", "hidden_loss", "hidden_layers", "teacher_prompt_field", "teacher_field", "teacher_quantize", "cache_kind", "gsm8k_rule", "exact_match_rule", "rouge_tokenizer", "peft", "lora_target_modules"}
     assert set(text) == words | paths, "a flag that may be a path says so"
 
 
@@ -211,3 +214,7 @@ def test_a_broken_yaml_file_is_one_line(tmp_path, text, message):
     with pytest.raises(UserError, match=rf"--config \S+run.yaml: {message}") as error:
         from_yaml(tmp_path / "run.yaml")
     assert "\n" not in str(error.value)
+
+
+def test_the_divergences_of_the_flag_are_those_that_the_losses_know():
+    assert set(get_args(Objective)) == set(OBJECTIVES)

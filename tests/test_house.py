@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -94,6 +97,14 @@ def test_every_room_has_a_name_and_kernels_is_no_package():
     )
 
 
+def test_an_installation_has_megakd_and_its_kernels_alone(tmp_path):
+    """Asked from another folder, so that only what is installed answers."""
+    names = {"kernels", "benchmarks", "megakd_benchmarks", "scripts", "checkpoint_tools", "tests", "tasks", "train_tokenizer"}
+    code = f"from importlib.util import find_spec; print(*filter(find_spec, {['megakd', 'megakd_kernels', *sorted(names)]}))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""})
+    assert found.stdout.split() == ["megakd", "megakd_kernels"], found.stderr
+
+
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 CLASSES = {node.name: node for tree in TREES.values() for node in tree.body if isinstance(node, ast.ClassDef)}
 
@@ -106,9 +117,8 @@ def public(tree: ast.Module) -> list[tuple[ast.ClassDef | None, ast.FunctionDef 
 
 
 def inherits_docstring(owner: ast.ClassDef, method: str) -> bool:
-    """A base class documents the method, or the protocol that the class's docstring names first, as in "A RowLoss of ..."."""
-    said = (ast.get_docstring(owner) or "").split()
-    names = [base.id for base in owner.bases if isinstance(base, ast.Name)] + said[1:2]
+    """A base class documents the method."""
+    names = [base.id for base in owner.bases if isinstance(base, ast.Name)]
     for base in (CLASSES[name] for name in names if name in CLASSES):
         own = [node for node in base.body if isinstance(node, ast.FunctionDef) and node.name == method]
         if any(map(ast.get_docstring, own)) or inherits_docstring(base, method):

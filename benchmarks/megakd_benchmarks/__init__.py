@@ -1,1 +1,1 @@
-"""One PromptKD iteration measured: taken apart, and beside the same iteration on transformers and PEFT."""
+"""What only measures: one PromptKD iteration taken apart, and beside the same on transformers and PEFT; in `operators`, each kernel."""

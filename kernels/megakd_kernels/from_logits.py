@@ -8,7 +8,8 @@ writes over the logits where it may.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,25 +19,30 @@ from .row_chunks import accumulation_dtype
 from .shards import VocabShard
 
 
-class RowLoss(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class RowLoss:
     """A loss of each row of one or more [N, Vp] logits, padding cut off."""
 
-    outputs: int  # the loss and its parts
+    outputs: ClassVar[int] = 1  # the loss and its parts
+    reads_once: ClassVar[bool] = False  # whether it has `at_once`, which the fused heads then call
     shard: VocabShard
-    reads_once: bool  # whether it has `at_once`, which the fused heads then call
 
     def of_rows(self, rows: slice | Tensor) -> RowLoss:
         """The same loss for some of the rows, where it holds something of each row (labels)."""
+        return self
 
     def evaluate(self, logits_NV: list[Tensor], weights_N: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
         """(the loss and its parts, each [N] and without weights; what the gradient needs). The collectives are made here."""
+        raise NotImplementedError
 
     def differentiate(self, logits_NV: list[Tensor], state: tuple[Tensor | None, ...], scale_N: Tensor,
                       grads_NV: list[Tensor | None]) -> None:
         """Write scale times the loss's gradient into the tensors given, which may be the logits themselves."""
+        raise NotImplementedError
 
     def at_once(self, logits_NV: list[Tensor], scale_N: Tensor, grads_NV: list[Tensor | None]) -> tuple[Tensor, ...]:
         """What evaluate gives and what differentiate writes, without a collective."""
+        raise NotImplementedError
 
 
 class LossFromLogits(torch.autograd.Function):

@@ -76,6 +76,12 @@ class VocabShard:
         return gathered
 
 
+def merge_sums(top_PN: Tensor, sum_PN: Tensor) -> tuple[Tensor, Tensor]:
+    """Parts' maxima A and sums of e^(z - A) as those of whole rows, [N] each."""
+    top_N = top_PN.amax(0)
+    return top_N, ((top_PN - top_N).exp() * sum_PN).sum(0)
+
+
 class SumOverShards(torch.autograd.Function):
     """Forward: all-reduce. Backward: identity, because what follows is the same on every rank."""
 

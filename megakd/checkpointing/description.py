@@ -33,6 +33,7 @@ class Description:
     padded_vocab_size: int
     layout: dict[str, int]
     teacher_layout: dict[str, int] | None = None
+    adapter: dict | None = None  # PEFT's adapter_config.json, where these are adapters beside the weights of another folder
     versions: dict[str, str] = field(default_factory=versions)
     format_version: int = FORMAT_VERSION
 

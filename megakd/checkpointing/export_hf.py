@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,12 +18,15 @@ from megakd.checkpointing.hf_files import copy_hf_files
 from megakd.checkpointing.hf_source import WindowedCheckpoint
 from megakd.checkpointing.hf_view import HuggingFaceView
 from megakd.checkpointing.hf_writer import TensorPlan, write_weights
+from megakd.checkpointing.model_folder import ModelFolder
 from megakd.checkpointing.native import NativeCheckpoint
 from megakd.checkpointing.parameters import Grid, Parameter, checkpoint_parameters
+from megakd.checkpointing.peft_folder import write_adapter
 from megakd.checkpointing.publish import check_target, published
 from megakd.checkpointing.verify import compare_blocks, progress
 from megakd.errors import UserError
 from megakd.models.gpt_model import METHOD_PARTS
+from megakd.models.hf_checkpoint import DTYPES
 from megakd.models.inspection import inspect
 from megakd.models.param_mapping import Source, Vocabulary
 
@@ -39,29 +43,65 @@ def export_to_hf(
     max_shard_size: int = 5 * 10**9,
     verify: bool = True,
     force: bool = True,
+    merge_adapter: bool = False,
 ) -> Path:
     """Write the Hugging Face folder `save` from one iteration of `load`; optimizer state is not read.
 
-    `force` replaces an earlier export, and nothing else.
+    `force` replaces an earlier export, and nothing else. Of adapters PEFT's folder is written, or with `merge_adapter` the whole model.
 
     Raises:
         UserError: the checkpoint cannot be read or `save` is in use; nothing was written.
     """
     native = NativeCheckpoint(load, iteration=iteration)
-    view = HuggingFaceView(native)
-    plans = [TensorPlan(name, view.dtype(name), view.shape(name)) for name in view.names]
     check_target(save, force=force, ours=lambda path: (path / REPORT).is_file(), what="an export of megakd")
     with published(save) as folder:
+        if native.description.adapter:
+            _export_adapter(native, folder, max_shard_size, merge=merge_adapter)
+            return save
+        view = HuggingFaceView(native)
+        plans = [TensorPlan(name, view.dtype(name), view.shape(name)) for name in view.names]
         copy_hf_files(native.hf_folder, folder)
         name_dtype(folder / "config.json", [plan.dtype for plan in plans])
         files = _write_view(folder, view, plans, max_shard_size)
         if verify:
             verify_export(native, WindowedCheckpoint(folder))
-        write_report(folder, native, plans, files, verified=verify)
+        how = "every tensor read back and compared with the checkpoint, bit for bit" if verify else "not checked: --no-verify"
+        write_report(folder, native, plans, files, how=how)
     return save
 
 
-def _write_view(folder: Path, view: HuggingFaceView, plans: list[TensorPlan], max_shard_size: int) -> list[Path]:
+def _export_adapter(native: NativeCheckpoint, folder: Path, max_shard_size: int, *, merge: bool) -> None:
+    """PEFT's folder, or the base model with the adapters in its weights, every tensor of it read back."""
+    if not merge:
+        file = write_adapter(native, folder)
+        return write_report(folder, native, [], [file], how="PEFT's folder of the adapters, not checked")
+    with tempfile.TemporaryDirectory() as adapter:
+        write_adapter(native, Path(adapter))
+        merged = ModelFolder.open(adapter, flag="--model").source
+        plans = [TensorPlan(name, torch_dtype(merged.dtype(name)), merged.shape(name)) for name in weight_names(native)]
+        copy_hf_files(native.hf_folder, folder)
+        name_dtype(folder / "config.json", [plan.dtype for plan in plans])
+        files = _write_view(folder, merged, plans, max_shard_size)
+        written = WindowedCheckpoint(folder)
+        for plan in plans:
+            whole = tuple(slice(0, size) for size in plan.shape)
+            if not torch.equal(written.read(plan.name, whole), merged.read(plan.name, whole)):
+                raise UserError(f"verification: {plan.name} was not written as it is; nothing was written")
+        write_report(folder, native, plans, files, how="adapters merged; every tensor read back and compared, bit for bit")
+
+
+def weight_names(native: NativeCheckpoint) -> list[str]:
+    """Of the model's Hugging Face tensors, a tied head once."""
+    parameters = checkpoint_parameters(native.hf_config, native.description.padded_vocab_size)
+    return list(dict.fromkeys(tensor.name for parameter in parameters for tensor in parameter.mapping.sources()))
+
+
+def torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A checkpoint says torch's, a Hugging Face folder safetensors' name."""
+    return dtype if isinstance(dtype, torch.dtype) else DTYPES[dtype]
+
+
+def _write_view(folder: Path, view: Source, plans: list[TensorPlan], max_shard_size: int) -> list[Path]:
     with progress(sum(plan.nbytes for plan in plans), "converting") as bar:
 
         def read_blocks(plan: TensorPlan):
@@ -109,9 +149,8 @@ def parameter_blocks(native: NativeCheckpoint, written: Source, parameter: Param
         yield parameter.mapping.read(written, lo, hi), stored if parameter.layer is None else stored[0]
 
 
-def write_report(folder: Path, native: NativeCheckpoint, plans: list[TensorPlan], files: list[Path], *, verified: bool) -> None:
-    """megakd_export.json: where the weights come from and how they were checked."""
-    how = "every tensor read back and compared with the checkpoint, bit for bit" if verified else "not checked: --no-verify"
+def write_report(folder: Path, native: NativeCheckpoint, plans: list[TensorPlan], files: list[Path], *, how: str) -> None:
+    """megakd_export.json: where the weights come from and `how` they were checked."""
     report = {
         "checkpoint": native.folder.name,
         "iteration": native.description.iteration,
@@ -121,8 +160,8 @@ def write_report(folder: Path, native: NativeCheckpoint, plans: list[TensorPlan]
         "tensors": len(plans),
         "parameters": sum(math.prod(plan.shape) for plan in plans),
         "vocab_size": native.description.vocab_size,
-        "checked": {"how": how, "max_difference": 0.0 if verified else None},
-        "sha256": {file.name: sha256(file) for file in [folder / "config.json", *files]},
+        "checked": {"how": how, "max_difference": None if "not checked" in how else 0.0},
+        "sha256": {file.name: sha256(file) for file in [folder / "config.json", *files] if file.is_file()},
     }
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
 

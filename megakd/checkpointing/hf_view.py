@@ -51,6 +51,9 @@ class HuggingFaceView:
         """Rows at the head of a tensor that no parameter holds, by the tensor's name."""
         return read_skipped_rows(self.native.hf_folder)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self.pieces
+
     def dtype(self, name: str) -> torch.dtype:
         """That of the checkpoint: a conversion changes none."""
         return self.native.dtype(self._key(name))

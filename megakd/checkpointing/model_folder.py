@@ -10,10 +10,12 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from megakd.checkpointing.hf_view import HuggingFaceView
 from megakd.checkpointing.native import NativeCheckpoint, is_native
+from megakd.checkpointing.peft_folder import MergedSource, PeftAdapter
 from megakd.data.end_ids import EndIds, end_ids
 from megakd.data.tokenizer import load_tokenizer
+from megakd.errors import UserError
 from megakd.models.gpt_model import HiddenStateGPTModel
-from megakd.models.hf_checkpoint import HFCheckpoint
+from megakd.models.hf_checkpoint import ADAPTER, INDEX, SINGLE, HFCheckpoint
 from megakd.models.inspection import inspect
 from megakd.models.model_provider import load_weights
 from megakd.models.param_mapping import Source
@@ -36,12 +38,25 @@ class ModelFolder:
             UserError: neither a Hugging Face folder nor a native checkpoint, a damaged one, or a model that is not supported.
         """
         path = Path(path)
+        if (path / ADAPTER).is_file() and not any((path / weights).is_file() for weights in (SINGLE, INDEX)):
+            return cls._of_adapter(PeftAdapter.read(path, flag=flag), flag)
         if is_native(path):
             native = NativeCheckpoint(path, flag=flag)
+            if native.description.adapter:
+                raise UserError(f"{flag} {path}: holds adapters, not a model; give the run's export, {path.parent / 'hf'}")
             return cls(path, flag, native.hf_config, native.hf_folder, HuggingFaceView(native))
         checkpoint = HFCheckpoint(path, flag=flag)
         inspect(checkpoint)
         return cls(path, flag, checkpoint.config, path, checkpoint)
+
+    @classmethod
+    def _of_adapter(cls, adapter: PeftAdapter, flag: str) -> ModelFolder:
+        """The base model's, with the adapter in its weights."""
+        if not adapter.base.is_dir():
+            said = f"{flag} {adapter.folder}: {ADAPTER} says base_model_name_or_path {adapter.config.get('base_model_name_or_path')!r}"
+            raise UserError(f"{said}, which is no folder here; write the base model's folder there")
+        base = cls.open(adapter.base, flag=flag)
+        return cls(adapter.folder, flag, base.config, base.hf_folder, MergedSource(base.source, adapter, flag))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -27,6 +27,7 @@ from megakd.checkpointing.hf_files import FOLDER, write_hf_folder
 from megakd.checkpointing.model_folder import ModelFolder
 from megakd.checkpointing.native import RUN_CONFIG, NativeCheckpoint, iteration_folder, write_latest
 from megakd.checkpointing.parameters import HEAD
+from megakd.checkpointing.peft_folder import adapter_config
 from megakd.checkpointing.publish import hidden, published
 from megakd.checkpointing.torch_dist_save import SynchronousSave
 from megakd.data.end_ids import EndIds, write_end_ids
@@ -66,7 +67,7 @@ def save_checkpoint(
         kinds = {"distrib_optim_sharding_type": OPTIMIZER_SHARDING}
         dist_checkpointing.save(state, str(folder), SynchronousSave(), content_metadata=kinds)
         if dist.get_rank() == 0:
-            _describe(model, iteration, teacher_layout).write(folder)
+            _describe(model, iteration, teacher_layout, source).write(folder)
             write_hf_folder(source.hf_folder, folder, source.config)
             if ends is not None:
                 write_end_ids(folder / FOLDER, ends)
@@ -93,7 +94,7 @@ def load_checkpoint(
     dict_list_map_inplace(without_objects, state)
     _check_complete(native, state, flag=flag)
     loaded = dist_checkpointing.load(state, str(native.folder), common_strategy=LoadCommonWithoutPickle())
-    model.load_state_dict(loaded["model"])
+    model.load_state_dict(loaded["model"], strict=not model.adapted)
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
     return _read_extra_tensors(native)
@@ -122,10 +123,15 @@ def sharded_state(model: HiddenStateGPTModel, optimizer: MegatronOptimizer | Non
     weights = model.sharded_state_dict(metadata=metadata)
     if HEAD in weights:
         weights[HEAD].allow_shape_mismatch = True  # padded for another TP size; megatron allows it for embeddings only
-    state = {"model": weights}
+    state = {"model": {key: value for key, value in weights.items() if not is_frozen(value)} if model.adapted else weights}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
     return state
+
+
+def is_frozen(value: Any) -> bool:
+    """Whether it is a weight beside which adapters are trained, or what lies with one: the folder of --model has it."""
+    return not (isinstance(value, ShardedTensor) and value.data.requires_grad)
 
 
 def _replicated(name: str, tensor: Tensor) -> ShardedTensor:
@@ -170,13 +176,16 @@ class LoadCommonWithoutPickle(TorchCommonLoadStrategy):
             ) from error
 
 
-def _describe(model: HiddenStateGPTModel, iteration: int, teacher_layout: ParallelLayout | None) -> Description:
+def _describe(
+    model: HiddenStateGPTModel, iteration: int, teacher_layout: ParallelLayout | None, source: ModelFolder
+) -> Description:
     return Description(
         iteration=iteration,
         vocab_size=model.hf_config.vocab_size,
         padded_vocab_size=model.vocab_size,
         layout=_sizes(model.layout),
         teacher_layout=teacher_layout and _sizes(teacher_layout),
+        adapter=adapter_config(model, source.path) if model.adapted else None,
     )
 
 

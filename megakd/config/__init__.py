@@ -13,6 +13,7 @@ from megakd.config.distillation import DistillationConfig
 from megakd.config.evaluate import EvaluateConfig, ScoreConfig
 from megakd.config.fields import alike, flag_name
 from megakd.config.generate import GenerateConfig
+from megakd.config.lora import LoRAConfig
 from megakd.config.methods.base import MethodConfig
 from megakd.config.methods.distillm import DistiLLMConfig
 from megakd.config.methods.kd import KDConfig
@@ -28,6 +29,7 @@ from megakd.config.training import TrainingConfig
 __all__ = [
     "METHODS", "AnsweringConfig", "AnyConfig", "BaseConfig", "BenchmarkConfig", "CacheConfig", "ConditioningConfig", "Config", "DataConfig",
     "DistiLLMConfig", "DistillationConfig", "EvaluateConfig", "GenerateConfig", "GenerationConfig", "KDConfig", "LayoutConfig",
-    "MethodConfig", "MiniLLMConfig", "ModelConfig", "OutputConfig", "ParallelConfig", "PromptKDConfig", "ResponseConfig", "SamplingConfig",
-    "ScoreConfig", "TeacherConfig", "TrainingConfig", "alike", "flag_name", "from_flags", "from_values", "from_yaml", "parse",
+    "LoRAConfig", "MethodConfig", "MiniLLMConfig", "ModelConfig", "OutputConfig", "ParallelConfig", "PromptKDConfig",
+    "ResponseConfig", "SamplingConfig", "ScoreConfig", "TeacherConfig", "TrainingConfig", "alike", "flag_name", "from_flags", "from_values",
+    "from_yaml", "parse",
 ]  # fmt: skip

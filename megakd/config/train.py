@@ -17,6 +17,7 @@ from megakd.config.base import BaseConfig
 from megakd.config.conditioning import ConditioningConfig
 from megakd.config.distillation import DistillationConfig
 from megakd.config.fields import NOT_NEGATIVE, POSITIVE, SHARE_BELOW_1, TEMPLATE_HELP, Group, alias, as_words, flag
+from megakd.config.lora import LoRAConfig
 from megakd.config.methods.base import MethodConfig
 from megakd.config.methods.distillm import DistiLLMConfig
 from megakd.config.methods.kd import KDConfig
@@ -111,6 +112,7 @@ class Config(BaseConfig):
     conditioning: Group[ConditioningConfig] = ConditioningConfig()
     parallel: Group[ParallelConfig] = ParallelConfig()
     training: Group[TrainingConfig] = TrainingConfig()
+    lora: Group[LoRAConfig] = LoRAConfig()
     distillation: Group[DistillationConfig] = DistillationConfig()
     sft: Group[SFTConfig] = SFTConfig()
     kd: Group[KDConfig] = KDConfig()
@@ -141,6 +143,7 @@ class Config(BaseConfig):
         yield from self._contradictions()
         yield from self.conditioning.validation_errors()
         yield from self.teacher.validation_errors(self)
+        yield from self.lora.validation_errors()
         yield from self.distillation.validation_errors(self)
         yield from self.page.validation_errors(self)
 

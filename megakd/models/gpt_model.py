@@ -53,6 +53,7 @@ class HiddenStateGPTModel(GPTModel):
         )
         self.layout, self.real_vocab_size, self.padding_idx = layout, real_vocab_size, padding_idx
         self.method_parts = torch.nn.ModuleDict()
+        self.adapted = None  # the LoRAConfig of its adapters, beside which its own weights are frozen
 
     def forward(
         self,
@@ -70,6 +71,8 @@ class HiddenStateGPTModel(GPTModel):
         """
         decodes = step is not None
         embedded = self._embed(tokens_BS, position_ids_BS, soft_prompt_PH, decodes) if self.pre_process else None
+        if self.adapted and self.training and self.config.recompute_granularity and embedded is not None:
+            embedded.requires_grad_()  # else a checkpointed layer would take the parameters in it for frozen
         hidden = self.decoder(
             hidden_states=embedded,
             attention_mask=None,

@@ -1,7 +1,7 @@
 """megatron-core's parallel linear layers; without gradients, the same product without the autograd functions around it.
 
 Those cost more than the product itself in a small model that decodes a few rows. Under sequence parallelism they are what gathers
-and scatters the sequence, so they stay.
+and scatters the sequence, so they stay. Adapters (`lora`) are called here, in training as in decoding.
 """
 
 from __future__ import annotations
@@ -10,27 +10,58 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from torch import Tensor
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
 
 
-class ColumnLinear(ColumnParallelLinear):
-    """x Wᵀ (+ b), where this rank holds rows of W and b; returns it and the bias that the caller adds, if it does."""
+class Adapted:
+    """A linear layer to whose product its adapters add theirs, where it has any."""
+
+    cut: dict[str, int]  # its own parameters that tensor parallelism cuts, and along which axis
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.adapters: nn.ModuleDict | None = None
 
     def forward(self, input_: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+        output, bias = self.product(input_, *args, **kwargs)
+        for adapter in self.adapters.values() if self.adapters is not None else ():
+            output = adapter(input_, output, self.sequence_parallel)
+        return output, bias
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """megatron's, which knows its own two parameters."""
+        axes = dict(self.cut)
+        for name, adapter in self.adapters.items() if self.adapters is not None else ():
+            axes |= {f"adapters.{name}.{parameter}": axis for parameter, axis in adapter.cut.items()}
+        state, groups = self.state_dict(prefix="", keep_vars=True), {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
+        return make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets, **groups)
+
+
+class ColumnLinear(Adapted, ColumnParallelLinear):
+    """x Wᵀ (+ b), where this rank holds rows of W and b; returns it and the bias that the caller adds, if it does."""
+
+    cut = {"weight": 0, "bias": 0}  # noqa: RUF012
+
+    def product(self, input_: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+        """Without adapters."""
         if torch.is_grad_enabled() or self.sequence_parallel or args or kwargs:
-            return super().forward(input_, *args, **kwargs)
+            return ColumnParallelLinear.forward(self, input_, *args, **kwargs)
         output, bias = F.linear(input_, self.weight), self.bias
         if self.skip_bias_add or bias is None:
             return output, bias
         return output + bias, None
 
 
-class RowLinear(RowParallelLinear):
+class RowLinear(Adapted, RowParallelLinear):
     """x Wᵀ summed over ranks, where this rank holds columns of W; returns it and the bias that the caller adds."""
 
-    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+    cut = {"weight": 1}  # noqa: RUF012
+
+    def product(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Without adapters."""
         if torch.is_grad_enabled() or self.sequence_parallel or not self.skip_bias_add:
-            return super().forward(input_)
+            return RowParallelLinear.forward(self, input_)
         output = F.linear(input_, self.weight)
         if self.tp_group.size() > 1:
             dist.all_reduce(output, group=self.tp_group)

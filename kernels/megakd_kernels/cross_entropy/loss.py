@@ -10,25 +10,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import ClassVar
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import launch
-from ..from_logits import loss_from_logits
-from ..shards import VocabShard
+from ..from_logits import RowLoss, loss_from_logits
+from ..shards import VocabShard, merge_sums
 from . import reference
 
 
-@dataclass(frozen=True)
-class LabelLoss:
-    """A RowLoss of one model's logits; `labels_N` count from this shard's first column."""
+@dataclass(frozen=True, kw_only=True)
+class LabelLoss(RowLoss):
+    """Of one model's logits; `labels_N` count from this shard's first column."""
 
-    outputs: ClassVar[int] = 1
-    reads_once: ClassVar[bool] = False
     labels_N: Tensor
-    shard: VocabShard
     kernels: ModuleType
 
     def of_rows(self, rows: slice | Tensor) -> LabelLoss:
@@ -37,8 +33,7 @@ class LabelLoss:
     def evaluate(self, logits_NV, weights_N):
         stats_P3N = self.shard.all_gather(self.kernels.statistics(logits_NV[0], self.labels_N, weights_N))
         top, total, label = stats_P3N.unbind(1)
-        row_max = top.amax(0)
-        total_N = ((top - row_max).exp() * total).sum(0)
+        row_max, total_N = merge_sums(top, total)
         return (total_N.log() - (label + (top - row_max)).amax(0),), (row_max, total_N)
 
     def differentiate(self, logits_NV, state, scale_N, grads_NV):
@@ -47,7 +42,7 @@ class LabelLoss:
 
 def label_loss(x: Tensor, labels_N: Tensor, width: int, shard: VocabShard) -> LabelLoss:
     """The loss for tensors like x, on a shard `width` columns wide."""
-    return LabelLoss(labels_N - shard.start(width), shard, launch.kernels(x, "cross_entropy"))
+    return LabelLoss(labels_N=labels_N - shard.start(width), shard=shard, kernels=launch.kernels(x, "cross_entropy"))
 
 
 def cross_entropy(logits: Tensor, labels_N: Tensor, *, weights: Tensor | None = None, valid_vocab: int | None = None,

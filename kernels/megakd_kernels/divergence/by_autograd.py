@@ -12,24 +12,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..shards import VocabShard, log_probs, total
+from ..from_logits import RowLoss
+from ..shards import log_probs, total
 from . import DivergenceFunction
 
 CHUNK_ROWS = 256  # of given logits. By rows and not by memory: every rank must make as many chunks, whatever its width
 
 
-@dataclass(frozen=True)
-class ByAutograd:
-    """A RowLoss of (student, teacher) logits."""
+@dataclass(frozen=True, kw_only=True)
+class ByAutograd(RowLoss):
+    """Of (student, teacher) logits."""
 
-    outputs: ClassVar[int] = 1
     reads_once: ClassVar[bool] = True
     function: DivergenceFunction
     temperature: float
-    shard: VocabShard
-
-    def of_rows(self, rows: slice | Tensor) -> ByAutograd:
-        return self
 
     def loss(self, logits_NV: Sequence[Tensor], weights_N: Tensor | None) -> Tensor:
         """[N], without weights."""

@@ -23,12 +23,13 @@ from .by_autograd import ByAutograd
 def divergence(x: Tensor, objective: Objective, beta: float, alpha: float, temperature: float, shard: VocabShard) -> RowLoss:
     """The divergence for tensors like x, by its kernels where it has any. ValueError for settings that no formula covers."""
     check_objective(objective, beta, alpha, temperature)
+    options = {"temperature": temperature, "shard": shard}
     if objective in KLS:
-        return KLLoss(objective, temperature, shard, launch.kernels(x, "kl"))
+        return KLLoss(objective=objective, kernels=launch.kernels(x, "kl"), **options)
     if objective in MIXTURES:
-        share = beta if objective == "jsd" else alpha
-        return MixtureLoss(objective, share, temperature, shard, launch.kernels(x, "kl"), launch.kernels(x, "mixture"))
-    return ByAutograd(divergence_function(objective, beta, alpha), temperature, shard)
+        options |= {"normalisers": launch.kernels(x, "kl"), "kernels": launch.kernels(x, "mixture")}
+        return MixtureLoss(objective=objective, share=beta if objective == "jsd" else alpha, **options)
+    return ByAutograd(function=divergence_function(objective, beta, alpha), **options)
 
 
 def kl_div(student_logits: Tensor, teacher_logits: Tensor, *, objective: Objective = "reverse_kl", beta: float = 0.5,

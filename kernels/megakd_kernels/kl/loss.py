@@ -7,35 +7,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import ClassVar
 
-from torch import Tensor
-
-from ..shards import VocabShard
-from .rows import Merged
+from ..from_logits import RowLoss
+from .rows import Merged, whole_rows
 
 
-@dataclass(frozen=True)
-class KLLoss:
-    """A RowLoss of (student, teacher) logits."""
+@dataclass(frozen=True, kw_only=True)
+class KLLoss(RowLoss):
+    """Of (student, teacher) logits."""
 
-    outputs: ClassVar[int] = 1
-    reads_once: ClassVar[bool] = False
     objective: str
     temperature: float
-    shard: VocabShard
     kernels: ModuleType
-
-    def of_rows(self, rows: slice | Tensor) -> KLLoss:
-        return self
 
     def ordered(self, student, teacher) -> tuple:
         """The first and the second argument of the KL."""
         return (teacher, student) if self.objective == "forward_kl" else (student, teacher)
 
     def evaluate(self, logits_NV, weights_N):
-        stats_PKN = self.kernels.statistics(*self.ordered(*logits_NV), weights=weights_N, temperature=self.temperature)
-        merged = self.kernels.merge(self.shard.all_gather(stats_PKN))
+        options = {"weights": weights_N, "temperature": self.temperature}
+        merged = whole_rows(self.kernels, self.shard, self.ordered(*logits_NV), **options)
         return (merged.kl_ab,), merged[:5]
 
     def differentiate(self, logits_NV, state, scale_N, grads_NV):

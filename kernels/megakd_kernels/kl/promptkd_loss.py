@@ -19,31 +19,25 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import launch
-from ..from_logits import loss_from_logits
+from ..from_logits import RowLoss, loss_from_logits
 from ..shards import VocabShard, check_temperature
 from . import reference
-from .rows import Merged
+from .rows import Merged, whole_rows
 
 
-@dataclass(frozen=True)
-class PromptLoss:
-    """A RowLoss of (prompted, student) or (prompted, student, base or difference) logits."""
+@dataclass(frozen=True, kw_only=True)
+class PromptLoss(RowLoss):
+    """Of (prompted, student) or (prompted, student, base or difference) logits."""
 
     outputs: ClassVar[int] = 3
-    reads_once: ClassVar[bool] = False
     coef: float | Tensor
     difference: bool
     temperature: float
-    shard: VocabShard
     kernels: ModuleType
 
-    def of_rows(self, rows: slice | Tensor) -> PromptLoss:
-        return self
-
     def evaluate(self, logits_NV, weights_N):
-        stats_PKN = self.kernels.statistics(*logits_NV, weights=weights_N, temperature=self.temperature,
-                                            difference=self.difference)
-        merged = self.kernels.merge(self.shard.all_gather(stats_PKN))
+        options = {"weights": weights_N, "temperature": self.temperature, "difference": self.difference}
+        merged = whole_rows(self.kernels, self.shard, logits_NV, **options)
         base_N = torch.zeros_like(merged.kl_ab) if merged.kl_ac is None else merged.kl_ac
         return self.with_parts(merged.kl_ab, base_N), tuple(merged)
 
@@ -60,7 +54,8 @@ class PromptLoss:
 def prompt_loss(x: Tensor, coef: float | Tensor, difference: bool, temperature: float, shard: VocabShard) -> PromptLoss:
     """The loss for tensors like x."""
     check_temperature(temperature)
-    return PromptLoss(coef, difference, temperature, shard, launch.kernels(x, "kl"))
+    kernels = launch.kernels(x, "kl")
+    return PromptLoss(coef=coef, difference=difference, temperature=temperature, shard=shard, kernels=kernels)
 
 
 def promptkd_loss(prompted_logits: Tensor, student_logits: Tensor, base_logits: Tensor | None = None, *,

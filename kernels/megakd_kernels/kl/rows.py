@@ -17,13 +17,15 @@ N rows, V columns here, K statistics (5 or 8), P partial statistics, R rows of o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..row_chunks import accumulation_dtype, centred, clear_inactive, row_chunks, scaled, scratch, write_rows
-from ..shards import FLOOR
+from ..shards import FLOOR, VocabShard, merge_sums
 
 
 class Merged(NamedTuple):
@@ -68,9 +70,8 @@ def statistics(a_NV: Tensor, b_NV: Tensor, c_NV: Tensor | None = None, *, weight
 def merge(stats_PKN: Tensor) -> Merged:
     """The statistics of all parts of the vocabulary as one."""
     A, SA, D, B, SB, *third = stats_PKN.unbind(1)
-    top_a, top_b = A.amax(0), B.amax(0)
+    (top_a, sum_a), (top_b, sum_b) = merge_sums(A, SA), merge_sums(B, SB)
     scale_a = (A - top_a).exp()
-    sum_a, sum_b = (scale_a * SA).sum(0), ((B - top_b).exp() * SB).sum(0)
 
     def divergence(D: Tensor, B: Tensor, top_b: Tensor, sum_b: Tensor) -> Tensor:
         return (scale_a * (D + ((A - top_a) - (B - top_b)) * SA)).sum(0) / sum_a - sum_a.log() + sum_b.log()
@@ -79,9 +80,13 @@ def merge(stats_PKN: Tensor) -> Merged:
     if not third:
         return merged
     E, C, SC = third
-    top_c = C.amax(0)
-    sum_c = ((C - top_c).exp() * SC).sum(0)
+    top_c, sum_c = merge_sums(C, SC)
     return merged._replace(top_c=top_c, sum_c=sum_c, kl_ac=divergence(E, C, top_c, sum_c))
+
+
+def whole_rows(kernels: ModuleType, shard: VocabShard, logits_NV: Sequence[Tensor], **options) -> Merged:
+    """The statistics of whole rows, by this module's functions or those of one like it: of this shard's columns, and one all-gather."""
+    return kernels.merge(shard.all_gather(kernels.statistics(*logits_NV, **options)))
 
 
 def gradient(a_NV: Tensor, b_NV: Tensor, c_NV: Tensor | None, merged: Merged, scale_N: Tensor, *, temperature: float = 1.0,

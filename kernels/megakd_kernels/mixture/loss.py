@@ -8,34 +8,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import ClassVar
 
-from torch import Tensor
-
-from ..kl.rows import Merged
-from ..shards import VocabShard
+from ..from_logits import RowLoss
+from ..kl.rows import Merged, whole_rows
 from .rows import loss
 
 
-@dataclass(frozen=True)
-class MixtureLoss:
-    """A RowLoss of (student, teacher) logits; `share` is beta or alpha, `normalisers` are the kernels of a KL."""
+@dataclass(frozen=True, kw_only=True)
+class MixtureLoss(RowLoss):
+    """Of (student, teacher) logits; `share` is beta or alpha, `normalisers` are the kernels of a KL."""
 
-    outputs: ClassVar[int] = 1
-    reads_once: ClassVar[bool] = False
     objective: str
     share: float
     temperature: float
-    shard: VocabShard
     normalisers: ModuleType
     kernels: ModuleType
 
-    def of_rows(self, rows: slice | Tensor) -> MixtureLoss:
-        return self
-
     def evaluate(self, logits_NV, weights_N):
         options = {"weights": weights_N, "temperature": self.temperature}
-        merged = self.normalisers.merge(self.shard.all_gather(self.normalisers.statistics(*logits_NV, **options)))
+        merged = whole_rows(self.normalisers, self.shard, logits_NV, **options)
         mixture = {"objective": self.objective, "share": self.share}
         sums_2N = self.shard.all_reduce(self.kernels.sums(*logits_NV, merged, **mixture, **options))
         return (loss(sums_2N, **mixture),), (*merged[:5], sums_2N)

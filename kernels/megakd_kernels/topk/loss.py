@@ -17,21 +17,20 @@ import torch
 from torch import Tensor
 
 from ..divergence import DivergenceFunction, Objective, divergence_function
-from ..shards import VocabShard
+from ..from_logits import RowLoss
+from ..shards import VocabShard, merge_sums
 from . import TopKRows
 from . import rows as row_functions
 from .reference import bias_bounds, check_topk, teacher_log_probs
 
 
-@dataclass(frozen=True)
-class TopKLoss:
-    """A RowLoss of a student's logits; `start` is the id of the first column here."""
+@dataclass(frozen=True, kw_only=True)
+class TopKLoss(RowLoss):
+    """Of a student's logits; `start` is the id of the first column here."""
 
     outputs: ClassVar[int] = 3  # the loss, and what a forward and a reverse KL can be too low by
-    reads_once: ClassVar[bool] = False
     rows: TopKRows
     function: DivergenceFunction
-    shard: VocabShard
     start: int
     kernels: ModuleType
 
@@ -46,9 +45,8 @@ class TopKLoss:
     def evaluate(self, logits_NV, weights_N):
         columns_NK = self.columns_NK(logits_NV[0].shape[1])
         stats_PKN = self.shard.all_gather(self.kernels.statistics(logits_NV[0], columns_NK, weights_N))
-        tokens_NK = stats_PKN[:, :-3].amax(0).t()
-        top_N, bottom_N = stats_PKN[:, -3].amax(0), stats_PKN[:, -1].amin(0)
-        sum_N = ((stats_PKN[:, -3] - top_N).exp() * stats_PKN[:, -2]).sum(0)
+        tokens_NK, bottom_N = stats_PKN[:, :-3].amax(0).t(), stats_PKN[:, -1].amin(0)
+        top_N, sum_N = merge_sums(stats_PKN[:, -3], stats_PKN[:, -2])
         base_N1 = torch.cat([tokens_NK, top_N[:, None]], -1).amax(-1, keepdim=True)
         rest_N1 = (top_N[:, None] - base_N1) + sum_N.log()[:, None]  # not maximum + logarithm: that would cost digits
         logits_NB = torch.cat([tokens_NK - base_N1, rest_N1], -1)
@@ -82,4 +80,5 @@ def topk_loss(x: Tensor, rows: TopKRows, objective: Objective, beta: float, alph
               width: int) -> TopKLoss:
     """The loss for hidden states or logits like x, on a shard `width` columns wide. ValueError for settings it cannot keep exact."""
     check_topk(x, rows, objective, beta, alpha, temperature, shard)
-    return TopKLoss(rows, divergence_function(objective, beta, alpha), shard, shard.start(width), row_functions)
+    function = divergence_function(objective, beta, alpha)
+    return TopKLoss(rows=rows, function=function, shard=shard, start=shard.start(width), kernels=row_functions)
