@@ -9,7 +9,7 @@ from typing import Any
 
 from megakd.checkpointing.model_folder import ModelFolder
 from megakd.checkpointing.teacher_store import TeacherStore
-from megakd.config import LayoutConfig
+from megakd.config import SELF, LayoutConfig
 from megakd.data.end_ids import EndIds
 from megakd.data.tokenizer import check_same_tokenizer
 from megakd.errors import UserError, tell
@@ -31,11 +31,13 @@ class ModelFolders:
 
     @classmethod
     def open(cls, model: str, teacher_model: str = "", teacher_cache: str = "", named_teachers: Mapping[str, str] = {}) -> ModelFolders:
-        """With a store the teacher's own folder is not opened, but has to be the one whose targets it holds.
+        """A `teacher_model` called self is the model itself, once more. With a store the teacher's own folder is not opened, but has to be
+        the one whose targets it holds.
 
         Raises:
             UserError: a folder holds no model that can be run, or no store.
         """
+        teacher_model = model if teacher_model == SELF else teacher_model
         if teacher_cache:
             store = TeacherStore(teacher_cache)
             if teacher_model:

@@ -1,4 +1,4 @@
-"""Two learners: the student on megatron-core's optimizer, and the soft prompt, a few vectors, on torch's AdamW.
+"""Two learners: the student on megatron-core's optimizer (AdamW or SGD), and the soft prompt, a few vectors, on torch's AdamW.
 
 The learning rate is a function of the iteration alone, so that nothing of it has to be saved.
 """
@@ -35,7 +35,7 @@ def learning_rate(iteration: int, *, lr: float, total_iters: int, config: Traini
 
 
 class StudentOptimizer:
-    """The student inside DistributedDataParallel, its gradients and its AdamW (fp32 master weights under bf16).
+    """The student inside DistributedDataParallel, its gradients and its AdamW or SGD (fp32 master weights under bf16).
 
     Norms and biases of every family are kept from weight decay.
     """
@@ -54,6 +54,7 @@ class StudentOptimizer:
         )
         for part in self.optimizer.chained_optimizers:  # upstream knows this group from its global state alone
             part.data_parallel_group_gloo = model.layout.host_dp_group
+            part.init_state_fn = part.init_state_fn or _begin_momentum  # upstream has none for SGD, and calls it to load a checkpoint
         model.config.finalize_model_grads_func = finalize_model_grads
         model.config.grad_scale_func = self.optimizer.scale_loss
         model.config.no_sync_func = self.ddp.no_sync
@@ -70,7 +71,7 @@ class StudentOptimizer:
         self.optimizer.zero_grad()
 
     def step(self, iteration: int) -> dict[str, float]:
-        """One AdamW step with the iteration's learning rate."""
+        """One step with the iteration's learning rate."""
         lr = learning_rate(iteration, lr=self.config.lr, total_iters=self.total_iters, config=self.config)
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = lr, self.config.weight_decay * group["wd_mult"]
@@ -97,18 +98,27 @@ def choose_kernel(optimizer: torch.optim.Optimizer) -> None:
 
 def _optimizer_config(config: TrainingConfig, dtype: torch.dtype, distributed: bool) -> OptimizerConfig:
     return OptimizerConfig(
-        optimizer="adam",
+        optimizer="sgd" if config.optimizer == "sgd" else "adam",
         lr=config.lr,
         min_lr=config.min_lr,
         weight_decay=config.weight_decay,
         adam_beta1=config.adam_beta1,
         adam_beta2=config.adam_beta2,
         adam_eps=config.adam_eps,
+        sgd_momentum=config.momentum,
         clip_grad=config.clip_grad,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=distributed,
     )
+
+
+def _begin_momentum(optimizer: torch.optim.Optimizer, config: OptimizerConfig | None = None) -> None:
+    """Room for what a checkpoint holds of every weight. A momentum of 0 is none."""
+    for group in optimizer.param_groups:
+        for param in group["params"] if group["momentum"] else []:
+            if optimizer.state[param].get("momentum_buffer") is None:
+                optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
 
 
 class SoftPromptOptimizer:

@@ -81,11 +81,11 @@ def check_hidden_layers(config: Config, student: ModelFolder) -> None:
 def check_store(config: Config, store: TeacherStore) -> None:
     """The teacher read what it is to read, and its rows suffice for the loss."""
     store.check_conditioning(asdict(config.conditioning))
-    temperature = config.distillation.kd_temperature
+    temperature = config.page.temperature(config)
     if store.description.kind == "topk" and temperature != 1:
         raise UserError(
-            f"--kd-temperature {temperature} needs whole distributions, and --teacher-cache {store.path} has the "
-            f"{store.description.top_k} likeliest tokens of each; use --kd-temperature 1, or write another with --cache-kind hidden"
+            f"temperature {temperature} needs whole distributions, and --teacher-cache {store.path} has the "
+            f"{store.description.top_k} likeliest tokens of each; use temperature 1, or write another with --cache-kind hidden"
         )
 
 

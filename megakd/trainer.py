@@ -18,7 +18,7 @@ from megakd import preflight
 from megakd.checkpointing.export_hf import export_to_hf
 from megakd.checkpointing.native import read_latest
 from megakd.checkpointing.teacher_store import TeacherStore
-from megakd.checkpointing.training import load_checkpoint, save_checkpoint
+from megakd.checkpointing.training import TeacherWeights, load_checkpoint, save_checkpoint
 from megakd.config import Config
 from megakd.data.batch import Sample
 from megakd.data.conditioning import Conditioning
@@ -44,6 +44,7 @@ from megakd.runtime.initialize import is_rank_zero, seed_everything
 from megakd.runtime.parallel_layout import ParallelLayout
 from megakd.schedules import TOKENS
 from megakd.teachers.build import build_teacher
+from megakd.teachers.teacher import Teacher
 
 SAMPLES_SHOWN = 4  # held-out prompts that the student answers greedily at every evaluation, for people to read
 GIB = 1024**3
@@ -188,8 +189,15 @@ class Trainer:
             return 0
         method = self.method
         saved = load_checkpoint(
-            self.checkpoints, iteration, model=method.student, optimizer=method.optimizer.optimizer, flag="--save"
+            self.checkpoints,
+            iteration,
+            model=method.student,
+            optimizer=method.optimizer.optimizer,
+            teacher=teacher_weights(method.teacher),
+            flag="--save",
         )
+        if method.teacher:
+            method.teacher.go_on()
         for name, tensor in method.extra_tensors().items():
             tensor.copy_(saved[name])
         return iteration
@@ -279,6 +287,7 @@ class Trainer:
             extra_tensors=self.method.extra_tensors(),
             run_config=self.folder / "config.yaml",
             teacher_layout=self.method.teacher.model.layout if self.method.teacher and self.method.teacher.model else None,
+            teacher=teacher_weights(self.method.teacher),
         )
 
     def _finish(self) -> None:
@@ -303,6 +312,13 @@ def open_folders(config: Config) -> ModelFolders:
     if named := models.named_teachers:
         return ModelFolders.open(models.model, named_teachers=named)
     return ModelFolders.open(models.model, models.teacher_model, config.teacher.teacher_cache)
+
+
+def teacher_weights(teacher: Teacher | None) -> TeacherWeights | None:
+    """What a checkpoint keeps of the teacher, if anything."""
+    weights = teacher.learnt_weights() if teacher else {}
+    return TeacherWeights(teacher.model, weights) if weights else None
+
 
 
 def conditioning_of(config: Config, folders: ModelFolders) -> Conditioning | None:
@@ -335,8 +351,8 @@ def open_training_rows(
     if not method.reads_responses(config):
         return open_prompts(data.train_data, tokenizer, data, conditioning=conditioning)
     rows = open_responses(data.train_data, tokenizer, data, conditioning=conditioning, no_response=no_response(config))
-    if method.answers_prompts(config):
-        check_prompts(rows)
+    if method.needs_prompts(config):
+        check_prompts(rows, config)
     return rows
 
 
@@ -355,8 +371,8 @@ def no_response(config: Config) -> str:
     return config.page.no_response(NO_RESPONSE)
 
 
-def check_prompts(dataset: Sequence[Sample]) -> None:
-    """A student that answers the data's prompts, be it now and then, needs one in every row.
+def check_prompts(dataset: Sequence[Sample], config: Config) -> None:
+    """A student that answers the data's prompts, be it now and then, needs one in every row; so do losses on prompts.
 
     Raises:
         UserError: a row of plain text.
@@ -364,7 +380,7 @@ def check_prompts(dataset: Sequence[Sample]) -> None:
     plain = next((i for i, sample in enumerate(dataset) if not sample.prompt), None)
     if plain is not None:
         raise UserError(
-            f"{dataset.where(plain)} has no prompt that the student could answer; give data with prompts, or leave out --on-policy-ratio"
+            f"{dataset.where(plain)} has no prompt, which --method {config.method} needs; give data with prompts{config.page.no_prompt}"
         )
 
 

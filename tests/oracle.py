@@ -15,7 +15,7 @@ import torch.nn.functional as F
 Row = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # prompt, response, and what the teacher reads in the prompt's place
 
 
-@dataclass
+@dataclass(frozen=True)
 class Adam:
     """AdamW's numbers; `rates` are the learning rates of iterations 1, 2, ..."""
 
@@ -29,6 +29,19 @@ class Adam:
         return torch.optim.AdamW(groups, lr=0.0, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
 
 
+@dataclass(frozen=True)
+class SGD:
+    """torch's SGD with momentum, in Adam's place."""
+
+    rates: Sequence[float]
+    momentum: float
+    weight_decay: float
+    clip: float
+
+    def optimizer(self, groups):
+        return torch.optim.SGD(groups, lr=0.0, momentum=self.momentum, weight_decay=self.weight_decay)
+
+
 class Oracle:
     """A student and, for some methods, a teacher, both as transformers models in float64; one call of a method is one iteration.
 
@@ -37,7 +50,7 @@ class Oracle:
 
     vocab_size = None
 
-    def __init__(self, student, teacher, adam: Adam, *, vectors=None, prompt_rates: Sequence[float] = ()):
+    def __init__(self, student, teacher, adam: Adam | SGD, *, vectors=None, prompt_rates: Sequence[float] = ()):
         self.student = student.double().eval()
         self.teacher = teacher.double().eval().requires_grad_(False) if teacher is not None else None
         self.adam, self.iteration = adam, 0
@@ -82,6 +95,23 @@ class Oracle:
     def both_logits(self, prompt, response, primed):
         read = (self.student, prompt), (self.teacher, primed)
         return [response_logits(model, before, response)[:, : self.vocab_size] for model, before in read]
+
+    def response_priming(self, samples, alpha, temperature, *, original=False):
+        """`original`: place by place, what follows the question is never read."""
+        lm = distance = tokens = 0.0
+        for x, y, z in samples:
+            places = min(len(x), len(y), len(z))
+            if original:
+                q, p = (model(torch.tensor([read])).logits[0, :places] for model, read in ((self.student, x), (self.teacher, z)))
+            else:
+                (q, p), places = self.both_logits(x, y, z), len(y)
+            lm = lm - q.log_softmax(-1)[torch.arange(places), torch.tensor(y[:places])].sum()
+            log_q, log_p = (logits.div(temperature).log_softmax(-1) for logits in (q, p))
+            distance = distance + (log_q.exp() * (log_q - log_p)).sum()
+            tokens += places
+        total = (alpha * lm + (1 - alpha) * temperature**2 * distance) / tokens
+        found = {"loss/total": total, "loss/lm": lm / tokens, "loss/reverse_kl": distance / tokens, "tokens": tokens}
+        return found | self.update_student(total)
 
     def promptkd(self, samples, base_coef, kinds=("reverse", "reverse")):
         """Also returns the prompt's gradient and its value afterwards."""

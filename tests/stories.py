@@ -13,7 +13,7 @@ from functools import cache
 
 import numpy as np
 import torch
-from oracle import Adam, Oracle
+from oracle import SGD, Adam, Oracle
 from tiny import tiny_config, tiny_model
 
 from megakd.config import Config
@@ -26,6 +26,7 @@ LR, PROMPT_LR, MIN_LR, WARMUP = 1e-2, 2e-2, 1e-3, 2
 RATES = (5e-3, 1e-2, 1e-2, 8.681981e-3, 5.5e-3, 2.318019e-3)  # 2 of warm-up, then a cosine to MIN_LR one iteration after the last
 PROMPT_RATES = (1e-2, 2e-2, 2e-2, 1.72175144e-2, 1.05e-2, 3.78248558e-3)
 ADAM = Adam(RATES, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.1, clip=0.3)  # a large epsilon: the update stays a smooth function of the gradient
+DESCENT = SGD(RATES, momentum=0.7, weight_decay=0.1, clip=0.3)
 PROMPT_INIT = [11, 12, 13, 11, 12, 13, 11]  # what the tests' tokenizer makes of any text, repeated to --prompt-len
 PHI = 0.6  # of DistiLLM, as if held-out losses had risen six times
 
@@ -99,6 +100,7 @@ class Case:
     tell: Callable[[Oracle, int], Iterator[tuple[dict, dict]]]
     settings: dict[str, dict] = field(default_factory=dict)  # by group of the configuration
     batch: Callable[[int], list[Sample]] = global_batch
+    optimizer: Adam | SGD = ADAM
 
 
 def noise(iteration: int, sample_ids: list[int]) -> Callable:
@@ -171,6 +173,14 @@ def tell_promptkd(oracle, dp, kinds=("reverse", "reverse")):
         yield metrics, responses(samples)
 
 
+def tell_response_priming(original):
+    def told(oracle, dp):
+        for number in range(4):
+            yield oracle.response_priming(rows(oracle.batch(number)), 0.3, 2.5, original=original), {}
+
+    return told
+
+
 def tell_minillm(oracle, dp, **changes):
     """Two batches a phase, two epochs of it, and the first iteration of the next."""
     arguments = {"alpha": 0.3, "gamma": 0.9, "scale": 0.7, "limit": 0.8, "clip": 0.05, "lm_coef": 0.6, "kd_ratio": 0.3} | changes
@@ -227,7 +237,14 @@ CASES = {
         {"promptkd": PROMPTKD | {"base_kld_type": "forward"}},
     ),
 }
-CASES |= {f"{name}, primed": replace(CASES[name], batch=primed_batch) for name in ("kd", "seqkd", "distillm", "promptkd")}
+PRIMING = {
+    "training": {"optimizer": "sgd", "momentum": DESCENT.momentum},
+    "response_priming": {"priming_alpha": 0.3, "priming_temperature": 2.5},
+}
+ORIGINAL = PRIMING | {"response_priming": PRIMING["response_priming"] | {"priming_objective": "original"}}
+for name, settings in {"response_priming, primed": PRIMING, "response_priming, original, primed": ORIGINAL}.items():
+    CASES[name] = Case("response_priming", tell_response_priming(settings is ORIGINAL), settings, primed_batch, DESCENT)
+CASES |= {f"{name}, primed": replace(CASES[name], batch=primed_batch) for name in ("kd", "seqkd", "distillm", "minillm", "promptkd")}
 
 
 def story_config(name: str, micro_batch_size: int, parallel: dict) -> Config:
@@ -242,8 +259,8 @@ def story_config(name: str, micro_batch_size: int, parallel: dict) -> Config:
         },
         "parallel": parallel,
         "generation": {"max_new_tokens": LIMIT, "temperature": TEMPERATURE},
-        **case.settings,
     }  # fmt: skip
+    groups |= {group: groups.get(group, {}) | values for group, values in case.settings.items()}
     return replace(config, **{group: replace(getattr(config, group), **values) for group, values in groups.items()})
 
 
@@ -255,7 +272,7 @@ def pair_of_models(pair, dtype=torch.float32):
 def make_oracle(name: str, pair, dtype=torch.float32) -> Oracle:
     student, teacher = pair_of_models(pair, dtype)
     vectors = teacher.get_input_embeddings().weight.detach()[PROMPT_INIT]
-    return Oracle(student, None if CASES[name].method == "sft" else teacher, ADAM, vectors=vectors, prompt_rates=PROMPT_RATES)
+    return Oracle(student, None if CASES[name].method == "sft" else teacher, CASES[name].optimizer, vectors=vectors, prompt_rates=PROMPT_RATES)
 
 
 @cache

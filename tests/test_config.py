@@ -71,10 +71,10 @@ COMMANDS = {
     BenchmarkConfig: [],
     CacheConfig: ["--teacher-model", "t", "--train-data", "d", "--save", "s"],
 }  # fmt: skip
-ZERO_SAYS_SOMETHING = {"lora_dropout",   # none, off, all, or the first of them
+ZERO_SAYS_SOMETHING = {  # none, off, all, or the first of them
     "seed", "seeds", "lm_coef", "hidden_coef", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "base_coef", "top_k", "teacher_lr",
     "no_repeat_ngram_size", "gamma", "kd_ratio", "on_policy_ratio", "beta", "skew_alpha", "teacher_mixed_alpha", "adam_beta1",
-    "adam_beta2", "hidden_dropout", "attention_dropout", "show_data",
+    "adam_beta2", "hidden_dropout", "attention_dropout", "show_data", "momentum", "teacher_ema", "priming_alpha", "lora_dropout",
 }  # fmt: skip
 
 
@@ -195,7 +195,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
     text = [line.name for line, value in flags if isinstance(value, (str, tuple))]
     paths = {line.name for line, _ in flags if line.metadata.get("path")}
     words = {"method", "dtype", "lr_decay_style", "kd_objective", "prompt_init", "prompt_init_text", "teacher_kld_type", "base_kld_type"}
-    words |= {"reference_behaviour", "seeds", "preset", "baseline", "measure", "hidden_loss", "hidden_layers", "teacher_prompt_field", "teacher_field", "teacher_quantize", "cache_kind", "gsm8k_rule", "exact_match_rule", "rouge_tokenizer", "peft", "lora_target_modules"}
+    words |= {"reference_behaviour", "seeds", "preset", "baseline", "measure", "hidden_loss", "hidden_layers", "teacher_prompt_field", "teacher_field", "teacher_quantize", "cache_kind", "optimizer", "priming_objective", "gsm8k_rule", "exact_match_rule", "rouge_tokenizer", "peft", "lora_target_modules"}
     assert set(text) == words | paths, "a flag that may be a path says so"
 
 

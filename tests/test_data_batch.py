@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megakd.data.batch import Sample, collate, cut_by_length, micro_batches
+from megakd.data.batch import Sample, collate, collate_unshifted, cut_by_length, micro_batches
 
 EOS = 9
 
@@ -45,6 +45,16 @@ def test_a_teachers_longer_prompt_moves_its_positions_and_keeps_the_labels_that_
         assert read.supervised_labels.tolist() == [4, 5, EOS, 6, EOS, 7, EOS]
         assert (read.sample_ids.tolist(), read.response_lengths.tolist()) == ([7, 8, 9], [3, 2, 2])
     assert batch.to("cpu").for_teacher.tokens.tolist() == twin.tokens.tolist() and twin.for_teacher is twin
+
+
+def test_places_are_compared_unshifted_where_the_published_code_does():
+    """The question's beside the answer's, cut to the shortest of question, primed question and answer."""
+    rows = [((1, 2, 3, 4), (5, 6, EOS), (8, 1, 2, 3, 4)), ((1, 2), (5, 6, 7, EOS), None), ((1, 2, 3, 4, 5), (6, 7, 8, EOS), (9,))]
+    batch = collate_unshifted([Sample(i, x, y, teacher_prompt=z) for i, (x, y, z) in enumerate(rows)])
+    assert batch.tokens.tolist() == [[1, 2, 3], [1, 2, 0], [1, 0, 0]]
+    assert batch.for_teacher.tokens.tolist() == [[8, 1, 2], [1, 2, 0], [9, 0, 0]]
+    assert batch.loss_mask.tolist() == batch.for_teacher.loss_mask.tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 0]]
+    assert batch.supervised_labels.tolist() == [5, 6, EOS, 5, 6, 6]
 
 
 def test_a_teacher_that_reads_the_same_has_no_batch_of_its_own():

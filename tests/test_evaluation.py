@@ -8,7 +8,6 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
-from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megakd.config import EvaluateConfig, GenerateConfig, LayoutConfig, ResponseConfig, ScoreConfig, parse
 from megakd.data.sft_dataset import SFTDataset
 from megakd.data.tokenizer import load_tokenizer
-from megakd.evaluation import gsm8k, metrics
+from megakd.evaluation import metrics
 from megakd.evaluation.evaluation_set import EvaluationSet, named_paths
 from megakd.evaluation.evaluator import evaluate
 from megakd.evaluation.exposure_bias import accumulated, exposure_bias
@@ -236,84 +235,6 @@ def test_bos_stands_before_prompts_only_where_it_is_asked_for(data_folder, tmp_p
     plain, with_bos = (EvaluationSet("s", tmp_path / "data.jsonl", tokenizer, **options, add_bos=bos)[0] for bos in (False, True))
     assert with_bos.prompt == (tokenizer.bos_token_id, *plain.prompt)
     assert with_bos.response == plain.response
-
-
-# ---- GSM8K
-
-
-@pytest.mark.parametrize(
-    ("reply", "strict", "flexible"),
-    [
-        (r"so \boxed{18}. The answer is 5", 18, 18),  # the box before everything
-        (r"\boxed{\$1{,}800.50} and \boxed{3}", Decimal("1800.5"), Decimal("1800.5")),
-        (r"\boxed{x}, the answer is 7 or 8", 7, 7),  # a box without a number is none
-        ("18\nno, 20", None, 18),  # one number in the first line
-        ("18 is 18.0\nno, 20", None, 18),
-        ("18 of 20\nmakes 2", None, 2),  # two numbers there: the last of all
-        ("12 eggs\nThe final answer is: **-1,234**.", -1234, 12),
-        ("3 and 4\nthe Correct answer is $ 7, not 9", 7, 7),
-        ("16-3-4=9\n#### 9,000", None, 9000),
-        ("I do not know", None, None),
-    ],
-)
-def test_gsm8k_numbers_are_found_by_the_four_rules_in_order(reply, strict, flexible):
-    assert gsm8k.extract(reply, gsm8k.STRICT) == strict
-    assert gsm8k.extract(reply, gsm8k.FLEXIBLE) == flexible
-
-
-@pytest.mark.parametrize(
-    ("reply", "answer", "strict", "flexible"), [("The answer is 18.00", "#### 18", 100, 100), ("1000", "#### 1,000", 0, 100), ("-4", "x\n#### -3", 0, 0)]
-)
-def test_gsm8k_replies_are_scored_strictly_and_flexibly(reply, answer, strict, flexible):
-    assert gsm8k.score(reply, gsm8k.gold_number(answer), "papers") == {"gsm8k_strict": strict, "gsm8k_flexible": flexible}
-
-
-def test_every_published_gsm8k_answer_has_a_number(data_folder):
-    rows = read(data_folder / "gsm8k" / "test.jsonl")
-    assert gsm8k.gold_number(rows[0]["answer"]) == 18
-    for gold in (gsm8k.gold_number(row["answer"]) for row in rows):
-        assert gsm8k.score(f"... The answer is ${gold:,}.", gold, "papers") == {"gsm8k_strict": 100, "gsm8k_flexible": 100}
-
-
-REPLIES = {  # of the solution without its #### line, and the right number as it is written
-    "GSM8K's own": (lambda solution, number: f"{solution}\n#### {number}"),
-    "a heading, then the phrase": (lambda solution, number: f"Step 1:\n{solution}\nThe answer is {number}."),
-    "another statement first": (lambda solution, number: f"The answer is 3? No.\n{solution}\nThe final answer is: **${number}**."),
-    "a box with a unit": (lambda solution, number: rf"{solution} \\[ \\boxed{{\\${number.replace(',', '{,}')} \\text{{ eggs}}}} \\] as 2 of 2"),
-    "a question of its own behind": (lambda solution, number: f"{solution}\n**Answer:** {number}%\n\nQuestion: 3 eggs?\nAnswer: 5"),
-    "a sum": (lambda solution, number: f"{solution}\nThe answer is {number} + 0 = {number} dollars, 1 way of 2"),
-}
-
-
-@pytest.mark.parametrize("name", REPLIES)
-def test_the_robust_rule_finds_the_number_of_every_published_answer(data_folder, name):
-    """The papers' rules find 98.03 % of GSM8K's own answers, and 1.14 % with `Step 1:` in front."""
-    rows = read(data_folder / "gsm8k" / "test.jsonl")
-    assert len(rows) == 1319
-    for row in rows:
-        solution, _, number = row["answer"].rpartition("\n#### ")
-        assert gsm8k.score(REPLIES[name](solution, number), gsm8k.gold_number(row["answer"])) == {"gsm8k_robust": 100}, row
-
-
-@pytest.mark.parametrize(
-    ("reply", "number"),
-    [
-        ("The answer is \u22125.", -5),
-        ("#### \u22121,234.50", Decimal("-1234.5")),
-        ("It lost -$5", -5),
-        ("16-$3", 3),
-        ("1\u202f234 dollars", 1234),
-        ("The answer is 18, because 20 - 2 = 18 and 3 = 3", 18),
-        ("The answer is:\n\n18 eggs. That leaves 3", 18),
-        ("The answer is twelve, of 5", 5),  # no number stated: the last one
-        ("To answer this we need 3 numbers: 4", 4),
-        ("18 of 20\nQ2: what of 7", 20),
-        ("I do not know", None),
-    ],
-)
-def test_the_robust_rule_reads_signs_units_and_sums(reply, number):
-    assert gsm8k.extract(reply, gsm8k.ROBUST) == number
-    assert gsm8k.gold_number("x\n#### \u22125") == -5
 
 
 # ---- generate.py

@@ -36,6 +36,7 @@ from megakd.config import (
     KDConfig,
     MiniLLMConfig,
     PromptKDConfig,
+    ResponsePrimingConfig,
     TrainingConfig,
 )
 from megakd.data.batch import Sample
@@ -510,7 +511,7 @@ def flags_read(layout, method_name):
         read.add(name)
         return object.__getattribute__(self, name)
 
-    for group in (DistillationConfig, KDConfig, DistiLLMConfig, PromptKDConfig, MiniLLMConfig, GenerationConfig):
+    for group in (DistillationConfig, KDConfig, DistiLLMConfig, PromptKDConfig, ResponsePrimingConfig, MiniLLMConfig, GenerationConfig):
         group.__getattribute__ = get
     minillm.open_responses = lambda *args, **options: text_batch()
     parts.student.method_parts.update(METHODS[method_name].modules(parts.student, parts.teacher, config))
@@ -526,7 +527,7 @@ def flags_read(layout, method_name):
 @pytest.mark.parametrize("method_name", METHODS)
 def test_a_method_reads_the_flags_that_are_called_its_own_and_no_others(method_name):
     config = Config(method=method_name)
-    groups = (config.distillation, config.kd, config.distillm, config.promptkd, config.minillm, config.generation)
+    groups = (config.distillation, config.kd, config.distillm, config.promptkd, config.response_priming, config.minillm, config.generation)
     flags = {name for group in groups for name in vars(group)} - {"max_new_tokens"}  # which the trainer reads for all
     (read,) = run_distributed(flags_read, 1, method_name)
     assert read & flags == {name for name, methods in config.readers().items() if method_name in methods} & flags

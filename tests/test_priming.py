@@ -115,13 +115,14 @@ def test_a_template_says_what_stands_where(tmp_path, tokenizer):
     assert taught(tmp_path, tokenizer, TASK | {"hint": "four", "second": "six"}, **flags) == render_prompt("one four six!\n", "two")
 
 
-def test_the_teachers_own_chat_template_writes_what_it_reads(tmp_path, tokenizer):
+def test_the_teachers_own_chat_template_writes_what_it_reads(tmp_path, tokenizer, noted):
     teacher, bare = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
     teacher.chat_template, bare.chat_template = OTHER_CHAT, None
     row = {"messages": [SYSTEM, USER, ANSWER]}
     assert taught(tmp_path, tokenizer, row, teacher=teacher) == "[system]one\n[user]two\n[assistant]"
     assert taught(tmp_path, tokenizer, row, teacher=teacher, teacher_priming="Think.") == "[system]one\n[user]Think. two\n[assistant]"
     assert taught(tmp_path, tokenizer, row, teacher=bare, teacher_priming="Think.") == "<system>one\n<user>Think. two\n<assistant>"
+    assert set(noted.messages) == {"student and teacher have unlike chat templates: each reads a chat as its own writes it"}
     assert taught(tmp_path, tokenizer, PROMPT, teacher=teacher) is None, "a prompt that is no chat is read as it stands"
 
 

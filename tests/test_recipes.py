@@ -17,7 +17,7 @@ from megakd.config import from_yaml as read_yaml
 
 ROOT = Path(__file__).parents[1]
 from_yaml = functools.cache(read_yaml)
-SCALES = sorted(folder.name for folder in (ROOT / "configs").iterdir())
+SCALES = sorted(file.parent.name for file in ROOT.glob("configs/*/scale.yaml"))
 METHODS = {"sft_teacher": "sft", "sft_student": "sft"}  # the other stages are called like their methods
 STAGES = ("sft_teacher", "sft_student", "kd", "seqkd", "minillm", "promptkd")
 PAPER = {  # scale: rows of a step, iterations and learning rate of each stage, in PromptKD's scripts
@@ -99,8 +99,8 @@ def test_a_dry_run_prints_every_stage_and_what_is_there_already(tmp_path):
 # ---- stages
 
 
-def paper(*words) -> list[str]:
-    return ["bash", str(ROOT / "scripts" / "recipes" / "paper.sh"), *map(str, words)]
+def paper(*words, recipe: str = "paper.sh") -> list[str]:
+    return ["bash", str(ROOT / "scripts" / "recipes" / recipe), *map(str, words)]
 
 
 FAKE = """#!/usr/bin/env bash
@@ -116,20 +116,21 @@ case "$*" in {broken}) echo "out of memory"; exit 1 ;; esac
 case $script in
     pretrain_kd.py) mkdir -p $save/hf ;;
     evaluate.py) mkdir -p $save && touch $save/results.json ;;
-    report.py) mkdir -p $save/report && echo "the table" > $save/report/table.md ;;
+    analyze_attention.py) mkdir -p $save && touch $save/attention.json ;;
+    report*.py) mkdir -p $save/report && echo "the table" > $save/report/table.md ;;
     *) mkdir -p $save ;;
 esac
 """
 
 
-def run_with_fake_python(folder: Path, broken: str = "nothing"):
-    """paper.sh tiny, the commands it gave, and its last line."""
+def run_with_fake_python(folder: Path, broken: str = "nothing", recipe: str = "paper.sh"):
+    """What a recipe's tiny scale said, and the commands it gave."""
     fake, calls = folder / "python", folder / "calls"
     fake.write_text(FAKE.format(calls=calls, broken=f"*{broken}*"))
     fake.chmod(0o755)
     calls.write_text("")
     environment = os.environ | {"PYTHON": str(fake), "DATA": "data"}
-    done = subprocess.run(paper("tiny", folder / "out"), capture_output=True, text=True, env=environment)
+    done = subprocess.run(paper("tiny", folder / "out", recipe=recipe), capture_output=True, text=True, env=environment)
     return done, calls.read_text().splitlines()
 
 

@@ -334,7 +334,7 @@ def test_what_targets_cannot_do_is_one_line(flags, line, capsys):
 
 
 def test_a_temperature_needs_whole_distributions(inputs):
-    refused(inputs, "--kd-temperature 2.0 needs whole distributions, and --teacher-cache .* has the 5 likeliest", "--kd-temperature", 2, kind="topk")
+    refused(inputs, "temperature 2.0 needs whole distributions, and --teacher-cache .* has the 5 likeliest", "--kd-temperature", 2, kind="topk")
     trained(inputs, "warm", "--kd-temperature", 2, "--train-iters", 1, **stored("dense"))
 
 

@@ -31,7 +31,7 @@ from megakd.models.inspection import inspect
 from megakd.models.param_mapping import Source, Vocabulary
 
 REPORT = "megakd_export.json"
-NO_WEIGHTS = ("optimizer.", "extra.", METHOD_PARTS)  # keys of what a run keeps besides the model
+NO_WEIGHTS = ("optimizer.", "extra.", "teacher.", METHOD_PARTS)  # keys of what a run keeps besides the model
 DTYPE_FIELDS = ("dtype", "torch_dtype")  # transformers 5 writes the first, older ones the second
 
 

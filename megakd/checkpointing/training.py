@@ -1,4 +1,5 @@
-"""Save and load a run: weights, optimizer, soft prompt; what was saved at one TP x PP x DP loads at any other.
+"""Save and load a run: weights, optimizer, soft prompt, a teacher that follows the student; what was saved at one TP x PP x DP loads at
+any other.
 
 Random state is not saved: the trainer seeds anew from (seed, iteration), which means the same at every layout.
 """
@@ -9,6 +10,7 @@ import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.runtime.parallel_layout import ParallelLayout
 
 OPTIMIZER_SHARDING = "fully_reshardable"  # megatron-core's default kind cannot be saved at all in 0.16.1
+TEACHER = "teacher."
 EXTRA, SCALAR = "extra.", "extra.scalar."  # torch_dist knows no tensors without axes
 
 
@@ -50,6 +53,7 @@ def save_checkpoint(
     extra_tensors: dict[str, Tensor] | None = None,
     run_config: Path | None = None,
     teacher_layout: ParallelLayout | None = None,
+    teacher: TeacherWeights | None = None,
 ) -> Path:
     """Write ROOT/iter_<iteration> from all ranks and make it the latest; returns its folder.
 
@@ -59,10 +63,12 @@ def save_checkpoint(
         ends: where answers of the model end, for those files to say.
         extra_tensors: small tensors by name, alike on all ranks (the soft prompt and its moments); rank 0's are written.
         run_config: the run's config.yaml.
+        teacher: weights of a teacher that no other folder has.
     """
     target = iteration_folder(Path(root), iteration)
     with published_by_rank_zero(target) as folder:
         state = sharded_state(model, optimizer, is_loading=False)
+        state["teacher"] = teacher.sharded_state() if teacher else {}
         state["extra"] = {name: _replicated(name, tensor) for name, tensor in (extra_tensors or {}).items()}
         kinds = {"distrib_optim_sharding_type": OPTIMIZER_SHARDING}
         dist_checkpointing.save(state, str(folder), SynchronousSave(), content_metadata=kinds)
@@ -82,22 +88,43 @@ def load_checkpoint(
     *,
     model: HiddenStateGPTModel,
     optimizer: MegatronOptimizer | None = None,
+    teacher: TeacherWeights | None = None,
     flag: str = "--load",
 ) -> dict[str, Tensor]:
-    """Fill model and optimizer in place, on all ranks; returns the extra tensors, on the CPU, on every rank.
+    """Fill model, optimizer and the teacher's weights in place, on all ranks; returns the extra tensors, on the CPU, on every rank.
 
     Raises:
         UserError: no such checkpoint, an untrusted or damaged one, or it lacks something that is asked for.
     """
     native = NativeCheckpoint(root, iteration=iteration, flag=flag)
     state = sharded_state(model, optimizer, is_loading=True)
+    state["teacher"] = teacher.sharded_state() if teacher else {}
     dict_list_map_inplace(without_objects, state)
     _check_complete(native, state, flag=flag)
     loaded = dist_checkpointing.load(state, str(native.folder), common_strategy=LoadCommonWithoutPickle())
     model.load_state_dict(loaded["model"], strict=not model.adapted)
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
+    for name, tensor in (teacher.weights if teacher else {}).items():
+        tensor.copy_(loaded["teacher"][name])
     return _read_extra_tensors(native)
+
+
+@dataclass(frozen=True)
+class TeacherWeights:
+    """Of a teacher, `weights` by name, cut as those of its `model` are on this rank; of any float type."""
+
+    model: HiddenStateGPTModel
+    weights: dict[str, Tensor]
+
+    def sharded_state(self) -> dict[str, Any]:
+        """In a checkpoint their names begin with `teacher.`."""
+        state = sharded_weights(self.model)
+        for name, tensor in self.weights.items():
+            state[name].key, state[name].data = TEACHER + state[name].key, tensor
+            if isinstance(state[name], ShardedTensor):
+                state[name].dtype = tensor.dtype
+        return {name: state[name] for name in self.weights}
 
 
 @contextmanager
@@ -115,18 +142,28 @@ def published_by_rank_zero(target: Path) -> Iterator[Path]:
 
 def sharded_state(model: HiddenStateGPTModel, optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
     """What megatron-core saves and loads, with the shard of each tensor that this rank holds."""
-    metadata = {
+    weights = sharded_weights(model)
+    state = {"model": {key: value for key, value in weights.items() if not is_frozen(value)} if model.adapted else weights}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=sharding(model))
+    return state
+
+
+def sharded_weights(model: HiddenStateGPTModel) -> dict[str, Any]:
+    """The model's, by name."""
+    weights = model.sharded_state_dict(metadata=sharding(model))
+    if HEAD in weights:
+        weights[HEAD].allow_shape_mismatch = True  # padded for another TP size; megatron allows it for embeddings only
+    return weights
+
+
+def sharding(model: HiddenStateGPTModel) -> dict[str, Any]:
+    """How megatron-core is to cut what it saves."""
+    return {
         "dp_cp_group": model.layout.groups.dp_cp,
         "distrib_optim_sharding_type": OPTIMIZER_SHARDING,
         "distrib_optim_fully_reshardable_mem_efficient": True,  # gathers Adam's state on the host, not on one GPU
     }
-    weights = model.sharded_state_dict(metadata=metadata)
-    if HEAD in weights:
-        weights[HEAD].allow_shape_mismatch = True  # padded for another TP size; megatron allows it for embeddings only
-    state = {"model": {key: value for key, value in weights.items() if not is_frozen(value)} if model.adapted else weights}
-    if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
-    return state
 
 
 def is_frozen(value: Any) -> bool:

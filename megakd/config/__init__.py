@@ -5,6 +5,7 @@ so that `--help` answers at once.
 """
 
 from megakd.config.answering import AnsweringConfig
+from megakd.config.attention import AttentionConfig
 from megakd.config.base import BaseConfig
 from megakd.config.benchmark import BenchmarkConfig
 from megakd.config.cache import CacheConfig
@@ -19,17 +20,20 @@ from megakd.config.methods.distillm import DistiLLMConfig
 from megakd.config.methods.kd import KDConfig
 from megakd.config.methods.minillm import MiniLLMConfig
 from megakd.config.methods.promptkd import PromptKDConfig
+from megakd.config.methods.response_priming import ResponsePrimingConfig
+from megakd.config.models import SELF, ModelConfig
 from megakd.config.parallel import LayoutConfig, ParallelConfig
 from megakd.config.parse import AnyConfig, from_flags, from_values, from_yaml, parse
 from megakd.config.sampling import GenerationConfig, ResponseConfig, SamplingConfig
 from megakd.config.teacher import TeacherConfig
-from megakd.config.train import METHODS, Config, DataConfig, ModelConfig, OutputConfig
+from megakd.config.train import METHODS, Config, DataConfig, OutputConfig
 from megakd.config.training import TrainingConfig
 
 __all__ = [
-    "METHODS", "AnsweringConfig", "AnyConfig", "BaseConfig", "BenchmarkConfig", "CacheConfig", "ConditioningConfig", "Config", "DataConfig",
-    "DistiLLMConfig", "DistillationConfig", "EvaluateConfig", "GenerateConfig", "GenerationConfig", "KDConfig", "LayoutConfig",
-    "LoRAConfig", "MethodConfig", "MiniLLMConfig", "ModelConfig", "OutputConfig", "ParallelConfig", "PromptKDConfig",
-    "ResponseConfig", "SamplingConfig", "ScoreConfig", "TeacherConfig", "TrainingConfig", "alike", "flag_name", "from_flags", "from_values",
-    "from_yaml", "parse",
+    "METHODS", "SELF", "AnsweringConfig", "AnyConfig", "AttentionConfig", "BaseConfig", "BenchmarkConfig", "CacheConfig",
+    "ConditioningConfig", "Config", "DataConfig", "DistiLLMConfig", "DistillationConfig", "EvaluateConfig", "GenerateConfig",
+    "GenerationConfig", "KDConfig", "LayoutConfig", "LoRAConfig", "MethodConfig", "MiniLLMConfig", "ModelConfig",
+    "OutputConfig", "ParallelConfig", "PromptKDConfig", "ResponseConfig", "ResponsePrimingConfig", "SamplingConfig",
+    "ScoreConfig", "TeacherConfig", "TrainingConfig", "alike", "flag_name", "from_flags", "from_values", "from_yaml",
+    "parse",
 ]  # fmt: skip

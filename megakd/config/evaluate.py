@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from megakd.config.answering import AnsweringConfig
+from megakd.config.conditioning import ConditioningConfig
 from megakd.config.fields import POSITIVE, SEED, Group, alias, flag
 from megakd.config.teacher import CACHE_HELP
 
@@ -20,8 +21,8 @@ class ScoreConfig:
     exact_match_rule: Literal["strict", "papers"] = flag(
         "strict", "strict: equal but for case, spacing and a last full stop; papers: without any punctuation, 3.5 is 35"
     )
-    gsm8k_rule: Literal["robust", "papers"] = flag(
-        "robust", "robust: the number stated last, else the last number; papers: strict and flexible of Goyal et al. 2024"
+    gsm8k_rule: Literal["robust", "papers", "both"] = flag(
+        "robust", "robust: the number stated last, else the last number; papers: strict and flexible of Goyal et al. 2024; or both"
     )
     rouge_tokenizer: tuple[str, ...] = flag(
         ("default",), "of Rouge-L: default (the papers', a-z and digits alone), unicode (words of every script) or model; also set=unicode"
@@ -52,9 +53,10 @@ class EvaluateConfig(AnsweringConfig):
     """
 
     teacher_model: Annotated[str, alias("--teacher-model-name-or-path", "--teacher-model-path")] = flag(
-        "", "to compare with", path=True
+        "", "to compare with; self: the model itself, which with another text says something else", path=True
     )
     teacher_cache: str = flag("", f"{CACHE_HELP}: --data as its --valid-data was", path=True)
+    conditioning: Group[ConditioningConfig] = ConditioningConfig()
     data: tuple[str, ...] = flag((), "jsonl files with right answers, each as name=path or path", path=True)
     gsm8k: str = flag("", "GSM8K jsonl (question, answer with ####): accuracy of the number", path=True)
     seeds: tuple[int, ...] = flag((10, 20, 30, 40, 50), "one pass over the data each; scores are their mean", range=SEED)
@@ -80,6 +82,7 @@ class EvaluateConfig(AnsweringConfig):
             yield "--seeds is empty; give one number or more"
         if twice := [seed for i, seed in enumerate(self.seeds) if seed in self.seeds[:i]]:
             yield f"--seeds names {twice[0]} more than once, and the same answers would count as more; name each seed once"
+        yield from self.conditioning.validation_errors()
         if self.exposure_bias and not self.teacher_model:
             yield "--exposure-bias needs --teacher-model; give the folder to compare with"
         if self.exposure_bias_samples > len(self.seeds):
@@ -87,4 +90,5 @@ class EvaluateConfig(AnsweringConfig):
 
     def unless(self):
         curves = dict.fromkeys(("exposure_bias_samples", "exposure_bias_skip_first"), (self.exposure_bias, "without --exposure-bias"))
-        return super().unless() | curves | {"overwrite": (self.save, "without --save")}
+        told = dict.fromkeys(vars(self.conditioning), (self.teacher_model, "without --teacher-model"))
+        return super().unless() | curves | told | {"overwrite": (self.save, "without --save")}

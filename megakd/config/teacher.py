@@ -33,6 +33,8 @@ class TeacherConfig:
         """What a teacher of this kind cannot do, one line each."""
         if self.teacher_cache:
             yield from (f"{reason}; give --teacher-model in place of --teacher-cache" for reason in self._beyond_a_store(config))
+        if self.teacher_quantize != "none" and config.models.teacher_ema is not None:
+            yield f"--teacher-quantize {self.teacher_quantize} freezes the weights that --teacher-ema moves; leave one of them out"
         if config.models.named_teachers:
             yield from self._beyond_several(config)
         elif self.teacher_field:

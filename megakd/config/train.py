@@ -16,43 +16,21 @@ import tyro
 from megakd.config.base import BaseConfig
 from megakd.config.conditioning import ConditioningConfig
 from megakd.config.distillation import DistillationConfig
-from megakd.config.fields import NOT_NEGATIVE, POSITIVE, SHARE_BELOW_1, TEMPLATE_HELP, Group, alias, as_words, flag
+from megakd.config.fields import NOT_NEGATIVE, POSITIVE, TEMPLATE_HELP, Group, alias, as_words, flag
 from megakd.config.lora import LoRAConfig
 from megakd.config.methods.base import MethodConfig
 from megakd.config.methods.distillm import DistiLLMConfig
 from megakd.config.methods.kd import KDConfig
 from megakd.config.methods.minillm import MiniLLMConfig
 from megakd.config.methods.promptkd import PromptKDConfig
+from megakd.config.methods.response_priming import ResponsePrimingConfig
 from megakd.config.methods.seqkd import SeqKDConfig
 from megakd.config.methods.sft import SFTConfig
+from megakd.config.models import ModelConfig
 from megakd.config.parallel import ParallelConfig
 from megakd.config.sampling import GenerationConfig
 from megakd.config.teacher import TeacherConfig
 from megakd.config.training import TrainingConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Student and teacher: Hugging Face folders or native checkpoints."""
-
-    model: Annotated[str, alias("--model-name-or-path", "--model-path")] = flag("", "the student's folder", path=True)
-    teacher_model: Annotated[str | tuple[str, ...], alias("--teacher-model-name-or-path", "--teacher-model-path")] = flag(
-        "", "the teacher's folder; or several as math=DIR code=DIR, with --teacher-field", path=True, read_by="needs_teacher"
-    )
-    dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "bf16 has fp32 master weights; auto: bf16 on a GPU, else fp32")
-    hidden_dropout: float | None = flag(
-        None, "the student's dropout while it learns; default: what its config.json says, 0 with minillm", range=SHARE_BELOW_1
-    )
-    attention_dropout: float | None = flag(
-        None, "the student's attention dropout; default: what its config.json says, 0 with minillm", range=SHARE_BELOW_1
-    )
-
-
-    @property
-    def named_teachers(self) -> dict[str, str]:
-        """Folders by name where there are several teachers; the one has no name."""
-        words = () if isinstance(self.teacher_model, str) else self.teacher_model
-        return {name: path for name, _, path in (word.partition("=") for word in words)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +98,7 @@ class Config(BaseConfig):
     distillm: Group[DistiLLMConfig] = DistiLLMConfig()
     minillm: Group[MiniLLMConfig] = MiniLLMConfig()
     promptkd: Group[PromptKDConfig] = PromptKDConfig()
+    response_priming: Group[ResponsePrimingConfig] = ResponsePrimingConfig()
     generation: Group[GenerationConfig] = GenerationConfig()
     output: Group[OutputConfig] = OutputConfig()
 
@@ -141,6 +120,7 @@ class Config(BaseConfig):
     def validation_errors(self):
         yield from self._missing()
         yield from self._contradictions()
+        yield from self.models.validation_errors(self)
         yield from self.conditioning.validation_errors()
         yield from self.teacher.validation_errors(self)
         yield from self.lora.validation_errors()
@@ -164,6 +144,8 @@ class Config(BaseConfig):
             yield f"--train-iters {training.train_iters} and --epochs {training.epochs}: give exactly one of them"
         if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
             yield "--sequence-parallel needs --tensor-model-parallel-size of at least 2; leave it out"
+        if parallel.use_distributed_optimizer and training.optimizer == "sgd":
+            yield "--use-distributed-optimizer splits AdamW's moments, which --optimizer sgd does not have; leave it out"
         if data.max_prompt_length >= data.max_length:
             yield f"--max-prompt-length {data.max_prompt_length} leaves no room for a response in --max-length {data.max_length}; lower it"
         if training.min_lr > training.lr:
@@ -184,9 +166,12 @@ class Config(BaseConfig):
                 yield f"--method {self.method} has no use for {words}, a flag of {', '.join(methods)}; leave it out"
 
     def unless(self) -> dict[str, tuple[Any, str]]:
-        held_out = (self.data.valid_data, "without --valid-data")
+        held_out, training = (self.data.valid_data, "without --valid-data"), self.training
+        adam = (training.optimizer == "adamw" or self.page.soft_prompt_len, "with --optimizer sgd")
         return {
-            "min_lr": (self.training.lr_decay_style != "constant", "with --lr-decay-style constant"),
+            "momentum": (training.optimizer == "sgd", "without --optimizer sgd"),
+            **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_eps"), adam),
+            "min_lr": (training.lr_decay_style != "constant", "with --lr-decay-style constant"),
             **dict.fromkeys(("eval_interval", "eval_iters"), held_out),
             **self.distillation.unless(),
             **self.page.unless(self),

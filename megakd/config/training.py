@@ -27,7 +27,11 @@ class TrainingConfig:
     min_lr: float = flag(0.0, "where the decay ends", range=NOT_NEGATIVE)
     lr_warmup_iters: Annotated[int, alias("--warmup-iters")] = flag(0, "iterations of linear warm-up", range=NOT_NEGATIVE)
     lr_decay_style: Literal["constant", "linear", "cosine"] = flag("cosine", "how the learning rate falls after the warm-up")
-    weight_decay: float = flag(0.01, "AdamW's weight decay; norms and biases have none", range=NOT_NEGATIVE)
+    optimizer: Literal["adamw", "sgd"] = flag("adamw", "the student's; a soft prompt has AdamW in any case")
+    momentum: Annotated[float, alias("--sgd-momentum")] = flag(
+        0.9, "SGD's, as torch's: v ← momentum · v + gradient, θ ← θ − lr · v", range=SHARE_BELOW_1
+    )
+    weight_decay: float = flag(0.01, "AdamW's, or in SGD added to the gradient; norms and biases have none", range=NOT_NEGATIVE)
     adam_beta1: float = flag(0.9, "AdamW's first moment", range=SHARE_BELOW_1)
     adam_beta2: float = flag(0.999, "AdamW's second moment", range=SHARE_BELOW_1)
     adam_eps: float = flag(1e-8, "AdamW's epsilon", range=POSITIVE)

@@ -15,7 +15,7 @@ the same labels count, in a frame of its own width. So the n-th row of either mo
     teacher's prompt p q a b c                  teacher   p q a b c d e      mask 0 0 0 0 1 1 1
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -158,8 +158,26 @@ def round_up(number: int, multiple_of: int) -> int:
     return -(-number // multiple_of) * multiple_of
 
 
+def collate_unshifted(samples: Sequence[Sample]) -> Batch:
+    """Place i of the prompt beside token i of the response, all cut to the shortest of prompt, teacher's prompt and response: what the
+    published code of response priming compares, where no model has read what it is asked for. Every place counts."""
+    sizes = [min(len(sample.prompt), len(sample.for_teacher.prompt), len(sample.response)) for sample in samples]
+    labels = torch.full((len(samples), max(sizes)), PADDING)
+    for row, sample, size in zip(labels, samples, sizes):
+        row[:size] = torch.tensor(sample.response[:size])
+    read = ([replace(who, prompt=who.prompt[:size], response=who.response[:1]) for who, size in zip(part, sizes)]
+            for part in (samples, [sample.for_teacher for sample in samples]))  # fmt: skip
+    student, teacher = (replace(padded(part, sizes, max(sizes)), labels=labels) for part in read)
+    return replace(student, twin=teacher)
+
+
 def micro_batches(
-    samples: Sequence[Sample], micro_batch_size: int, *, most_tokens: int | None = None, device: torch.device | str = "cpu"
+    samples: Sequence[Sample],
+    micro_batch_size: int,
+    *,
+    most_tokens: int | None = None,
+    device: torch.device | str = "cpu",
+    collate: Callable[[Sequence[Sample]], Batch] = collate,
 ) -> list[Batch]:
     """Batches on `device` of at most `micro_batch_size` rows of like length and of one teacher, each as wide as its own longest row.
 

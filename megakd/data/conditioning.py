@@ -18,7 +18,7 @@ from megakd.data.forms import Row, RowReader, asked_first, is_chat, string
 from megakd.data.priming import Priming, open_priming
 from megakd.data.templates import open_template
 from megakd.data.values import shown
-from megakd.errors import UserError
+from megakd.errors import UserError, tell
 
 PLAIN_TEXT = "is plain text and asks nothing; the teacher reads it as the student does"
 
@@ -51,8 +51,11 @@ class Conditioning:
             UserError: a template cannot be used.
         """
         own_template = getattr(teacher, "chat_template", None)
-        if not settings.adds_text and own_template in (None, getattr(student, "chat_template", None)):
+        same_template = own_template in (None, getattr(student, "chat_template", None))
+        if same_template and not settings.adds_text:
             return None
+        if not same_template:
+            tell("student and teacher have unlike chat templates: each reads a chat as its own writes it")
         reader = RowReader(open_template(template), teacher if own_template else student)
         return cls(settings, open_priming(settings.priming), reader, positions, new_tokens)
 

@@ -55,7 +55,7 @@ class Rows(Sequence[Row]):
         for place, fields in records(self.path):
             self._records.append(json.dumps([place, fields], ensure_ascii=False).encode())
             row = self._row(place, fields)
-            if self.conditioning and row.is_text:
+            if row.is_text and self.conditioning and self.conditioning.settings.adds_text:
                 self._reader.notes.add(PLAIN_TEXT, row.where)
             yield row
         if not self:

@@ -76,13 +76,13 @@ class TextDataset(Sequence[Sample]):
         """Every right response; the first is the one learnt. Empty in a file of prompts alone."""
         return self.text(index).references
 
-    def fields(self, index: int) -> dict:
-        """All that the record of a sample's row holds."""
-        return self._rows.fields(self._row_of[index])
-
     def where(self, index: int) -> str:
         """File and line of the row, as in messages."""
         return self._rows.where(self._row_of[index])
+
+    def fields(self, index: int) -> dict:
+        """All that the record of a sample holds."""
+        return self._rows.fields(self._row_of[index])
 
     def prompt_text(self, index: int) -> str:
         """The rendered prompt, as the model is asked to continue it."""

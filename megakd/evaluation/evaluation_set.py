@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config import EvaluateConfig, ScoreConfig
 from megakd.data.batch import Sample
+from megakd.data.conditioning import Conditioning
 from megakd.data.forms import Row
 from megakd.data.prompt_dataset import PromptDataset
 from megakd.data.sft_dataset import check_responses
@@ -40,12 +41,13 @@ class EvaluationSet(PromptDataset):
         max_response_length: int,
         add_bos: bool = False,
         template: str = "alpaca",
+        conditioning: Conditioning | None = None,
         scores: ScoreConfig = USUAL_RULES,
     ) -> None:
         self.name, self.path, self.max_response_length = name, str(path), max_response_length
         self.rules, self.rouge_tokenizer = scores, metrics.rouge_tokenizer(scores.rouge_tokenizer_of(name), tokenizer)
         self._bos = tokenizer("")["input_ids"] if add_bos else []
-        super().__init__(path, tokenizer, max_prompt_length=max_prompt_length, template=template)
+        super().__init__(path, tokenizer, max_prompt_length=max_prompt_length, template=template, conditioning=conditioning)
         self.rules = scores
         self.rouge_tokenizer = metrics.rouge_tokenizer(scores.rouge_tokenizer_of(name), tokenizer)
 
@@ -60,6 +62,10 @@ class EvaluationSet(PromptDataset):
     def questions(self) -> list[Sample]:
         """The samples without their responses."""
         return [replace(sample, response=()) for sample in self]
+
+    def teacher_questions(self) -> list[Sample]:
+        """The same as the teacher reads them."""
+        return [sample.for_teacher for sample in self.questions()]
 
     def score(self, index: int, answer: str) -> dict[str, float]:
         """Each metric of one answer, 0 to 100."""
@@ -82,7 +88,7 @@ class GSM8KSet(EvaluationSet):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.gold: list[Decimal] = [gsm8k.gold_number(self.references(i)[0], self.where(i)) for i in range(len(self))]
+        self.gold: list[Fraction] = [gsm8k.gold_number(self.references(i)[0], self.where(i)) for i in range(len(self))]
 
     def score(self, index: int, answer: str) -> dict[str, float]:
         return super().score(index, answer) | gsm8k.score(answer, self.gold[index], self.rules.gsm8k_rule)
@@ -90,7 +96,7 @@ class GSM8KSet(EvaluationSet):
 
 @dataclass(frozen=True)
 class NamedPath:
-    """One word of --data."""
+    """One word of --data, say."""
 
     name: str
     path: str
@@ -102,8 +108,8 @@ class NamedPath:
         return cls(name, path) if equals and not Path(word).exists() else cls(Path(word).stem, word)
 
 
-def named_paths(words: Sequence[str]) -> list[NamedPath]:
-    """The data sets of --data.
+def named_paths(words: Sequence[str], *, flag: str = "--data") -> list[NamedPath]:
+    """The words of a flag that takes `name=path` or path.
 
     Raises:
         UserError: two have one name.
@@ -112,11 +118,13 @@ def named_paths(words: Sequence[str]) -> list[NamedPath]:
     for i, one in enumerate(named):
         for other in named[:i]:
             if one.name == other.name:
-                raise UserError(f"--data {other.path} {one.path}: both are named {one.name}; name one, as in first={other.path}")
+                raise UserError(f"{flag} {other.path} {one.path}: both are named {one.name}; name one, as in first={other.path}")
     return named
 
 
-def open_sets(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> list[EvaluationSet]:
+def open_sets(
+    config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase, conditioning: Conditioning | None = None
+) -> list[EvaluationSet]:
     """Every set of a run, read and checked."""
     lengths = {"max_prompt_length": config.responses.max_prompt_length, "max_response_length": config.responses.max_new_tokens}
     kinds = [(EvaluationSet, named) for named in named_paths(config.data)]
@@ -125,4 +133,5 @@ def open_sets(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> lis
     if unknown := sorted(config.scores.rouge_tokenizers.keys() - names):
         raise UserError(f"--rouge-tokenizer {unknown[0]}=...: no data set has this name; there are {', '.join(sorted(names - {''}))}")
     options = {"add_bos": config.add_bos, "template": config.responses.prompt_template, "scores": config.scores, **lengths}
+    options["conditioning"] = conditioning
     return [kind(named.name, named.path, tokenizer, **options) for kind, named in kinds]

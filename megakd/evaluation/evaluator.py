@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.checkpointing.description import versions
 from megakd.config import EvaluateConfig
+from megakd.data.conditioning import Conditioning
 from megakd.data.text_dataset import response_text
 from megakd.evaluation.evaluation_set import EvaluationSet, open_sets
 from megakd.evaluation.exposure_bias import accumulated, exposure_bias, token_divergences
@@ -29,7 +30,8 @@ from megakd.evaluation.report import Report, check_folder, notes, print_table
 from megakd.generation.answers import Writer, gather_by_index, hidden_ids, open_folders, sampling_of
 from megakd.generation.progress import Progress
 from megakd.generation.sampling import Sampling
-from megakd.loading import frozen, start
+from megakd.loading import ModelFolders, frozen, start
+from megakd.models.model_provider import context_length
 from megakd.runtime.initialize import is_rank_zero
 from megakd.runtime.parallel_layout import ParallelLayout
 from megakd.teachers.live import LiveTeacher
@@ -50,7 +52,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     began = time.perf_counter()
     folders = open_folders(config, config.teacher_model, config.teacher_cache)
     tokenizer = folders.student.tokenizer
-    sets = open_sets(config, tokenizer)
+    sets = open_sets(config, tokenizer, conditioning_of(config, folders))
     for data in sets if folders.store else ():
         folders.store.check_texts(data, where=data.where)
     layout = start(config.parallel)
@@ -67,6 +69,20 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         report.finish(results)
         print_table(results)
     return results
+
+
+def conditioning_of(config: EvaluateConfig, folders: ModelFolders) -> Conditioning | None:
+    """What the teacher reads where the model reads a prompt; None where that is the same."""
+    if folders.taught_by is None:
+        return None
+    return Conditioning.open(
+        config.conditioning,
+        folders.student.tokenizer,
+        folders.taught_by.tokenizer,
+        template=config.responses.prompt_template,
+        positions=context_length(folders.taught_by.config) - config.add_bos,
+        new_tokens=config.responses.max_new_tokens if config.exposure_bias else 0,
+    )
 
 
 def describe(config: EvaluateConfig, layout: ParallelLayout) -> dict[str, Any]:
@@ -124,7 +140,8 @@ class Evaluator:
         """One response a sample, in the order of the file, on every rank. None is written twice."""
         if (writer, sampling) not in self._written:
             responses = self._written[writer, sampling] = []
-            for chunk in self.writers[writer].answer(data.questions(), sampling):
+            asked = data.teacher_questions() if writer == "teacher" else data.questions()
+            for chunk in self.writers[writer].answer(asked, sampling):
                 responses += chunk
                 self.progress.advance(len(chunk), f"{data.name}, {writer}, seed {sampling.seed}")
         return self._written[writer, sampling]

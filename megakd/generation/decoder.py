@@ -33,7 +33,7 @@ ALIGNED = 8  # columns: a GPU's attention copies a mask of other widths at every
 
 
 class Decoder:
-    """The stage with the cache of its rows: `prompts` come longest first, and there is room for `max_new_tokens` behind each."""
+    """The stage with the cache of its rows: `prompts`, longest first or nearly so, with room for `max_new_tokens` behind each."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Decoder:
         self.soft_prompt_PH = soft_prompt_PH
         self.soft_length = 0 if soft_prompt_PH is None else soft_prompt_PH.shape[0]
         self.lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        self.width = len(prompts[0])
+        self.width = max(map(len, prompts))
         self.slices = slices_of_like_length([len(prompt) for prompt in prompts])
         columns = -(-(self.soft_length + self.width + max_new_tokens) // ALIGNED) * ALIGNED
         self.cache = KVCache([layer.self_attention for layer in model.decoder.layers], len(prompts), columns, self.dtype, self.device)
@@ -143,9 +143,9 @@ class Slice:
 
 
 def slices_of_like_length(lengths: Sequence[int]) -> list[Slice]:
-    """Cut rows, longest first, where a row is shorter than three quarters of its slice's first."""
+    """Cut rows, longest first or nearly so, where a row is shorter than three quarters of its slice's first."""
     starts = [0]
     for i, length in enumerate(lengths):
         if length < 0.75 * lengths[starts[-1]]:
             starts.append(i)
-    return [Slice(range(lo, hi), lengths[lo]) for lo, hi in pairwise([*starts, len(lengths)])]
+    return [Slice(range(lo, hi), max(lengths[lo:hi])) for lo, hi in pairwise([*starts, len(lengths)])]

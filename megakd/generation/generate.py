@@ -51,7 +51,7 @@ def generate(
         batch_size: most rows under way at once, None for all: the cache holds as many.
         soft_prompt: [P, H], stands before every prompt and takes positions 0..P-1.
         mix_with: further models, of the same layout and vocabulary, whose next-token distributions are mixed in by their shares;
-            `model` has the rest. MiniLLM's (1 - α) q + α p is `mix_with=[MixtureComponent(teacher, α)]`.
+            `model` has the rest. MiniLLM's (1 - α) q + α p is `mix_with=[MixtureComponent(teacher, α)]`. Each may read other prompts.
         limits: most response tokens of each row, below `max_new_tokens`.
 
     Raises:
@@ -62,9 +62,10 @@ def generate(
     check_components(components)
     limits = limits or [sampling.max_new_tokens] * len(prompts)
     ends = frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
+    read = zip(*(prompts if component.prompts is None else component.prompts for component in components), strict=True)
     rows = [
-        Row(prompt, sample_id, min(limit, sampling.max_new_tokens, room(i, prompt, components)), ends)
-        for i, (prompt, sample_id, limit) in enumerate(zip(prompts, sample_ids, limits))
+        Row(of_row, sample_id, min(limit, sampling.max_new_tokens, room(i, of_row, components)), ends)
+        for i, (of_row, sample_id, limit) in enumerate(zip(read, sample_ids, limits))
     ]
     sampler = make_sampler(sampling, components)
     groups = split_by_length(rows, model.layout.pp_size, batch_size)
@@ -74,16 +75,17 @@ def generate(
     return [row.response for row in rows]
 
 
-def room(i: int, prompt: Sequence[int], components: Sequence[MixtureComponent]) -> int:
-    """Tokens that fit behind a prompt.
+def room(i: int, prompts: Sequence[Sequence[int]], components: Sequence[MixtureComponent]) -> int:
+    """Tokens that fit behind what each component reads of row `i`.
 
     Raises:
         ValueError: none do, or there is no prompt.
     """
-    if not len(prompt):
+    if not all(map(len, prompts)):
         raise ValueError(f"prompt {i} has no tokens; begin it with BOS or EOS")
-    component = min(components, key=lambda component: component.context - component.soft_length)
-    left = component.context - component.soft_length - len(prompt)
+    rooms = [component.context - component.soft_length - len(prompt) for component, prompt in zip(components, prompts)]
+    least = min(range(len(rooms)), key=rooms.__getitem__)
+    left, component, prompt = rooms[least], components[least], prompts[least]
     if left < 1:
         raise ValueError(
             f"prompt {i} has {len(prompt)} tokens and the soft prompt {component.soft_length}: no room for a response in the model's "

@@ -26,12 +26,17 @@ SYNC_EVERY = 8  # steps of a captured group before its tokens come to the host: 
 class Row:
     """A prompt and, token by token, its response."""
 
-    prompt: Sequence[int]
+    prompts: Sequence[Sequence[int]]  # what each component of the mixture reads
     sample_id: int
     limit: int  # most tokens of the response
     ends: Collection[int]  # ids, each of which ends the response
     response: list[int] = field(default_factory=list)
     finished: bool = False
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        """What the first component reads."""
+        return self.prompts[0]
 
     def append(self, token: int) -> None:
         """One more token, unless the response has ended. NO_TOKEN ends it, too: nothing can follow."""
@@ -47,6 +52,7 @@ class MixtureComponent:
     model: HiddenStateGPTModel
     share: float = 1.0
     soft_prompt: Tensor | None = None  # [P, H], before every prompt, for this model alone
+    prompts: Sequence[Sequence[int]] | None = None  # what it reads in place of the prompts that all are given, one for each of them
 
     @property
     def context(self) -> int:
@@ -74,11 +80,11 @@ class RowGroup:
 
     def __init__(self, rows: list[Row], components: Sequence[MixtureComponent], sampler: Sampler):
         self.rows, self.sampler, self.layout = rows, sampler, components[0].model.layout
-        prompts, self.longest = [row.prompt for row in rows], max(row.limit for row in rows)
-        self.decoders = [Decoder(component.model, prompts, self.longest, component.soft_prompt) for component in components]
-        self.device, self.width = self.decoders[0].device, self.decoders[0].width
+        self.longest, read = max(row.limit for row in rows), zip(components, zip(*(row.prompts for row in rows)))
+        self.decoders = [Decoder(component.model, prompts, self.longest, component.soft_prompt) for component, prompts in read]
+        self.device = self.decoders[0].device
         self.streams_B = noise_streams(sampler.sampling.seed, [row.sample_id for row in rows], self.device)
-        self.seen_BK = torch.tensor([[-1] * (self.width - len(prompt)) + list(prompt) for prompt in prompts], device=self.device)
+        self.seen_BK = self._prompts(0)
         self.read = 0  # response tokens that this stage has read
         self.unseen: list[Tensor] = []  # [B] each, read since the last ones came to the host
         self.prefilled = self.finished = False
@@ -111,10 +117,16 @@ class RowGroup:
 
     def prefill(self, hidden: list[Tensor]) -> list[Tensor]:
         """The prompts, or their hidden states: hidden states for the next stage, or on the last the first tokens."""
-        tokens_BW, given, states = self.seen_BK.clamp(min=0), iter(hidden), []
-        for decoder in self.decoders:
-            states += decoder.prefill(tokens_BW, list(islice(given, len(decoder.slices))))
+        given, states = iter(hidden), []
+        for component, decoder in enumerate(self.decoders):
+            states += decoder.prefill(self._prompts(component).clamp(min=0), list(islice(given, len(decoder.slices))))
         return self._sample(states, torch.zeros((), dtype=torch.int64, device=self.device))
+
+    def _prompts(self, component: int) -> Tensor:
+        """[B, W] of what it reads, its padding, on the left, -1."""
+        width = self.decoders[component].width
+        read = [row.prompts[component] for row in self.rows]
+        return torch.tensor([[-1] * (width - len(prompt)) + list(prompt) for prompt in read], device=self.device)
 
     def step(self, *inputs: Tensor) -> list[Tensor]:
         """`decode`, captured where it can be."""
@@ -126,9 +138,9 @@ class RowGroup:
 
     def decode(self, tokens_B: Tensor, step: Tensor, *hidden: Tensor) -> list[Tensor]:
         """The `step`-th tokens of the responses, or their hidden states: hidden states, or on the last stage the next tokens."""
-        filled = None if self.captures else self.width + self.read
-        states = [decoder.decode(tokens_B, step, filled, *x) for decoder, *x in zip(self.decoders, *([hidden] if hidden else []))]
-        return self._sample(states, step + 1)
+        filled = [None if self.captures else decoder.width + self.read for decoder in self.decoders]
+        stages = zip(self.decoders, filled, *([hidden] if hidden else []))
+        return self._sample([decoder.decode(tokens_B, step, *rest) for decoder, *rest in stages], step + 1)
 
     def _sample(self, states: list[Tensor], position: Tensor) -> list[Tensor]:
         if not self.layout.is_last_stage:
@@ -163,7 +175,7 @@ class RowGroup:
         for gap, mover in zip(gaps, movers):
             order[gap] = mover
         for decoder in self.decoders:
-            decoder.keep(order, movers, gaps, self.width + self.read)
+            decoder.keep(order, movers, gaps, decoder.width + self.read)
         self.captured = None
         self.rows = [self.rows[i] for i in order]
         self.streams_B, self.seen_BK = self.streams_B[order], self.seen_BK[order]

@@ -73,7 +73,7 @@ class Prompts(PromptDataset):
     def row(self, index: int, response: Sequence[int], *, token_ids: bool) -> dict[str, Any]:
         """What is written for one prompt: training reads it as this prompt and this response, and no other."""
         prompt = self[index].prompt
-        fields = unanswered(self._rows.fields(self._row_of[index]))
+        fields = unanswered(self.fields(index))
         said = self.ends.without_end(response)
         ids = {"prompt_ids": prompt, "response_ids": response} if token_ids else {}
         text = response_text(self.tokenizer, prompt, said)

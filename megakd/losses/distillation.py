@@ -99,6 +99,14 @@ def as_logs(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"loss/{name}": value for name, value in values.items()}
 
 
+def priming_loss(q: HeadRows, p: Rows, labels_N: Tensor, vocabulary: VocabShard, *, alpha: float, temperature: float) -> TokenLoss:
+    """α·(−log q(label)) + (1 − α)·T²·KL(q_T‖p_T), the KL logged as it is, without T² (response priming)."""
+    lm = label_loss(q, labels_N, vocabulary)
+    distance, bias = Divergence("reverse_kl", temperature).with_bias(q, p, vocabulary)
+    total = alpha * lm + (1 - alpha) * temperature**2 * distance
+    return TokenLoss(total, {"loss/total": total, "loss/lm": lm, "loss/reverse_kl": distance} | as_logs(bias))
+
+
 def function_of_log_q(f: Callable[[Tensor], Tensor], q: HeadRows, labels_N: Tensor, vocabulary: VocabShard) -> Tensor:
     """f(log q(label)) per token, f any differentiable function of each token's log-probability.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megakd_kernels import VocabShard
 
 from megakd.config import Config
-from megakd.data.batch import Batch, Sample, micro_batches
+from megakd.data.batch import Batch, Sample, collate, micro_batches
 from megakd.data.conditioning import Conditioning
 from megakd.data.dataloader import DataLoader
 from megakd.data.end_ids import EndIds
@@ -74,6 +74,11 @@ class Method:
         """Whether the prompts of the data are answered anew, be it now and then: every row must then have one."""
         return cls.on_policy
 
+    @classmethod
+    def needs_prompts(cls, config: Config) -> bool:
+        """Whether every row that has a response must have a prompt, too."""
+        return cls.answers_prompts(config)
+
     def train_iteration(self, loader: DataLoader, iteration: int) -> dict[str, float]:
         """One iteration, counted from 1; returns what to log, the same on every rank."""
         return self.train(loader.samples(iteration - 1), iteration)
@@ -89,11 +94,11 @@ class Method:
         """What the method itself learns: saved with a checkpoint, and filled in place when it is loaded."""
         return {}
 
-    def batches(self, samples: Sequence[Sample]) -> list[Batch]:
+    def batches(self, samples: Sequence[Sample], collate: Callable[[Sequence[Sample]], Batch] = collate) -> list[Batch]:
         """Micro-batches within --micro-batch-size and --micro-batch-tokens, of rows of like length."""
         training = self.config.training
-        most = training.micro_batch_tokens
-        return micro_batches(samples, training.micro_batch_size, most_tokens=most, device=self.layout.device)
+        options = {"most_tokens": training.micro_batch_tokens, "device": self.layout.device, "collate": collate}
+        return micro_batches(samples, training.micro_batch_size, **options)
 
     def read_teacher(self, batches: Sequence[Batch]) -> list[Rows]:
         """What the teacher says at the supervised positions of every micro-batch, on the last stage."""
@@ -112,6 +117,8 @@ class Method:
             means = forward_backward(self.optimizer.ddp, batches, loss, context=context, layout=self.layout)
         with self.time("optimizer"):
             step = self.optimizer.step(iteration)
+            if self.teacher:
+                self.teacher.follow(self.student)
         return to_floats(means) | step | self.positions(batches)
 
     def cross_entropy_step(self, samples: Sequence[Sample], iteration: int) -> dict[str, float]:

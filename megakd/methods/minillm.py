@@ -76,10 +76,9 @@ class MiniLLM(Method):
 
     def begin_phase(self, samples, iteration):
         """Write the responses, and remember log q, r, w and the teacher's hidden states of every token."""
-        settings = self.settings
         with self.time("rollout"):
-            components = [MixtureComponent(self.teacher.model, settings.teacher_mixed_alpha)] if settings.teacher_mixed_alpha else []
-            self.rollouts = rollout(self.student, samples, self.config, self.ends, iteration, mix_with=components)
+            teachers = [self.component(samples)] if self.settings.teacher_mixed_alpha else []
+            self.rollouts = rollout(self.student, samples, self.config, self.ends, iteration, mix_with=teachers)
         self.numbered = [replace(sample, sample_id=number) for number, sample in enumerate(self.rollouts)]
         batches, self.experience = self.batches(self.numbered), {}
         teacher = self.read_teacher(batches)
@@ -87,6 +86,11 @@ class MiniLLM(Method):
             student = LiveStudent(self.student).read(batches, to=self.layout)  # as it was when it wrote
         for batch, p, q in zip(batches, teacher, student):
             self._remember(batch, p, q)
+
+    def component(self, samples):
+        """The teacher's share of the distribution that is sampled from, each row behind what it reads."""
+        prompts = [sample.for_teacher.prompt for sample in samples]
+        return MixtureComponent(self.teacher.model, self.settings.teacher_mixed_alpha, prompts=prompts)
 
     @torch.no_grad()
     def _remember(self, batch, p, q):

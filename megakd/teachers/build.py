@@ -9,6 +9,7 @@ from megakd.data.batch import Sample
 from megakd.loading import ModelFolders
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.teachers.live import LiveTeacher
+from megakd.teachers.moving_average import MovingAverage
 from megakd.teachers.quantised import quantised
 from megakd.teachers.several import SeveralTeachers
 from megakd.teachers.stored import StoredTeacher
@@ -26,6 +27,8 @@ def build_teacher(
 
 
 def live(model: HiddenStateGPTModel, config: Config, first: Sequence[Sample]) -> LiveTeacher:
-    """The model, as its weights are or quantised."""
-    kind = config.teacher.teacher_quantize
+    """The model: following the student, quantised, or as it is."""
+    kind, decay = config.teacher.teacher_quantize, config.models.teacher_ema
+    if decay is not None:
+        return MovingAverage(model, decay)
     return LiveTeacher(model) if kind == "none" else quantised(model, kind, first, config.training.micro_batch_size)

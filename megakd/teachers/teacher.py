@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from megakd.data.batch import Batch
 from megakd.losses.token_loss import Rows
 from megakd.models.gpt_model import HiddenStateGPTModel
@@ -28,3 +30,13 @@ class Teacher:
     def read(self, batches: Sequence[Batch], *, to: ParallelLayout) -> list[Rows]:
         """The rows of every micro-batch: no gradient, no dropout."""
         raise NotImplementedError
+
+    def follow(self, student: HiddenStateGPTModel) -> None:
+        """What it does when the student has made a step: nothing, unless it is made of the student."""
+
+    def learnt_weights(self) -> dict[str, Tensor]:
+        """Shards of its model's weights by name, of which a checkpoint is the only copy: none of a teacher that stays as it was loaded."""
+        return {}
+
+    def go_on(self) -> None:
+        """What it does when a checkpoint has filled its `learnt_weights`."""

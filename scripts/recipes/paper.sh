@@ -25,7 +25,7 @@ recipes=$root/scripts/recipes configs=$root/configs/$scale python=${PYTHON:-pyth
 export PYTHONPATH=$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 if [[ ! -f $configs/scale.yaml ]]; then
-    echo "error: SCALE $scale: configs/ has $(cd "$root/configs" && echo *)" >&2
+    echo "error: SCALE $scale: configs/ has $(cd "$root/configs" && dirname */scale.yaml | xargs)" >&2
     exit 2
 fi
 if [[ ${3:-} == --dry-run ]]; then
@@ -37,34 +37,18 @@ student=${PRETRAINED_STUDENT:-$out/data/student} teacher=${PRETRAINED_TEACHER:-$
 models=(sft_teacher sft_student kd seqkd minillm promptkd)
 mkdir -p "$out/logs" || exit 2
 
-stage() {  # NAME RESULT COMMAND...
-    local name=$1 result=$2
-    if [[ -e $result ]]; then
-        echo "== $name: skipped, $result is there"
-        return
-    fi
-    echo "== $name"
-    local began=$SECONDS
-    if ! "${@:3}" 2>&1 | tee "$out/logs/$name.log"; then
-        echo "error: stage $name failed; see $out/logs/$name.log, and give the same command to continue from here"
-        exit 1
-    fi
-    echo "$name $((SECONDS - began))" >> "$out/logs/seconds.txt"
-}
-
-launch() {  # SCRIPT FLAGS...
-    "$python" -m torch.distributed.run --standalone --nproc_per_node "$ranks" "$root/scripts/$1" "${@:2}"
-}
+launch=("$python" -m torch.distributed.run --standalone --nproc_per_node "$ranks")
+source "$recipes/stages.sh"
 
 train() {  # NAME FLAGS...
-    stage "$1" "$out/$1/hf" launch pretrain_kd.py --config "$configs/$1.yaml" \
+    stage "$1" "$out/$1/hf" "${launch[@]}" "$root/scripts/pretrain_kd.py" --config "$configs/$1.yaml" \
         --train-data "$DATA/dolly/train.jsonl" --valid-data "$DATA/dolly/dev.jsonl" --save "$out/$1" "${@:2}"
 }
 
 evaluate() {  # NAME
     local compared=(--teacher-model "$out/sft_teacher/hf")
     if [[ $1 == sft_teacher ]]; then compared=(--no-exposure-bias); fi
-    stage "evaluate_$1" "$out/evaluation/$1/results.json" launch evaluate.py --config "$configs/evaluate.yaml" \
+    stage "evaluate_$1" "$out/evaluation/$1/results.json" "${launch[@]}" "$root/scripts/evaluate.py" --config "$configs/evaluate.yaml" \
         --model "$out/$1/hf" "${compared[@]}" --data "$out"/data/test/*.jsonl --save "$out/evaluation/$1"
 }
 

@@ -20,7 +20,10 @@ class MethodConfig:
     shares: ClassVar[tuple[type, ...]] = ()  # the groups of flags that it reads as other methods do
     needs_teacher: ClassVar[bool] = True  # --teacher-model is refused where it does not
     writes_responses: ClassVar[bool] = True  # in training, be it now and then: it reads the flags of sampling
+    teacher_may_move: ClassVar[bool] = True  # it is asked anew in every iteration: --teacher-ema is refused where it is not
     learns_from_evaluations: ClassVar[bool] = False  # when they come decides results
+
+    no_prompt: ClassVar[str] = ""  # what else can be done about a row without a prompt, which the method needs
 
     @property
     def soft_prompt_len(self) -> int:
@@ -30,6 +33,10 @@ class MethodConfig:
     def work_with_model(self, config: Config) -> str:
         """What the method does with the teacher's model beside reading what it says, in words; "" where nothing."""
         return ""
+
+    def temperature(self, config: Config) -> float:
+        """Of the distributions that are compared."""
+        return config.distillation.kd_temperature
 
     def learns_own_text(self, config: Config) -> bool:
         """Whether the student's own responses are learnt, be it now and then."""

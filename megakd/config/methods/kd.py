@@ -19,6 +19,7 @@ class KDConfig(MethodConfig):
     help = "a divergence on the responses"
     implementation = "megakd.methods.kd:KD"
     shares = (RatioConfig, DivergenceConfig, HiddenMatchingConfig)
+    no_prompt = ", or leave out --on-policy-ratio"
 
     on_policy_ratio: Annotated[float, alias("--lmbda")] = flag(
         0.0, "kd: share of the batches that the student writes (GKD's lambda)", range=SHARE

@@ -15,6 +15,7 @@ class SeqKDConfig(MethodConfig):
     help = "the teacher's own responses"
     implementation = "megakd.methods.seqkd:SeqKD"
     shares = (RatioConfig, DivergenceConfig, HiddenMatchingConfig)
+    teacher_may_move = False
 
     def work_with_model(self, config):
         return "lets the teacher write the responses (scripts/generate.py would, for --method kd)"

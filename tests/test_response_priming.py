@@ -1,0 +1,72 @@
+"""Response priming: the direction of its KL, its temperature, the paper's values, and what its settings ask of the data."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import run_distributed
+from megakd_kernels import VocabShard
+from test_trainer import command, inputs, run  # noqa: F401  a fixture
+
+from megakd.config import from_flags, from_yaml
+from megakd.losses.distillation import priming_loss
+from megakd.losses.token_loss import HeadRows
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "response-priming"
+ALONE = VocabShard(2)
+
+
+def rows(*probabilities: float) -> HeadRows:
+    """One position whose distribution is this, through an output layer that changes nothing."""
+    return HeadRows(torch.tensor([probabilities]).log(), torch.eye(2))
+
+
+def losses(q, p, *, alpha=0.25, temperature=1.0):
+    return {name: value.item() for name, value in priming_loss(q, p, torch.tensor([1]), ALONE, alpha=alpha, temperature=temperature).logs.items()}
+
+
+def test_the_distance_is_the_students_from_the_teacher():
+    """KL(a‖b) = Σ a log(a/b): of a student at (0.9, 0.1) and a teacher at (0.5, 0.5), and not the other way round."""
+    found = losses(rows(0.9, 0.1), rows(0.5, 0.5))
+    kl = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
+    other = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
+    assert found["loss/reverse_kl"] == pytest.approx(kl, rel=1e-5) and abs(kl - other) > 0.1
+    assert found["loss/total"] == pytest.approx(0.25 * -math.log(0.1) + 0.75 * kl, rel=1e-5)
+
+
+def test_both_are_softened_and_the_distance_counts_by_the_square():
+    found = losses(rows(0.9, 0.1), rows(0.5, 0.5), temperature=2.0)
+    q = 1 / (1 + math.sqrt(0.1 / 0.9))  # softmax(log 0.9 / 2, log 0.1 / 2)
+    kl = q * math.log(q / 0.5) + (1 - q) * math.log((1 - q) / 0.5)
+    assert found["loss/lm"] == pytest.approx(-math.log(0.1), rel=1e-5), "cross-entropy is at temperature 1"
+    assert found["loss/reverse_kl"] == pytest.approx(kl, rel=1e-5)
+    assert found["loss/total"] == pytest.approx(0.25 * -math.log(0.1) + 0.75 * 4 * kl, rel=1e-5)
+
+
+@pytest.mark.parametrize("priming", ["none", "teacher", "ground-truth", "confidence"])
+def test_the_papers_values_are_in_its_files(priming):
+    config = from_yaml(CONFIGS / f"{priming}.yaml")
+    from_flags(["--model", "m", "--teacher-model", "t", "--train-data", "d", "--save", "s"], config).check()
+    training, data, own = config.training, config.data, config.response_priming
+    assert (config.method, config.conditioning.priming) == ("response_priming", priming)
+    assert (training.optimizer, training.lr, training.momentum, training.weight_decay) == ("sgd", 5e-6, 0.9, 1e-2)
+    assert (training.micro_batch_size, training.global_batch_size, training.epochs, training.lr_decay_style) == (1, 1, 2, "cosine")
+    assert (data.max_length, data.max_prompt_length) == (512, 256)
+    assert (own.priming_alpha, own.priming_temperature, own.priming_objective) == (0.6093348343631224, 5.942267335064758, "aligned")
+
+
+def test_a_loss_on_prompts_needs_one_in_every_row(inputs, tmp_path):  # noqa: F811
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "one two three four"}\n' * 8)
+    flags = {"train-data": text, "train-iters": 1}
+    for objective in ("aligned", "original"):
+        words = command(inputs, objective, "response_priming", **flags, **{"priming-objective": objective})
+        if objective == "aligned":
+            run_distributed(run, 1, words)
+        else:
+            line = "has no prompt, which --method response_priming needs; give data with prompts, or --priming-objective aligned"
+            with pytest.raises(AssertionError, match=line):
+                run_distributed(run, 1, words)
