@@ -319,7 +319,7 @@ def test_a_store_is_of_the_text_that_the_teacher_reads(inputs):
     [
         ("--method promptkd", "--method promptkd trains a soft prompt in front of the teacher, and --teacher-cache has targets alone"),
         ("--method minillm", "--method minillm draws responses from a mixture with the teacher"),
-        ("--method minillm --teacher-mixed-alpha 0", "--method minillm learns what the student writes, and --teacher-cache has the responses"),
+        ("--method minillm --teacher-mixed-alpha 0", "--method minillm keeps the teacher's hidden states and output layer for a phase"),
         ("--method seqkd", "--method seqkd lets the teacher write the responses"),
         ("--method distillm --valid-data v", "--method distillm learns what the student writes"),
         ("--method kd --on-policy-ratio 0.5", "--method kd learns what the student writes"),

@@ -340,7 +340,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     ],
     of("test_self_distillation", "an_average_goes_on_at_another_layout_and_is_resharded", "an_empty_priming_is_none_to_the_bit"): [
         (TEACHERS + "build.py", "if decay is not None:", "if False:"),
-        (TRAINER, "loader = DataLoader(\n            open_training_rows(config, tokenizer, conditioning),", "loader = DataLoader(\n            open_training_rows(config, tokenizer, None),"),
+        (TRAINER, "routed(open_training_rows(config, tokenizer, conditioning), config)", "routed(open_training_rows(config, tokenizer, None), config)"),
     ],
     of("test_self_distillation", "show_data_prints_rows_as_they_are_read_and_leaves_nothing"): [
         (TRAINER, "if not config.output.show_data:", "if True:"),
