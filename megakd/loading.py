@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,14 +10,30 @@ from typing import Any
 
 from megakd.checkpointing.model_folder import ModelFolder
 from megakd.checkpointing.teacher_store import TeacherStore
-from megakd.config import SELF, LayoutConfig
+from megakd.config import SELF, LayoutConfig, TeacherLayoutConfig
 from megakd.data.end_ids import EndIds
 from megakd.data.tokenizer import check_same_tokenizer
 from megakd.errors import UserError, tell
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.model_provider import build_model, check_layout, context_length, padded_vocab_size
-from megakd.runtime.initialize import check_world_size, initialize, resolve_dtype
-from megakd.runtime.parallel_layout import ParallelLayout
+from megakd.runtime.initialize import check_world_size, initialize, initialize_apart, layout_over, resolve_dtype
+from megakd.runtime.parallel_layout import Grid, ParallelLayout
+
+AS_THE_STUDENT = TeacherLayoutConfig()  # a teacher without a layout of its own
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where student and teacher live, and this rank's place in each layout; None where it has none."""
+
+    grids: tuple[Grid, Grid]
+    student: ParallelLayout | None
+    teacher: ParallelLayout | None
+
+    @classmethod
+    def in_one(cls, layout: ParallelLayout) -> Places:
+        """Both in the same layout."""
+        return cls((layout.grid, layout.grid), layout, layout)
 
 
 @dataclass(frozen=True)
@@ -62,16 +79,17 @@ class ModelFolders:
         """Of several teachers all but the first."""
         return dict(list(self.named.items())[1:])
 
-    def check(self, parallel: LayoutConfig) -> None:
-        """Layout and tokenizers.
+    def check(self, parallel: LayoutConfig, teacher: TeacherLayoutConfig = AS_THE_STUDENT) -> None:
+        """Layouts and tokenizers.
 
         Raises:
             UserError: the first thing that does not fit.
         """
-        tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-        check_world_size(tp, pp, int(os.environ.get("WORLD_SIZE", "1")))
+        student, own = grids_of(parallel, teacher)
         for folder in self:
-            check_layout(folder.config, tp, pp, flag=folder.flag, name=str(folder.path))
+            grid = student if folder is self.student else own
+            prefix = "--teacher-" if folder is not self.student and teacher.flags_given(parallel) else "--"
+            check_layout(folder.config, grid.tp_size, grid.pp_size, flag=folder.flag, name=str(folder.path), prefix=prefix)
         check_tokenizers(self.student, self.taught_by)
         for folder in self.others.values():
             check_tokenizers(self.student, folder)
@@ -94,12 +112,32 @@ class ModelFolders:
 
         student, teacher: TransformerConfig fields of one of them alone.
         """
-        sizes = [folder.config.vocab_size for folder in (self.student, self.taught_by, *self.others.values()) if folder]
-        options = align_vocabularies(sizes, layout.tp_size)
-        options |= {"dtype": resolve_dtype(dtype), "sequence_parallel": sequence_parallel}
-        models = [load_model(self.student, layout, **options, **student)]
-        teachers = filter(None, (self.teacher, *self.others.values()))
-        return models + [frozen(load_model(folder, layout, **options, **teacher)) for folder in teachers]
+        places = Places.in_one(layout)
+        models = self.load_apart(places, dtype, sequence_parallel=sequence_parallel, student=student, teacher=teacher)
+        return list(filter(None, models))
+
+    def load_apart(
+        self, places: Places, dtype: str, *, sequence_parallel: bool = False,
+        student: Mapping[str, Any] = {}, teacher: Mapping[str, Any] = {},
+    ) -> tuple[HiddenStateGPTModel | None, HiddenStateGPTModel | None]:
+        """Of each what this rank has: its stage, or None."""
+        options = self._options(places, dtype, sequence_parallel)
+        learner = places.student and load_model(self.student, places.student, **options, **student)
+        has_teacher = self.teacher is not None and places.teacher is not None
+        return learner, frozen(load_model(self.teacher, places.teacher, **options, **teacher)) if has_teacher else None
+
+    def load_others(
+        self, layout: ParallelLayout, dtype: str, *, sequence_parallel: bool = False, teacher: Mapping[str, Any] = {}, **student
+    ) -> list[HiddenStateGPTModel]:
+        """Of several teachers all but the first, in the student's layout; `student` is not looked at."""
+        options = self._options(Places.in_one(layout), dtype, sequence_parallel)
+        return [frozen(load_model(folder, layout, **options, **teacher)) for folder in self.others.values()]
+
+    def _options(self, places: Places, dtype: str, sequence_parallel: bool) -> dict[str, Any]:
+        """Of build_model, for all models."""
+        sizes = [folder.config.vocab_size for folder in (*self, self.store) if folder]
+        options = align_vocabularies(sizes, *(grid.tp_size for grid in places.grids))
+        return options | {"dtype": resolve_dtype(dtype), "sequence_parallel": sequence_parallel}
 
 
 def load_model(folder: ModelFolder, layout: ParallelLayout, **options) -> HiddenStateGPTModel:
@@ -114,14 +152,15 @@ def frozen(model: HiddenStateGPTModel) -> HiddenStateGPTModel:
     return model.eval().requires_grad_(False)
 
 
-def align_vocabularies(vocab_sizes: Sequence[int], tp_size: int) -> dict[str, int]:
-    """Arguments of build_model with which models of one tokenizer and unequal widths hold the same token ids on every rank.
+def align_vocabularies(vocab_sizes: Sequence[int], *tp_sizes: int) -> dict[str, int]:
+    """Arguments of build_model with which models of one tokenizer and unequal widths hold the same token ids on every rank, and whole
+    shards of one width where their layouts differ.
 
     Ids that not all of them have get no probability in any.
     """
     if len(set(vocab_sizes)) > 1:
         tell(f"vocabularies of {' and '.join(map(str, vocab_sizes))} rows are aligned by token id: the first {min(vocab_sizes)} count")
-    return {"real_vocab_size": min(vocab_sizes), "padded_vocab_size": padded_vocab_size(list(vocab_sizes), tp_size)}
+    return {"real_vocab_size": min(vocab_sizes), "padded_vocab_size": padded_vocab_size(list(vocab_sizes), math.lcm(*tp_sizes))}
 
 
 def start(parallel: LayoutConfig, *, seed: int = 1234) -> ParallelLayout:
@@ -131,6 +170,39 @@ def start(parallel: LayoutConfig, *, seed: int = 1234) -> ParallelLayout:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         seed=seed,
     )
+
+
+def start_apart(parallel: LayoutConfig, teacher: TeacherLayoutConfig, *, seed: int = 1234) -> Places:
+    """The same for a student and a teacher that may have another layout, or ranks of its own."""
+    grids = grids_of(parallel, teacher)
+    if teacher.own_ranks:
+        return Places(grids, *initialize_apart(*grids, seed=seed))
+    layout = start(parallel, seed=seed)
+    return Places(grids, layout, layout if grids[0] == grids[1] else layout_over(grids[1]))
+
+
+def grids_of(parallel: LayoutConfig, teacher: TeacherLayoutConfig) -> tuple[Grid, Grid]:
+    """The student's and the teacher's places on the ranks that were started.
+
+    Raises:
+        UserError: one of them does not fit.
+    """
+    ranks, own = int(os.environ.get("WORLD_SIZE", "1")), teacher.own_ranks
+    if own >= ranks:
+        raise UserError(
+            f"--teacher-ranks {own} leaves the student none of the {ranks} rank(s) started; "
+            f"use torchrun --nproc_per_node with {own + 1} or more"
+        )
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    teacher_tp, teacher_pp = teacher.sizes(parallel)
+    left, mine = {}, {}
+    if own:
+        left = {"which": f"rank(s) that --teacher-ranks {own} leaves of {ranks}", "way_out": f"start {own} and a multiple of {tp * pp}"}
+        mine = {"which": f"of --teacher-ranks {own}", "way_out": f"use a multiple of {teacher_tp * teacher_pp}"}
+    check_world_size(tp, pp, ranks - own, **left)
+    check_world_size(teacher_tp, teacher_pp, own or ranks, prefix="--teacher-", **mine)
+    first = ranks - own if own else 0
+    return Grid(0, tp, pp, (ranks - own) // (tp * pp)), Grid(first, teacher_tp, teacher_pp, (own or ranks) // (teacher_tp * teacher_pp))
 
 
 # ---- checks

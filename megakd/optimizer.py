@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -94,6 +95,13 @@ def choose_kernel(optimizer: torch.optim.Optimizer) -> None:
         group["fused"] = True if on_gpu else None
         for state in (optimizer.state[param] for param in group["params"] if "step" in optimizer.state[param]):
             state["step"] = state["step"].to(state["exp_avg"].device if on_gpu else "cpu")
+
+
+def without_a_student() -> None:
+    """The part of a rank without the model in making a StudentOptimizer: megatron-core compares parameter groups over the whole job,
+    those of dense layers and those of experts."""
+    for _ in ("dense", "experts"):
+        dist.all_gather_object([None] * dist.get_world_size(), [])
 
 
 def _optimizer_config(config: TrainingConfig, dtype: torch.dtype, distributed: bool) -> OptimizerConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from megakd.checkpointing.peft_folder import MergedSource
 from megakd.checkpointing.teacher_store import TeacherStore
 from megakd.config import Config, flag_name, from_yaml
 from megakd.errors import UserError, tell
-from megakd.loading import ModelFolders, check_context
+from megakd.loading import ModelFolders, check_context, grids_of
 from megakd.models.lora import target_modules
 from megakd.models.weight_only import check_quantization
 from megakd.reporting.own_folder import OwnFolder
@@ -21,6 +20,7 @@ from megakd.reporting.own_folder import OwnFolder
 MAY_CHANGE = {  # between a run and its resumption: the layout, and what is only written down
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel", "use_distributed_optimizer", "micro_batch_size",
     "micro_batch_tokens", "rollout_batch_size", "recompute",
+    "teacher_tensor_model_parallel_size", "teacher_pipeline_model_parallel_size", "teacher_ranks", "teacher_offload",
     "save", "save_interval", "eval_interval", "eval_iters", "log_interval", "save_rollouts", "show_data", "merge_lora",
 }  # fmt: skip
 
@@ -34,16 +34,15 @@ def check(config: Config, folders: ModelFolders) -> None:
     Raises:
         UserError: the first thing that does not fit.
     """
-    parallel = config.parallel
-    folders.check(parallel)
+    folders.check(config.parallel, config.teacher_parallel)
     check_lengths(config, folders)
     check_hidden_layers(config, folders.student)
     check_adapter(config, folders.student)
     check_quantization(config.teacher.teacher_quantize)
     if folders.store:
         check_store(config, folders.store)
-    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    check_batch(config, int(os.environ.get("WORLD_SIZE", "1")) // ranks)
+    student, _teacher = grids_of(config.parallel, config.teacher_parallel)
+    check_batch(config, student.dp_size)
 
 
 def check_lengths(config: Config, folders: ModelFolders) -> None:

@@ -11,8 +11,10 @@ once by the tokens of the whole global batch: a token mean, not a mean of means.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -30,6 +32,22 @@ LossFunction = Callable[[HeadRows, Batch, Any], TokenLoss]
 micro-batch: the teacher's rows, for most."""
 
 
+@dataclass(frozen=True)
+class Windows:
+    """Context that is made while it is used, where that of a whole global batch would be too much at once: how many micro-batches go
+    through the pipeline together, and their context, in turn. Replicas have as many windows as each other, be they empty."""
+
+    parts: Iterable[tuple[int, Iterable[Any]]]
+
+    def __iter__(self) -> Iterator[Any]:
+        """The context of every micro-batch, on the last stage; all of them are asked for, as every rank has a part in making them."""
+        for _count, context in self.parts:
+            yield from context
+
+
+Context = Sequence[Any] | Windows
+
+
 def forward_only(
     model: torch.nn.Module, batches: Sequence[Batch], soft_prompt: Tensor | None = None, *, keep: Callable = lambda hidden, batch: hidden
 ) -> list[Tensor]:
@@ -39,9 +57,11 @@ def forward_only(
     """
 
     def step(iterator, model):
-        batch, _ = next(iterator)
+        batch = next(iterator)
         return model(batch.tokens, batch.position_ids, soft_prompt), lambda hidden, non_loss_data: keep(hidden, batch)
 
+    if not batches:  # a replica that has none of them to read
+        return []
     with torch.no_grad(), evaluation_mode(model):
         return run_schedule(model, batches, step, soft_prompt, forward_only=True, collect_non_loss_data=True)
 
@@ -57,22 +77,23 @@ def forward_backward(
     loss_function: LossFunction,
     *,
     layout: ParallelLayout,
-    context: Sequence[Any] = (),
+    context: Context = (),
     soft_prompt: Tensor | None = None,
+    names: Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """Gradients of Σ loss over this rank's micro-batches; token means over the global batch of what the loss logs, and the number
     of `tokens`, on every rank.
 
     `model` is the student in its DistributedDataParallel, or the frozen teacher when `soft_prompt` is what learns. `context` has
-    one entry a micro-batch, on the last stage.
+    one entry a micro-batch, on the last stage. `names` says what the loss logs, where a replica may have no micro-batch to find out.
     """
     sums = _run_loss(model, batches, loss_function, context, soft_prompt, forward_only=False)
-    names = layout.object_from_last_stage(tuple(sums))
+    names = (*names, TOKENS) if names else layout.object_from_last_stage(tuple(sums))
     return token_means(layout.broadcast_from_last_stage(as_vector(sums, names, layout)), names[:-1], layout)
 
 
 def evaluate_loss(
-    model: torch.nn.Module, batches: Sequence[Batch], loss_function: LossFunction, names: Sequence[str], context: Sequence[Any] = ()
+    model: torch.nn.Module, batches: Sequence[Batch], loss_function: LossFunction, names: Sequence[str], context: Context = ()
 ) -> Tensor:
     """Sums of the `names` that the loss logs and, last, the token count, over this rank's micro-batches, on every stage.
 
@@ -92,22 +113,69 @@ def as_vector(sums: dict[str, Tensor], names: Sequence[str], layout: ParallelLay
 
 def _run_loss(model, batches, loss_function, context, soft_prompt, *, forward_only: bool) -> dict[str, Tensor]:
     """Sums by name over the micro-batches, `tokens` last, in float64; on the last stage."""
-    output_weight = unwrap(model).output_weight
+    parts = []
+    with nullcontext() if forward_only else gradients_finished_once(model):
+        for window, beside in in_windows(batches, context):
+            step = loss_step(loss_function, iter(beside), unwrap(model).output_weight, soft_prompt)
+            parts += run_schedule(model, window, step, soft_prompt, forward_only=forward_only) if window else []
+    return {name: torch.stack([part[name] for part in parts]).sum(0) for name in (parts[0] if parts else ())}
+
+
+def with_rows_beside(batches: Sequence[Batch], context: Context, read: Callable[[Sequence[Batch]], Sequence[Any]]) -> Context:
+    """Each micro-batch's context, and beside it what `read` gives of the micro-batches that go through the pipeline together."""
+    if not isinstance(context, Windows):
+        return list(zip(context, read(batches)))
+    return Windows((len(window), zip(beside, read(window))) for window, beside in in_windows(batches, context))
+
+
+def in_windows(batches: Sequence[Batch], context: Context) -> Iterator[tuple[Sequence[Batch], Iterable[Any]]]:
+    """Micro-batches that go through the pipeline together, and their context; None for each where there is none."""
+    if not isinstance(context, Windows):
+        yield batches, context or repeat(None)
+        return
+    first = 0
+    for count, beside in context.parts:
+        yield batches[first : first + count], beside
+        first += count
+
+
+def loss_step(loss_function: LossFunction, context: Iterator[Any], output_weight: Callable, soft_prompt: Tensor | None) -> Callable:
+    """megatron's forward step of a micro-batch. Its context is asked for when the model has run, so that it can be on its way till then."""
 
     def step(iterator, model):
-        batch, beside = next(iterator)
+        batch = next(iterator)
         output = model(batch.tokens, batch.position_ids, soft_prompt)
 
         def loss(hidden: Tensor):
-            found = loss_function(HeadRows(supervised(hidden, batch), output_weight()), batch, beside)
+            found = loss_function(HeadRows(supervised(hidden, batch), output_weight()), batch, next(context))
             tokens = torch.full((), batch.num_supervised, dtype=torch.int, device=hidden.device)  # nobody waits
             sums = {name: value.detach().sum() for name, value in found.logs.items()} | {TOKENS: tokens}
             return found.objective_N.sum(), tokens, {name: value.double() for name, value in sums.items()}
 
         return output, loss
 
-    parts = run_schedule(model, batches, step, soft_prompt, context=context, forward_only=forward_only)
-    return {name: torch.stack([part[name] for part in parts]).sum(0) for name in (parts[0] if parts else ())}
+    return step
+
+
+@contextmanager
+def gradients_finished_once(model: torch.nn.Module) -> Iterator[None]:
+    """megatron-core sums gradients over ranks and divides them by the tokens at the end of each schedule; here at the end of the last."""
+    config, tokens, options = unwrap(model).config, [], {}
+    finish = config.finalize_model_grads_func
+    if finish is None:  # a frozen model, whose soft prompt learns
+        yield
+        return
+
+    def remember(models, num_tokens, **given):
+        tokens.append(num_tokens)
+        options.update(given)
+
+    config.finalize_model_grads_func = remember
+    try:
+        yield
+    finally:
+        config.finalize_model_grads_func = finish
+    finish([model], sum(tokens), **options)
 
 
 def mean_of_means(loss_function: LossFunction, batches: Sequence[Batch], layout: ParallelLayout) -> LossFunction:
@@ -126,19 +194,17 @@ def run_schedule(
     batches: Sequence[Batch],
     step: Callable,
     soft_prompt: Tensor | None = None,
-    *,
-    context: Sequence[Any] = (),
     **options,
 ) -> list:
-    """megatron-core's schedule for this model's pipeline, over (micro-batch, its context); what `step`'s second half returned per
-    micro-batch on the last stage. Batches are on the model's device."""
+    """megatron-core's schedule for this model's pipeline; what `step`'s second half returned per micro-batch on the last stage.
+    Batches are on the model's device."""
     inner = unwrap(model)
     layout = inner.layout
     if layout.pp_size > 1:
         options["p2p_communicator"] = KnownShapes(inner, [inner.p2p_shape(batch.tokens, soft_prompt) for batch in batches])
     return get_forward_backward_func(pp_size=layout.pp_size)(
         forward_step_func=step,
-        data_iterator=iter(list(zip(batches, context or [None] * len(batches), strict=True))),
+        data_iterator=iter(batches),
         model=model,
         num_microbatches=len(batches),
         seq_length=max(batch.seq_length for batch in batches),  # a bound: KnownShapes has each micro-batch's own

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from megakd import preflight
 from megakd.checkpointing.export_hf import export_to_hf
 from megakd.checkpointing.native import read_latest
 from megakd.checkpointing.teacher_store import TeacherStore
-from megakd.checkpointing.training import TeacherWeights, load_checkpoint, save_checkpoint
+from megakd.checkpointing.training import TeacherWeights, load_checkpoint, load_nothing, save_checkpoint, save_nothing
 from megakd.config import Config
 from megakd.data.batch import Sample
 from megakd.data.conditioning import Conditioning
@@ -31,7 +32,7 @@ from megakd.errors import UserError, tell
 from megakd.evaluation.held_out import held_out_losses
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
-from megakd.loading import ModelFolders, start
+from megakd.loading import ModelFolders, Places, start_apart
 from megakd.methods import METHODS, build_method
 from megakd.methods.base import Method
 from megakd.models.lora import adapt
@@ -44,6 +45,7 @@ from megakd.runtime.initialize import is_rank_zero, seed_everything
 from megakd.runtime.parallel_layout import ParallelLayout
 from megakd.schedules import TOKENS
 from megakd.teachers.build import build_teacher
+from megakd.teachers.relayed import RelayedTeacher
 from megakd.teachers.teacher import Teacher
 
 SAMPLES_SHOWN = 4  # held-out prompts that the student answers greedily at every evaluation, for people to read
@@ -116,20 +118,37 @@ def train(config: Config, *, callbacks: Callbacks = Callbacks(), write_inputs: C
     write_inputs()
     folders = open_folders(config)
     preflight.check(config, folders)
-    layout = start(config.parallel, seed=config.training.seed)
-    data = RunData.open(config, folders, layout)
+    places = start_apart(config.parallel, config.teacher_parallel, seed=config.training.seed)
+    if places.student is None:
+        return serve(config, folders, places)
+    data = RunData.open(config, folders, places.student)
     if folders.store:
         data.check_stored(folders.store)
     data.show(config.output.show_data or int(config.conditioning.adds_text), config, folders.student.tokenizer)
     if not config.output.show_data:
-        Trainer(config, folders, data, layout, callbacks).run()
+        Trainer(config, folders, data, places, callbacks).run()
+
+
+def serve(config: Config, folders: ModelFolders, places: Places) -> None:
+    """A rank of the teacher's own, through the whole run: it does what the student's ranks ask for."""
+    if config.output.show_data:
+        return
+    _, teacher = folders.load_apart(places, config.models.dtype, **model_options(config))
+    RelayedTeacher.between(places.grids, None, teacher).serve()
+
+
+def model_options(config: Config) -> dict[str, Any]:
+    """Of ModelFolders.load_apart."""
+    sequence_parallel = config.parallel.sequence_parallel
+    return {"sequence_parallel": sequence_parallel, "student": student_options(config), "teacher": teacher_options(config)}
 
 
 class Trainer:
     """One run on this rank."""
 
-    def __init__(self, config: Config, folders: ModelFolders, data: RunData, layout: ParallelLayout, callbacks: Callbacks):
-        self.config, self.folders, self.data, self.layout, self.callbacks = config, folders, data, layout, callbacks
+    def __init__(self, config: Config, folders: ModelFolders, data: RunData, places: Places, callbacks: Callbacks):
+        self.config, self.folders, self.data, self.places, self.callbacks = config, folders, data, places, callbacks
+        self.layout = layout = places.student
         self.folder = Path(config.output.save)
         self.checkpoints = self.folder / "checkpoints"
         self.tokenizer, self.ends = folders.student.tokenizer, folders.joined_ends()
@@ -151,7 +170,19 @@ class Trainer:
         self.rollouts = self._open_rollouts()
 
     def run(self) -> None:
-        """Iterate, evaluate, save; leave the export and the figures."""
+        """Iterate, evaluate, save; leave the export and the figures.
+
+        Raises:
+            UserError: the run cannot go on.
+        """
+        try:
+            self._run()
+        except UserError:
+            self.teacher.dismiss()  # ranks of its own would wait, and end with a traceback
+            raise
+        self.teacher.dismiss()
+
+    def _run(self) -> None:
         tell(self.ends.line(self.tokenizer))
         if self.iteration == 0:
             self._evaluate()
@@ -172,14 +203,13 @@ class Trainer:
     # ---- set-up
 
     def _build_method(self) -> Method:
-        models, parallel = self.config.models, self.config.parallel
-        student, *teachers = self.folders.load(
-            self.layout, models.dtype, sequence_parallel=parallel.sequence_parallel,
-            student=student_options(self.config), teacher=teacher_options(self.config),
-        )
+        student, model = self.folders.load_apart(self.places, self.config.models.dtype, **model_options(self.config))
         if self.config.lora.rank:
             adapt(student, self.config.lora, seed=self.config.training.seed)
-        teacher = build_teacher(self.config, self.folders, student, teachers, self.data.loader.samples(0))
+        others = self.folders.load_others(self.layout, self.config.models.dtype, **model_options(self.config))
+        first = self.data.loader.samples(0)
+        teacher = build_teacher(self.config, self.folders, self.places.grids, student, (model, *others), first)
+        self.teacher = teacher or Teacher()  # of whom nothing is asked
         return build_method(self.config, student, teacher, self.tokenizer, self.ends, self.data.text, total_iters=self.total_iters)
 
     def _resume(self) -> int:
@@ -188,6 +218,7 @@ class Trainer:
         if iteration is None:
             return 0
         method = self.method
+        self.teacher.along(load_nothing, self.checkpoints, iteration)
         saved = load_checkpoint(
             self.checkpoints,
             iteration,
@@ -196,10 +227,8 @@ class Trainer:
             teacher=teacher_weights(method.teacher),
             flag="--save",
         )
-        if method.teacher:
-            method.teacher.go_on()
-        for name, tensor in method.extra_tensors().items():
-            tensor.copy_(saved[name])
+        self.teacher.go_on()
+        method.restore(saved)
         return iteration
 
     def _begin_folder(self) -> None:
@@ -277,6 +306,8 @@ class Trainer:
     # ---- what is left behind
 
     def _save(self) -> None:
+        extra_tensors = self.method.extra_tensors()
+        self.teacher.along(save_nothing, self.checkpoints, self.iteration)
         save_checkpoint(
             self.checkpoints,
             self.iteration,
@@ -284,9 +315,9 @@ class Trainer:
             optimizer=self.method.optimizer.optimizer,
             source=self.folders.student,
             ends=self.ends,
-            extra_tensors=self.method.extra_tensors(),
+            extra_tensors=extra_tensors,
             run_config=self.folder / "config.yaml",
-            teacher_layout=self.method.teacher.model.layout if self.method.teacher and self.method.teacher.model else None,
+            teacher_layout=self.teacher.layout,
             teacher=teacher_weights(self.method.teacher),
         )
 
@@ -297,6 +328,7 @@ class Trainer:
             plot_training(self.folder)
             print(f"the student is {self.folder / 'hf'}; {self.folder} has its checkpoints, numbers and figures", flush=True)
         self.logger.close()
+        self.teacher.along(dist.barrier)
         dist.barrier()
 
 

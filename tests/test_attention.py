@@ -224,6 +224,8 @@ def test_the_command_writes_maps_figures_and_changes(lab, tmp_path, capsys):
         ({"samples": 0}, "--samples 0 must be above 0"),
         ({"model": ("LAB/llama", "LAB/llama")}, "--model .*llama .*llama: both are named llama; name one, as in first="),
         ({"model": ("LAB/llama", "LAB/small")}, r"small has \(2, 4\) layers and heads, .*llama \(3, 4\), and each is compared with its like"),
+        ({"model": ("LAB/native",)}, "native is a native checkpoint; turn it into a Hugging Face folder with checkpoint_tools/mp_to_hf.py"),
+        ({"model": ("LAB/adapters",)}, "adapters holds adapters, and whole models are compared; export the run with --merge-lora"),
         ({"data": "LAB/wordless.jsonl"}, "wordless.jsonl: no question holds a number in digits; give questions such as GSM8K's"),
     ],
 )
@@ -231,6 +233,9 @@ def test_a_mistake_is_one_line_before_weights_are_loaded(lab, monkeypatch, chang
     monkeypatch.setattr(attention, "measure", lambda *_: pytest.fail("weights were loaded"))
     if not (lab / "small").exists():
         tiny_folder(lab / "small", "llama", layers=2, vocab_size=300)
+        for name, file in (("native", "latest_checkpointed_iteration.txt"), ("adapters", "adapter_config.json")):
+            (lab / name).mkdir()
+            (lab / name / file).write_text("1")
         (lab / "wordless.jsonl").write_text('{"question": "Who?", "answer": "5"}\n')
     there = lambda value: value.replace("LAB", str(lab)) if isinstance(value, str) else value
     changes = {name: tuple(map(there, value)) if isinstance(value, tuple) else there(value) for name, value in changes.items()}

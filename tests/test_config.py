@@ -71,7 +71,7 @@ COMMANDS = {
     BenchmarkConfig: [],
     CacheConfig: ["--teacher-model", "t", "--train-data", "d", "--save", "s"],
 }  # fmt: skip
-ZERO_SAYS_SOMETHING = {  # none, off, all, or the first of them
+ZERO_SAYS_SOMETHING = {"teacher_ranks",  # none, off, all, or the first of them
     "seed", "seeds", "lm_coef", "hidden_coef", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "base_coef", "top_k", "teacher_lr",
     "no_repeat_ngram_size", "gamma", "kd_ratio", "on_policy_ratio", "beta", "skew_alpha", "teacher_mixed_alpha", "adam_beta1",
     "adam_beta2", "hidden_dropout", "attention_dropout", "show_data", "momentum", "teacher_ema", "priming_alpha", "lora_dropout",

@@ -239,7 +239,7 @@ def other_family(folder: Path) -> None:
 
 BROKEN = [
     (truncated, {}, r"model\.safetensors: [\d,]+ bytes, truncated or damaged \(.*\); copy or download"),
-    (pickled, {}, r"pytorch_model\.bin is a pickle, which can run code"),
+    (pickled, {}, r"pytorch_model\.bin: PyTorch's format of before version 1\.6, or damaged; load it with transformers where you trust it"),
     (without_a_tensor, {}, r"tensor 'model\.layers\.1\.mlp\.up_proj\.weight' is missing"),
     (wrong_vocabulary, {}, r"has shape \(97, 64\), but config\.json asks for \(90, 64\)"),
     (mixed_dtypes, {}, r"up_proj\.weight is stored as F16, F32; save the model with one of"),

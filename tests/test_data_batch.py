@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megakd.data.batch import Sample, collate, collate_unshifted, cut_by_length, micro_batches
+from megakd.data.batch import Sample, collate, collate_unshifted, cut_by_length, framed, micro_batches
 
 EOS = 9
 
@@ -142,3 +142,10 @@ def test_a_token_budget_limits_positions_and_a_longer_row_stands_alone():
     groups = cut_by_length(lengths, 6, most_tokens=200, cost=128)
     assert lengths[groups[0]] == [400] and sum(len(lengths[group]) for group in groups) == 6
     assert all((group.stop - group.start) * lengths[group.start] <= 200 for group in groups[1:])
+
+
+def test_a_batch_follows_from_its_essence():
+    batch = collate(samples_of((3, 4), (1, 6), (5, 1)))
+    again = framed(*batch.essence)
+    for name, value in vars(batch).items():
+        assert torch.equal(getattr(again, name), value) if torch.is_tensor(value) else value is None, name

@@ -20,7 +20,7 @@ from tiny import tiny_config, tiny_model
 from train_tokenizer import train_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megakd.config import EvaluateConfig, GenerateConfig, LayoutConfig, ResponseConfig, ScoreConfig, parse
+from megakd.config import EvaluateConfig, GenerateConfig, LayoutConfig, ResponseConfig, ScoreConfig, TeacherLayoutConfig, parse
 from megakd.data.sft_dataset import SFTDataset
 from megakd.data.tokenizer import load_tokenizer
 from megakd.evaluation import metrics
@@ -108,6 +108,14 @@ def test_every_layout_gives_the_same_answers_and_numbers_on_every_rank(lab, one_
             assert rank["exposure_bias"]["tasks"][name] == pytest.approx(curve, rel=1e-4, abs=1e-3)
     assert (tmp_path / "answers.jsonl").read_bytes() == (save / "answers.jsonl").read_bytes()
     assert len(read(save / "answers.jsonl")) == len(SEEDS) * 10
+
+
+def test_a_teacher_in_its_own_layout_is_as_far_away(lab, one_rank, tmp_path):
+    apart = TeacherLayoutConfig(teacher_tensor_model_parallel_size=2)
+    ranks = on_ranks(evaluate, evaluation(lab, tmp_path, exposure_bias=False, teacher_layout=apart, gsm8k=""), dp=2)
+    expected = {name: value for name, value in numbers(one_rank[0]).items() if name.startswith("tasks") and "ex_acc_err" not in name}
+    for rank in ranks:
+        assert numbers(rank) == pytest.approx(expected, rel=1e-5)
 
 
 # ---- against float64 transformers
@@ -304,6 +312,10 @@ def test_a_file_cut_off_while_its_settings_are_written_keeps_the_old_ones(lab, t
         ({"seeds": ()}, "--seeds is empty; give one number or more"),
         ({"seeds": (3, 5, 3)}, "--seeds names 3 more than once, .*; name each seed once"),
         ({"teacher_model": ""}, "--exposure-bias needs --teacher-model"),
+        (
+            {"teacher_layout": TeacherLayoutConfig(teacher_pipeline_model_parallel_size=2)},
+            "--exposure-bias asks both models in one layout; leave it out, or --teacher-pipeline-model-parallel-size 2",
+        ),
         ({"exposure_bias_samples": 3}, "--exposure-bias-samples 3 is more than the 2 --seeds"),
         ({"responses": replace(RESPONSES, max_new_tokens=50)}, r"24 \+ --max-new-tokens 50 is more than the 64 positions"),
         ({"parallel": LayoutConfig(tensor_model_parallel_size=2)}, "does not divide the 1 rank"),

@@ -27,12 +27,16 @@ def refuse_everywhere(name, getter):
             setattr(module, bound, asked)
 
 
-def train_without_global_groups(layout, method_name, parallel):
-    """Models, optimizer, an iteration that writes, and an evaluation; a getter of megatron's global state is a failure."""
-
+def refuse_global_state():
+    """From now on a getter of it is a failure, in this process."""
     for name, getter in vars(parallel_state).copy().items():
         if name.startswith("get_") and callable(getter) and name != "get_global_memory_buffer":  # scratch space, no group
             refuse_everywhere(name, getter)
+
+
+def train_without_global_groups(layout, method_name, parallel):
+    """Models, optimizer, an iteration that writes, and an evaluation; a getter of megatron's global state is a failure."""
+    refuse_global_state()
     config = run_config(method_name, 2, parallel)
     config = replace(
         config,

@@ -152,9 +152,9 @@ def check_weights(student, reference, where):
 
 def check_prompt(method, want, where):
     clipped = want["gradient"] * min(1.0, ADAM.clip / want["gradient"].norm())
-    gradient = method.prompt.vectors.grad
+    gradient = method.learner.soft_prompt.grad
     assert (gradient.double() - clipped).abs().max() <= 1e-6 * max(1.0, clipped.abs().max()), where
-    assert (method.prompt.vectors.double() - want["vectors"]).abs().max() <= 3e-6, where
+    assert (method.learner.soft_prompt.double() - want["vectors"]).abs().max() <= 3e-6, where
     assert all(param.grad is None and not hasattr(param, "main_grad") for param in method.teacher.model.parameters()), (
         "the teacher is frozen"
     )
@@ -435,7 +435,7 @@ def random_prompts(layout):
         config = run_config("promptkd", 4, {})
         config = replace(config, training=replace(config.training, seed=seed), promptkd=replace(config.promptkd, prompt_init="random"))
         method = METHODS["promptkd"](method_inputs(layout, config, PAIRS["llama"]), config, total_iters=TOTAL_ITERS)
-        prompts.append(method.prompt.vectors.tolist())
+        prompts.append(method.learner.soft_prompt.tolist())
     return prompts
 
 
@@ -485,9 +485,9 @@ def check_frozen_prompt(layout):
     config = run_config("promptkd", 4, {})
     config = replace(config, promptkd=replace(config.promptkd, teacher_lr=0.0))
     method = METHODS["promptkd"](method_inputs(layout, config, PAIRS["gpt2"]), config, total_iters=TOTAL_ITERS)
-    before = method.prompt.vectors.detach().clone()
+    before = method.learner.soft_prompt.detach().clone()
     method.train(samples(), 1)
-    assert torch.equal(method.prompt.vectors, before)
+    assert torch.equal(method.learner.soft_prompt, before)
 
 
 def test_a_prompt_of_learning_rate_zero_stays_as_it_is():

@@ -340,7 +340,7 @@ FILES = {
     "an adapter": (adapter, r"(says base_model_name_or_path 'org/base', which is no folder here; write the base|holds an adapter of org/base, not a model; merge)"),
     "an adapter with a config": (adapter_with_config, r"(says base_model_name_or_path 'org/base', which is no folder here|holds an adapter of org/base)"),
     "adapted layers": (lora_instead_of_weights, r"'model.layers.0.self_attn.q_proj.weight' is missing beside LoRA tensors; merge them with peft's"),
-    "a pickle": (pickled, r"pytorch_model.bin is a pickle, which can run code .* give the folder that save_pretrained writes"),
+    "a pickle": (pickled, r"pytorch_model.bin: PyTorch's format of before version 1.6, or damaged; .* give the folder that save_pretrained writes"),
     "another dtype": (lambda f: change_weights(f, lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int64)})), r"model.norm.weight is stored as I64, which is no number here; save the model with one of F64, F32, BF16, F16"),
     "bare FP8": (lambda f: change_weights(f, lambda t: t.update({n: x.to(torch.float8_e4m3fn) for n, x in t.items()})), r"embed_tokens.weight is stored as F8_E4M3, which is no number here"),
 }  # fmt: skip

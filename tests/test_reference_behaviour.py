@@ -115,7 +115,7 @@ def check_initial_prompt(layout, compat):
     method = METHODS["promptkd"](parts, config, total_iters=TOTAL_ITERS)
     words = method.teacher.model.embedding.word_embeddings.weight
     expected = [1, 11, 12, 1, 11, 12, 1] if compat else [11, 12, 11, 12, 11, 12, 11]
-    assert torch.equal(method.prompt.vectors, words[expected])
+    assert torch.equal(method.learner.soft_prompt, words[expected])
 
 
 @pytest.mark.parametrize("compat", [(), ("special-tokens-in-prompt",)])

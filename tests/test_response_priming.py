@@ -11,7 +11,7 @@ from distributed import run_distributed
 from megakd_kernels import VocabShard
 from test_trainer import command, inputs, run  # noqa: F401  a fixture
 
-from megakd.config import from_flags, from_yaml
+from megakd.config import from_flags, from_yaml, parse
 from megakd.losses.distillation import priming_loss
 from megakd.losses.token_loss import HeadRows
 
@@ -50,12 +50,22 @@ def test_both_are_softened_and_the_distance_counts_by_the_square():
 def test_the_papers_values_are_in_its_files(priming):
     config = from_yaml(CONFIGS / f"{priming}.yaml")
     from_flags(["--model", "m", "--teacher-model", "t", "--train-data", "d", "--save", "s"], config).check()
-    training, data, own = config.training, config.data, config.response_priming
+    training, data, own, lora = config.training, config.data, config.response_priming, config.lora
+    assert (lora.rank, lora.lora_alpha, lora.lora_dropout) == (4, 8.0, 0.1)
+    assert lora.lora_target_modules == ("q_proj", "k_proj", "v_proj", "o_proj")
     assert (config.method, config.conditioning.priming) == ("response_priming", priming)
     assert (training.optimizer, training.lr, training.momentum, training.weight_decay) == ("sgd", 5e-6, 0.9, 1e-2)
     assert (training.micro_batch_size, training.global_batch_size, training.epochs, training.lr_decay_style) == (1, 1, 2, "cosine")
     assert (data.max_length, data.max_prompt_length) == (512, 256)
     assert (own.priming_alpha, own.priming_temperature, own.priming_objective) == (0.6093348343631224, 5.942267335064758, "aligned")
+
+
+def test_the_published_objective_is_told_for_what_it_is(capsys):
+    words = ["--method", "response_priming", "--model", "m", "--teacher-model", "t", "--train-data", "d", "--save", "s", "--train-iters", "1"]
+    parse(words)
+    assert capsys.readouterr().err == ""
+    parse([*words, "--priming-objective", "original"])
+    assert capsys.readouterr().err.startswith("note: --priming-objective original compares each place of the question with the answer's token")
 
 
 def test_a_loss_on_prompts_needs_one_in_every_row(inputs, tmp_path):  # noqa: F811

@@ -26,8 +26,11 @@ from megakd.reporting.jsonl import read_jsonl
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("run"))
+
+
+def write_inputs(root: Path) -> Path:
     """A student with dropout, a teacher, and a little data."""
-    root = tmp_path_factory.mktemp("run")
     rows = make_rows(48, seed=0)
     tokenizer = train_tokenizer([row["prompt"] + row["response"] for row in rows])
     for seed, (name, overrides) in enumerate({"student": {"resid_pdrop": 0.1, "embd_pdrop": 0.1}, "teacher": {}}.items()):

@@ -35,9 +35,10 @@ from megakd.checkpointing.torch_dist_save import SynchronousSave
 from megakd.data.end_ids import EndIds, write_end_ids
 from megakd.errors import UserError
 from megakd.models.gpt_model import HiddenStateGPTModel
-from megakd.runtime.parallel_layout import ParallelLayout
+from megakd.runtime.parallel_layout import Grid, ParallelLayout
 
 OPTIMIZER_SHARDING = "fully_reshardable"  # megatron-core's default kind cannot be saved at all in 0.16.1
+KINDS = {"distrib_optim_sharding_type": OPTIMIZER_SHARDING}
 TEACHER = "teacher."
 EXTRA, SCALAR = "extra.", "extra.scalar."  # torch_dist knows no tensors without axes
 
@@ -52,7 +53,7 @@ def save_checkpoint(
     optimizer: MegatronOptimizer | None = None,
     extra_tensors: dict[str, Tensor] | None = None,
     run_config: Path | None = None,
-    teacher_layout: ParallelLayout | None = None,
+    teacher_layout: ParallelLayout | Grid | None = None,
     teacher: TeacherWeights | None = None,
 ) -> Path:
     """Write ROOT/iter_<iteration> from all ranks and make it the latest; returns its folder.
@@ -70,8 +71,7 @@ def save_checkpoint(
         state = sharded_state(model, optimizer, is_loading=False)
         state["teacher"] = teacher.sharded_state() if teacher else {}
         state["extra"] = {name: _replicated(name, tensor) for name, tensor in (extra_tensors or {}).items()}
-        kinds = {"distrib_optim_sharding_type": OPTIMIZER_SHARDING}
-        dist_checkpointing.save(state, str(folder), SynchronousSave(), content_metadata=kinds)
+        dist_checkpointing.save(state, str(folder), SynchronousSave(), content_metadata=KINDS)
         if dist.get_rank() == 0:
             _describe(model, iteration, teacher_layout, source).write(folder)
             write_hf_folder(source.hf_folder, folder, source.config)
@@ -108,6 +108,18 @@ def load_checkpoint(
     for name, tensor in (teacher.weights if teacher else {}).items():
         tensor.copy_(loaded["teacher"][name])
     return _read_extra_tensors(native)
+
+
+def save_nothing(root: str | Path, iteration: int) -> None:
+    """The part of a rank that has none of the model in `save_checkpoint`, which all ranks of the job do together."""
+    with published_by_rank_zero(iteration_folder(Path(root), iteration)) as folder:
+        state = {"model": {}, "teacher": {}, "extra": {}}
+        dist_checkpointing.save(state, str(folder), SynchronousSave(), content_metadata=KINDS)
+
+
+def load_nothing(root: str | Path, iteration: int) -> None:
+    """The same of `load_checkpoint`."""
+    dist_checkpointing.load({}, str(iteration_folder(Path(root), iteration)), common_strategy=LoadCommonWithoutPickle())
 
 
 @dataclass(frozen=True)
@@ -214,7 +226,7 @@ class LoadCommonWithoutPickle(TorchCommonLoadStrategy):
 
 
 def _describe(
-    model: HiddenStateGPTModel, iteration: int, teacher_layout: ParallelLayout | None, source: ModelFolder
+    model: HiddenStateGPTModel, iteration: int, teacher_layout: ParallelLayout | Grid | None, source: ModelFolder
 ) -> Description:
     return Description(
         iteration=iteration,
@@ -226,5 +238,5 @@ def _describe(
     )
 
 
-def _sizes(layout: ParallelLayout) -> dict[str, int]:
+def _sizes(layout: ParallelLayout | Grid) -> dict[str, int]:
     return layout_dict(layout.tp_size, layout.pp_size, layout.dp_size)

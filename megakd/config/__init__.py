@@ -22,7 +22,7 @@ from megakd.config.methods.minillm import MiniLLMConfig
 from megakd.config.methods.promptkd import PromptKDConfig
 from megakd.config.methods.response_priming import ResponsePrimingConfig
 from megakd.config.models import SELF, ModelConfig
-from megakd.config.parallel import LayoutConfig, ParallelConfig
+from megakd.config.parallel import LayoutConfig, ParallelConfig, TeacherLayoutConfig, TeacherParallelConfig
 from megakd.config.parse import AnyConfig, from_flags, from_values, from_yaml, parse
 from megakd.config.sampling import GenerationConfig, ResponseConfig, SamplingConfig
 from megakd.config.teacher import TeacherConfig
@@ -34,6 +34,6 @@ __all__ = [
     "ConditioningConfig", "Config", "DataConfig", "DistiLLMConfig", "DistillationConfig", "EvaluateConfig", "GenerateConfig",
     "GenerationConfig", "KDConfig", "LayoutConfig", "LoRAConfig", "MethodConfig", "MiniLLMConfig", "ModelConfig",
     "OutputConfig", "ParallelConfig", "PromptKDConfig", "ResponseConfig", "ResponsePrimingConfig", "SamplingConfig",
-    "ScoreConfig", "TeacherConfig", "TrainingConfig", "alike", "flag_name", "from_flags", "from_values", "from_yaml",
-    "parse",
+    "ScoreConfig", "TeacherConfig", "TeacherLayoutConfig", "TeacherParallelConfig", "TrainingConfig", "alike", "flag_name",
+    "from_flags", "from_values", "from_yaml", "parse",
 ]  # fmt: skip

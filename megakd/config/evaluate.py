@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from megakd.config.answering import AnsweringConfig
 from megakd.config.conditioning import ConditioningConfig
 from megakd.config.fields import POSITIVE, SEED, Group, alias, flag
+from megakd.config.parallel import TeacherLayoutConfig
 from megakd.config.teacher import CACHE_HELP
 
 ROUGE_TOKENIZERS = ("default", "unicode", "model")
@@ -55,6 +56,7 @@ class EvaluateConfig(AnsweringConfig):
     teacher_model: Annotated[str, alias("--teacher-model-name-or-path", "--teacher-model-path")] = flag(
         "", "to compare with; self: the model itself, which with another text says something else", path=True
     )
+    teacher_layout: Group[TeacherLayoutConfig] = TeacherLayoutConfig()
     teacher_cache: str = flag("", f"{CACHE_HELP}: --data as its --valid-data was", path=True)
     conditioning: Group[ConditioningConfig] = ConditioningConfig()
     data: tuple[str, ...] = flag((), "jsonl files with right answers, each as name=path or path", path=True)
@@ -85,10 +87,13 @@ class EvaluateConfig(AnsweringConfig):
         yield from self.conditioning.validation_errors()
         if self.exposure_bias and not self.teacher_model:
             yield "--exposure-bias needs --teacher-model; give the folder to compare with"
+        if self.exposure_bias and (given := self.teacher_layout.flags_given(self.parallel)):
+            yield f"--exposure-bias asks both models in one layout; leave it out, or {given}"
         if self.exposure_bias_samples > len(self.seeds):
             yield f"--exposure-bias-samples {self.exposure_bias_samples} is more than the {len(self.seeds)} --seeds; add seeds"
 
     def unless(self):
         curves = dict.fromkeys(("exposure_bias_samples", "exposure_bias_skip_first"), (self.exposure_bias, "without --exposure-bias"))
-        told = dict.fromkeys(vars(self.conditioning), (self.teacher_model, "without --teacher-model"))
+        of_teacher = {**vars(self.conditioning), **vars(self.teacher_layout)}
+        told = dict.fromkeys(of_teacher, (self.teacher_model, "without --teacher-model"))
         return super().unless() | curves | told | {"overwrite": (self.save, "without --save")}

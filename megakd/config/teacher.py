@@ -35,10 +35,22 @@ class TeacherConfig:
             yield from (f"{reason}; give --teacher-model in place of --teacher-cache" for reason in self._beyond_a_store(config))
         if self.teacher_quantize != "none" and config.models.teacher_ema is not None:
             yield f"--teacher-quantize {self.teacher_quantize} freezes the weights that --teacher-ema moves; leave one of them out"
+        parallel = config.teacher_parallel
+        if elsewhere := parallel.flags_given(config.parallel) or "--teacher-offload" * parallel.teacher_offload:
+            yield from self._here(config, elsewhere)
         if config.models.named_teachers:
             yield from self._beyond_several(config)
         elif self.teacher_field:
             yield f"--teacher-field {self.teacher_field} chooses among several teachers; name them, as in --teacher-model math=DIR code=DIR"
+
+    def _here(self, config: Config, elsewhere: str) -> Iterator[str]:
+        """What is only built for a teacher in the student's layout that stays on its device; several may be away."""
+        if self.teacher_cache:
+            yield f"{elsewhere} is of a model, and --teacher-cache loads none; leave it out"
+        if self.teacher_quantize != "none":
+            yield f"--teacher-quantize {self.teacher_quantize} is for a teacher that stays with the student; leave it out, or {elsewhere}"
+        if config.models.named_teachers and elsewhere != "--teacher-offload":
+            yield f"{elsewhere}: several teachers have the student's layout; leave it out, or give one --teacher-model"
 
     def _beyond_several(self, config: Config) -> Iterator[str]:
         words, names = config.models.teacher_model, config.models.named_teachers

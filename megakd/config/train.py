@@ -27,7 +27,7 @@ from megakd.config.methods.response_priming import ResponsePrimingConfig
 from megakd.config.methods.seqkd import SeqKDConfig
 from megakd.config.methods.sft import SFTConfig
 from megakd.config.models import ModelConfig
-from megakd.config.parallel import ParallelConfig
+from megakd.config.parallel import ParallelConfig, TeacherParallelConfig
 from megakd.config.sampling import GenerationConfig
 from megakd.config.teacher import TeacherConfig
 from megakd.config.training import TrainingConfig
@@ -89,6 +89,7 @@ class Config(BaseConfig):
     teacher: Group[TeacherConfig] = TeacherConfig()
     conditioning: Group[ConditioningConfig] = ConditioningConfig()
     parallel: Group[ParallelConfig] = ParallelConfig()
+    teacher_parallel: Group[TeacherParallelConfig] = TeacherParallelConfig()
     training: Group[TrainingConfig] = TrainingConfig()
     lora: Group[LoRAConfig] = LoRAConfig()
     distillation: Group[DistillationConfig] = DistillationConfig()
@@ -125,6 +126,7 @@ class Config(BaseConfig):
         yield from self.teacher.validation_errors(self)
         yield from self.lora.validation_errors()
         yield from self.distillation.validation_errors(self)
+        yield from self.teacher_parallel.validation_errors(self)
         yield from self.page.validation_errors(self)
 
     def _missing(self) -> Iterator[str]:
@@ -142,7 +144,7 @@ class Config(BaseConfig):
         data, training, parallel = self.data, self.training, self.parallel
         if (training.train_iters is None) == (training.epochs is None):
             yield f"--train-iters {training.train_iters} and --epochs {training.epochs}: give exactly one of them"
-        if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        if parallel.sequence_parallel and max(parallel.tensor_model_parallel_size, self.teacher_parallel.sizes(parallel)[0]) == 1:
             yield "--sequence-parallel needs --tensor-model-parallel-size of at least 2; leave it out"
         if parallel.use_distributed_optimizer and training.optimizer == "sgd":
             yield "--use-distributed-optimizer splits AdamW's moments, which --optimizer sgd does not have; leave it out"
@@ -164,6 +166,10 @@ class Config(BaseConfig):
             if self.method not in methods and given[name] != usual[name]:
                 words = " ".join(as_words(name, given[name]))
                 yield f"--method {self.method} has no use for {words}, a flag of {', '.join(methods)}; leave it out"
+
+    def remarks(self) -> Iterator[str]:
+        yield from super().remarks()
+        yield from self.page.remarks()
 
     def unless(self) -> dict[str, tuple[Any, str]]:
         held_out, training = (self.data.valid_data, "without --valid-data"), self.training

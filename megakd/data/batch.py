@@ -107,6 +107,11 @@ class Batch:
         """[3]: labels that count, real input positions, positions computed on (padding included)."""
         return torch.tensor([self.num_supervised, int(self.lengths.sum()), self.tokens.numel()])
 
+    @property
+    def essence(self) -> tuple[Tensor, ...]:
+        """What all of it but a twin follows from (`framed`), on the host, ids in 32 bits: what travels between ranks."""
+        return self.tokens.int().cpu(), self.labels.int().cpu(), self.lengths, self.response_lengths, self.sample_ids
+
     def to(self, device: torch.device | str) -> "Batch":
         """What models and losses compute with on `device`, which is not waited for."""
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ON_DEVICE}
@@ -138,17 +143,23 @@ def padded(samples: Sequence[Sample], labels: Sequence[int], width: int) -> Batc
     for row, sample in zip(ids, samples):
         row[: sample.num_positions + 1] = torch.tensor(sample.prompt + sample.response)
 
-    position_ids = torch.arange(width).expand(len(samples), width).contiguous()
+    sample_ids = torch.tensor([sample.sample_id for sample in samples])
+    return framed(ids[:, :-1], ids[:, 1:].contiguous(), lengths, torch.tensor(labels), sample_ids)
+
+
+def framed(tokens: Tensor, labels: Tensor, lengths: Tensor, response_lengths: Tensor, sample_ids: Tensor) -> Batch:
+    """A Batch from `Batch.essence`, whatever stands behind a row's end; the last `response_lengths` labels of a row count."""
+    position_ids = torch.arange(tokens.shape[1]).expand(len(tokens), -1).contiguous()
     real = position_ids < lengths[:, None]
-    loss_mask = real & (position_ids >= (lengths - torch.tensor(labels))[:, None])
+    loss_mask = real & (position_ids >= (lengths - response_lengths)[:, None])
     return Batch(
-        tokens=ids[:, :-1].where(real, PADDING),  # the last id is a label only
-        labels=ids[:, 1:].contiguous(),
+        tokens=tokens.where(real, PADDING).long(),  # the last id is a label only
+        labels=labels.long(),
         loss_mask=loss_mask.float(),
         position_ids=position_ids,
         lengths=lengths,
-        response_lengths=loss_mask.sum(1),
-        sample_ids=torch.tensor([sample.sample_id for sample in samples]),
+        response_lengths=response_lengths,
+        sample_ids=sample_ids,
         supervised_positions=loss_mask.flatten().nonzero().squeeze(1),
     )
 

@@ -32,6 +32,7 @@ from megakd.errors import UserError
 from megakd.evaluation.attention_report import check_folder, print_report, summary, write_report
 from megakd.evaluation.evaluation_set import EvaluationSet, NamedPath, named_paths
 from megakd.evaluation.gsm8k import NUMBER
+from megakd.models.hf_checkpoint import ADAPTER
 from megakd.runtime.initialize import resolve_dtype
 
 QUESTIONS = ("question", "instruction", "prompt", "messages", "text")  # fields of a record, the plainest first
@@ -79,6 +80,8 @@ def open_models(named: Sequence[NamedPath]) -> list[ModelFolder]:
         if is_native(Path(one.path)):
             way_out = "turn it into a Hugging Face folder with checkpoint_tools/mp_to_hf.py"
             raise UserError(f"--model {one.path} is a native checkpoint; {way_out}")
+        if (Path(one.path) / ADAPTER).is_file():
+            raise UserError(f"--model {one.path} holds adapters, and whole models are compared; export the run with --merge-lora")
         folders.append(ModelFolder.open(one.path))
     base = folders[0]
     for folder in folders[1:]:

@@ -30,11 +30,11 @@ from megakd.evaluation.report import Report, check_folder, notes, print_table
 from megakd.generation.answers import Writer, gather_by_index, hidden_ids, open_folders, sampling_of
 from megakd.generation.progress import Progress
 from megakd.generation.sampling import Sampling
-from megakd.loading import ModelFolders, frozen, start
+from megakd.loading import ModelFolders, frozen, start_apart
 from megakd.models.model_provider import context_length
 from megakd.runtime.initialize import is_rank_zero
 from megakd.runtime.parallel_layout import ParallelLayout
-from megakd.teachers.live import LiveTeacher
+from megakd.teachers.relayed import in_its_layout
 from megakd.teachers.stored import StoredTeacher
 from megakd.teachers.teacher import Teacher
 
@@ -55,12 +55,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     sets = open_sets(config, tokenizer, conditioning_of(config, folders))
     for data in sets if folders.store else ():
         folders.store.check_texts(data, where=data.where)
-    layout = start(config.parallel)
+    places = start_apart(config.parallel, config.teacher_layout)
+    layout = places.student
     report = Report(config.save if is_rank_zero() else "")
-    models = list(map(frozen, folders.load(layout, config.dtype)))
+    student, model = folders.load_apart(places, config.dtype)
+    models = filter(None, (frozen(student), model))
     written = [Writer(model, folder.ends, config.responses.batch_size) for model, folder in zip(models, folders)]
     writers = dict(zip(("student", "teacher"), written))
-    teacher = StoredTeacher(folders.store, models[0]) if folders.store else LiveTeacher(models[1]) if models[1:] else None
+    own = StoredTeacher(folders.store, student) if folders.store else None
+    teacher = own or (model and in_its_layout(places.grids, student, model))
     scores = Evaluator(config, sets, tokenizer, writers, teacher, report).run()
     ends_of = {name: asdict(writer.ends) for name, writer in writers.items()}
     results = {**describe(config, layout), "ends": ends_of, "seconds": time.perf_counter() - began, **scores}
@@ -93,7 +96,7 @@ def describe(config: EvaluateConfig, layout: ParallelLayout) -> dict[str, Any]:
 
 
 class Evaluator:
-    """One run on this rank. `writers` are the student and, where it is a model, the teacher."""
+    """One run on this rank. `writers` are the student and, where there is one, the teacher, who is read as `teacher` says."""
 
     def __init__(
         self,

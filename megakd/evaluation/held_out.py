@@ -41,16 +41,20 @@ def held_out_losses(
     layout, divergences = model.layout, tuple(divergences) if teacher else ()
     names = ("lm_loss", *divergences, *(BIASES if teacher and teacher.truncates else ()))
     sums = torch.zeros(len(names) + 1, dtype=torch.double, device=layout.device)
-    for part in passes(split_across_dp(samples, layout.dp_size)[layout.dp_rank], micro_batch_size, samples_per_pass):
+    shares = split_across_dp(samples, layout.dp_size)
+    for part in passes(shares[layout.dp_rank], micro_batch_size, samples_per_pass, longest=max(map(len, shares))):
         batches = micro_batches(part, micro_batch_size, most_tokens=micro_batch_tokens, device=layout.device)
         sums += sums_of(model, teacher, batches, divergences, names)
     return {name: float(value) for name, value in token_means(sums, names, layout).items()}
 
 
-def passes(samples: Sequence[Sample], micro_batch_size: int, step: int | None = None) -> Iterator[Sequence[Sample]]:
-    """As many samples as go through the pipeline together."""
+def passes(
+    samples: Sequence[Sample], micro_batch_size: int, step: int | None = None, *, longest: int = 0
+) -> Iterator[Sequence[Sample]]:
+    """As many samples as go through the pipeline together; passes enough for the replica with the `longest` share, for a teacher may be
+    asked by all replicas at once."""
     step = step or micro_batch_size * MICRO_BATCHES_PER_PASS
-    for first in range(0, len(samples), step):
+    for first in range(0, max(len(samples), longest), step):
         yield samples[first : first + step]
 
 

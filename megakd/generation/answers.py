@@ -15,7 +15,7 @@ from megakd.data.dataloader import split_across_dp
 from megakd.data.end_ids import EndIds
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
-from megakd.loading import ModelFolders, check_context
+from megakd.loading import AS_THE_STUDENT, ModelFolders, check_context
 from megakd.models.gpt_model import HiddenStateGPTModel
 
 BATCHES_PER_CHUNK = 4  # enough rows to sort by length; few enough to see progress, and to lose little when a run is cut off
@@ -30,7 +30,7 @@ def open_folders(config: AnsweringConfig, teacher_model: str = "", teacher_cache
         UserError: a folder, the layout, the tokenizers or the lengths do not fit.
     """
     folders = ModelFolders.open(config.model, teacher_model, teacher_cache)
-    folders.check(config.parallel)
+    folders.check(config.parallel, getattr(config, "teacher_layout", AS_THE_STUDENT))
     prompt, response = config.responses.max_prompt_length, config.responses.max_new_tokens
     bos = int(getattr(config, "add_bos", False))
     said = f"--max-prompt-length {prompt}{' + 1 of --add-bos' if bos else ''} + --max-new-tokens {response}"

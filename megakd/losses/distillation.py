@@ -122,6 +122,9 @@ def function_of_log_q(f: Callable[[Tensor], Tensor], q: HeadRows, labels_N: Tens
     return value.detach() + tangent - tangent.detach()
 
 
+PROMPT_LOSSES = ("loss/prompt", "loss/prompt_kd", "loss/prompt_base")  # what it logs
+
+
 def prompt_loss(
     prompted: HeadRows,
     q: HeadRows,
@@ -148,4 +151,4 @@ def prompt_loss(
     else:
         kd, base = (Divergence(f"{kind}_kl")(prompted, other.detached(), vocabulary) for kind, other in zip(kinds, (q, p)))
         loss = kd + base_coef * base
-    return TokenLoss(loss, {"loss/prompt": loss, "loss/prompt_kd": kd, "loss/prompt_base": base})
+    return TokenLoss(loss, dict(zip(PROMPT_LOSSES, (loss, kd, base))))

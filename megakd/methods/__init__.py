@@ -11,7 +11,7 @@ from megakd.data.dataloader import DataLoader
 from megakd.data.end_ids import EndIds
 from megakd.methods.base import Method, MethodInputs
 from megakd.models.gpt_model import HiddenStateGPTModel
-from megakd.optimizer import StudentOptimizer
+from megakd.optimizer import StudentOptimizer, without_a_student
 from megakd.teachers.teacher import Teacher
 
 
@@ -44,6 +44,8 @@ def build_method(
     """The method of a run, with its own trained parts in the student's optimizer."""
     kind = METHODS[config.method]
     student.method_parts.update(kind.modules(student, teacher, config))
+    if teacher is not None:
+        teacher.along(without_a_student)
     distributed = config.parallel.use_distributed_optimizer
     optimizer = StudentOptimizer(student, config.training, total_iters=total_iters, distributed=distributed)
     return kind(MethodInputs(student, optimizer, teacher, tokenizer, ends, text), config, total_iters=total_iters)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,12 +15,11 @@ from megakd.data.conditioning import Conditioning
 from megakd.data.dataloader import DataLoader
 from megakd.data.end_ids import EndIds
 from megakd.losses.distillation import sft_loss
-from megakd.losses.token_loss import Rows
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.optimizer import StudentOptimizer
 from megakd.reporting.stopwatch import Stopwatch
 from megakd.runtime.parallel_layout import ParallelLayout
-from megakd.schedules import LossFunction, forward_backward, mean_of_means
+from megakd.schedules import Context, LossFunction, forward_backward, mean_of_means
 from megakd.teachers.teacher import Teacher
 
 
@@ -91,8 +89,13 @@ class Method:
         """Held-out metrics, after every evaluation."""
 
     def extra_tensors(self) -> dict[str, torch.Tensor]:
-        """What the method itself learns: saved with a checkpoint, and filled in place when it is loaded."""
+        """What the method itself learns, alike on all ranks: saved with a checkpoint."""
         return {}
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Fill them in place with what a checkpoint holds."""
+        for name, tensor in self.extra_tensors().items():
+            tensor.copy_(tensors[name])
 
     def batches(self, samples: Sequence[Sample], collate: Callable[[Sequence[Sample]], Batch] = collate) -> list[Batch]:
         """Micro-batches within --micro-batch-size and --micro-batch-tokens, of rows of like length."""
@@ -100,20 +103,20 @@ class Method:
         options = {"most_tokens": training.micro_batch_tokens, "device": self.layout.device, "collate": collate}
         return micro_batches(samples, training.micro_batch_size, **options)
 
-    def read_teacher(self, batches: Sequence[Batch]) -> list[Rows]:
+    def read_teacher(self, batches: Sequence[Batch]) -> Context:
         """What the teacher says at the supervised positions of every micro-batch, on the last stage."""
         with self.time("teacher"):
             return self.teacher.read(batches, to=self.layout)
 
     def student_step(
-        self, batches: list[Batch], loss: LossFunction, iteration: int, *, context: Sequence[Any] = ()
+        self, batches: list[Batch], loss: LossFunction, iteration: int, *, context: Context = ()
     ) -> dict[str, float]:
         """Gradients of the token mean over the global batch, and one optimizer step; `context` is what the loss gets beside each
         micro-batch."""
         with self.time("student_step"):
             self.student.train()
             self.optimizer.zero_grad()
-            loss = self.normalised(loss, batches)
+            loss = normalised(loss, batches, self.config, self.layout)
             means = forward_backward(self.optimizer.ddp, batches, loss, context=context, layout=self.layout)
         with self.time("optimizer"):
             step = self.optimizer.step(iteration)
@@ -126,10 +129,6 @@ class Method:
         loss = lambda q, batch, _: sft_loss(q, batch.supervised_labels, self.vocabulary)
         return self.student_step(self.batches(samples), loss, iteration)
 
-    def normalised(self, loss: LossFunction, batches: list[Batch]) -> LossFunction:
-        """A token mean over the global batch, or the reference's mean of means."""
-        return mean_of_means(loss, batches, self.layout) if self.config.training.reference_compat.mean_of_means else loss
-
     def positions(self, batches: list[Batch]) -> dict[str, float]:
         """Real input positions of the global batch, and their share of the positions computed."""
         counts = sum(batch.counts for batch in batches).to(self.layout.device)
@@ -141,6 +140,11 @@ class Method:
         replicas: list[Sequence[Sample]] = [()] * self.layout.dp_size
         dist.all_gather_object(replicas, samples, group=self.layout.dp_group)
         return [sample for replica in replicas for sample in replica]
+
+
+def normalised(loss: LossFunction, batches: list[Batch], config: Config, layout: ParallelLayout) -> LossFunction:
+    """A token mean over the global batch, or the reference's mean of means."""
+    return mean_of_means(loss, batches, layout) if config.training.reference_compat.mean_of_means else loss
 
 
 def to_floats(values: dict[str, torch.Tensor]) -> dict[str, float]:

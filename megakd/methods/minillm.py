@@ -76,12 +76,12 @@ class MiniLLM(Method):
 
     def begin_phase(self, samples, iteration):
         """Write the responses, and remember log q, r, w and the teacher's hidden states of every token."""
-        with self.time("rollout"):
+        with self.time("rollout"), self.teacher.present():
             teachers = [self.component(samples)] if self.settings.teacher_mixed_alpha else []
             self.rollouts = rollout(self.student, samples, self.config, self.ends, iteration, mix_with=teachers)
         self.numbered = [replace(sample, sample_id=number) for number, sample in enumerate(self.rollouts)]
         batches, self.experience = self.batches(self.numbered), {}
-        teacher = self.read_teacher(batches)
+        teacher = list(self.read_teacher(batches))
         with self.time("old_log_q"):
             student = LiveStudent(self.student).read(batches, to=self.layout)  # as it was when it wrote
         for batch, p, q in zip(batches, teacher, student):
@@ -94,6 +94,7 @@ class MiniLLM(Method):
 
     @torch.no_grad()
     def _remember(self, batch, p, q):
+        self.teacher_head = p.head_VpH
         settings, labels = self.settings, batch.supervised_labels
         log_p, log_q = (-label_loss(rows, labels, self.vocabulary) for rows in (p, q))
         rewards = token_rewards(log_p, log_q, scale=settings.reward_scaling, limit=settings.cliprange_reward)
@@ -114,7 +115,7 @@ class MiniLLM(Method):
         rollouts, texts = self.batches(samples), self.batches(text)
         of_rollouts, of_text = self.shares(rollouts, texts)
         remembered = self.recall(samples, rollouts)
-        teacher_on_text = self.read_teacher(texts) if texts else []
+        teacher_on_text = list(self.read_teacher(texts)) if texts else []
         losses = [partial(self.policy_loss, experience=experience, share=of_rollouts) for experience in remembered]
         losses += [partial(self.text_loss, p=p, share=of_text) for p in teacher_on_text]
         return self.student_step(rollouts + texts, lambda q, batch, loss: loss(q, batch), iteration, context=losses)
@@ -127,7 +128,7 @@ class MiniLLM(Method):
         policy = function_of_log_q(objective, q, batch.supervised_labels, self.vocabulary)
         if not self.settings.single_step_reg:
             return logged(policy, policy=policy).scaled(share)
-        p = HeadRows(experience.teacher_hidden, self.teacher.model.output_weight())
+        p = HeadRows(experience.teacher_hidden, self.teacher_head)
         single_step = reverse_kl_loss(q, p, self.vocabulary).objective_N
         return logged(policy + single_step, policy=policy, reverse_kl=single_step).scaled(share)
 

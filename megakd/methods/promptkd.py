@@ -12,13 +12,15 @@ responses are never read.
 
 from functools import partial
 
-from megakd.losses.distillation import prompt_loss, reverse_kl_loss
-from megakd.methods.base import Method, to_floats
+from megakd_kernels import VocabShard
+
+from megakd.losses.distillation import PROMPT_LOSSES, prompt_loss, reverse_kl_loss
+from megakd.methods.base import Method, normalised, to_floats
 from megakd.methods.rollout import rollout
 from megakd.models.soft_prompt import SoftPrompt
 from megakd.optimizer import SoftPromptOptimizer
-from megakd.schedules import forward_backward
-from megakd.teachers.live import LiveStudent, SoftPromptedTeacher
+from megakd.schedules import forward_backward, with_rows_beside
+from megakd.teachers.live import LiveTeacher
 
 
 class PromptKD(Method):
@@ -28,20 +30,15 @@ class PromptKD(Method):
 
     def __init__(self, inputs, config, *, total_iters):
         super().__init__(inputs, config, total_iters=total_iters)
-        self.prompt = initial_prompt(self.teacher.model, config, self.tokenizer)
-        self.prompted_teacher = SoftPromptedTeacher(self.teacher.model, self.prompt)
-        lr = config.training.lr if config.promptkd.teacher_lr is None else config.promptkd.teacher_lr
-        kinds = (config.promptkd.teacher_kld_type, config.promptkd.base_kld_type)
-        self.prompt_loss = partial(prompt_loss, vocabulary=self.vocabulary, kinds=kinds)
-        self.prompt_optimizer = SoftPromptOptimizer(self.prompt, config.training, lr=lr, total_iters=total_iters)
+        self.learner = self.teacher.sit(PromptLearner, config, prompt_ids(config, self.tokenizer), total_iters)
 
     def train(self, samples, iteration):
         with self.time("rollout"):
             self.rollouts = self.respond(samples, iteration)
         batches = self.batches(self.rollouts)
-        metrics = self.prompt_step(batches, iteration)
+        metrics = self.teacher.learn(self.student, batches, iteration, time=self.time)
         with self.time("teacher"):
-            prompted = self.prompted_teacher.read(batches, to=self.layout)
+            prompted = self.teacher.read_prompted(batches, to=self.layout)
         loss = lambda q, batch, p_P: reverse_kl_loss(q, p_P, self.vocabulary)
         return self.student_step(batches, loss, iteration, context=prompted) | metrics
 
@@ -49,39 +46,65 @@ class PromptKD(Method):
         """Step (a): y ~ q(·|x)."""
         return rollout(self.student, samples, self.config, self.ends, iteration)
 
-    def prompt_step(self, batches, iteration):
-        """Step (b): the teacher's weights are frozen, the student's distribution is a constant."""
-        base_coef = self.config.promptkd.base_coef * (1 - iteration / self.total_iters)
-        with self.time("teacher"):
-            base = self.teacher.read(batches, to=self.layout)
-            student = LiveStudent(self.student).read(batches, to=self.layout)  # here the student is who is listened to
-        loss = lambda p_P, batch, q_and_p: self.prompt_loss(p_P, *q_and_p, base_coef=base_coef)
-        with self.time("prompt_step"):
-            read = self.prompted_teacher.text(batches)
-            means = self.prompt_gradient(self.normalised(loss, read), read, list(zip(student, base)))
-            step = self.prompt_optimizer.step(iteration, means.pop("tokens"))
-        return to_floats(means) | step
+    def extra_tensors(self):
+        return self.teacher.state()
 
-    def prompt_gradient(self, loss, batches, context):
+    def restore(self, tensors):
+        self.teacher.restore(tensors)
+
+
+class PromptLearner:
+    """Step (b), where the teacher lives: its weights are frozen, the student's distribution is a constant."""
+
+    def __init__(self, teacher, config, ids, total_iters):
+        self.teacher, self.config, self.total_iters = teacher, config, total_iters
+        settings, training = config.promptkd, config.training
+        self.prompt = initial_prompt(teacher, ids, settings.prompt_len, training.seed)
+        lr = training.lr if settings.teacher_lr is None else settings.teacher_lr
+        self.optimizer = SoftPromptOptimizer(self.prompt, training, lr=lr, total_iters=total_iters)
+        vocabulary = VocabShard(teacher.real_vocab_size, tp_group=teacher.layout.tp_group)
+        self.loss = partial(prompt_loss, vocabulary=vocabulary, kinds=(settings.teacher_kld_type, settings.base_kld_type))
+
+    @property
+    def soft_prompt(self):
+        """P, [prompt positions, H]."""
+        return self.prompt.vectors
+
+    def step(self, batches, student_rows, iteration, *, time):
+        """One AdamW step of P; what the loss logs."""
+        base_coef = self.config.promptkd.base_coef * (1 - iteration / self.total_iters)
+        read_base = partial(LiveTeacher(self.teacher).read, to=self.teacher.layout)
+        with time("teacher"):
+            context = with_rows_beside(batches, student_rows, read_base)
+        loss = lambda p_P, batch, q_and_p: self.loss(p_P, *q_and_p, base_coef=base_coef)
+        with time("prompt_step"):
+            means = self.gradient(normalised(loss, batches, self.config, self.teacher.layout), batches, context)
+            moved = self.optimizer.step(iteration, means.pop("tokens"))
+        return to_floats(means) | moved
+
+    def gradient(self, loss, batches, context):
         """∇_P of the token mean, in `prompt.vectors.grad`; returns what the loss logs, and the `tokens`."""
-        self.prompt_optimizer.zero_grad()
-        teacher = self.teacher.model
-        teacher.train()  # activations are recomputed in training alone; there is no dropout, unless the reference's is asked for
+        self.optimizer.zero_grad()
+        self.teacher.train()  # activations are recomputed in training alone; there is no dropout, unless the reference's is asked for
         means = forward_backward(
-            teacher, batches, loss, context=context, layout=self.layout, soft_prompt=self.prompt.vectors
+            self.teacher, batches, loss, context=context, layout=self.teacher.layout, soft_prompt=self.soft_prompt, names=PROMPT_LOSSES
         )
-        teacher.eval()
+        self.teacher.eval()
         return means
 
-    def extra_tensors(self):
-        return self.prompt_optimizer.state_tensors()
+    def state_tensors(self):
+        """P and its moments by name."""
+        return self.optimizer.state_tensors()
 
 
-def initial_prompt(teacher, config, tokenizer) -> SoftPrompt:
-    """The embeddings of --prompt-init-text without special tokens, repeated or cut to --prompt-len; or random vectors."""
-    length = config.promptkd.prompt_len
+def prompt_ids(config, tokenizer):
+    """Those of --prompt-init-text; None where P begins with random vectors."""
     if config.promptkd.prompt_init == "random":
-        return SoftPrompt.random(teacher, length, config.training.seed)
+        return None
     specials = config.training.reference_compat.special_tokens_in_prompt
-    ids = tokenizer.encode(config.promptkd.prompt_init_text, add_special_tokens=specials)
-    return SoftPrompt.from_tokens(teacher, ids, length)
+    return tokenizer.encode(config.promptkd.prompt_init_text, add_special_tokens=specials)
+
+
+def initial_prompt(teacher, ids, length, seed) -> SoftPrompt:
+    """The embeddings of the ids, repeated or cut to `length`; without ids random vectors."""
+    return SoftPrompt.random(teacher, length, seed) if ids is None else SoftPrompt.from_tokens(teacher, ids, length)

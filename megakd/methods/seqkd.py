@@ -19,6 +19,7 @@ class SeqKD(KD):
 
     def __init__(self, inputs, config, *, total_iters):
         super().__init__(inputs, config, total_iters=total_iters)
+        self.teacher.sit(Writer, config, self.ends)
         self.written = {}  # sample_id -> the teacher's answer, of all replicas
 
     def train(self, samples, iteration):
@@ -29,8 +30,18 @@ class SeqKD(KD):
         return self.learn(self.rollouts, iteration, kd_ratio=self.config.distillation.ratio(usual))
 
     def write(self, samples):
-        """Answers that nobody has written yet, each behind what the teacher reads, and shared by all replicas: the next epoch deals the
-        prompts to other ones."""
-        answers = rollout(self.teacher.model, [sample.for_teacher for sample in samples], self.config, self.ends, ONCE)
-        learnt = [replace(sample, response=answer.response) for sample, answer in zip(samples, answers)]
-        self.written |= {sample.sample_id: sample for sample in self.all_gather_samples(learnt)}
+        """Answers that nobody has written yet, shared by all replicas: the next epoch deals the prompts to other ones."""
+        answers = self.teacher.write(samples)
+        self.written |= {answer.sample_id: answer for answer in self.all_gather_samples(answers)}
+
+
+class Writer:
+    """The teacher's hand, where it lives."""
+
+    def __init__(self, teacher, config, ends):
+        self.teacher, self.config, self.ends = teacher, config, ends
+
+    def write(self, samples):
+        """The samples with its answers, each behind what the teacher reads."""
+        answers = rollout(self.teacher, [sample.for_teacher for sample in samples], self.config, self.ends, ONCE)
+        return [replace(sample, response=answer.response) for sample, answer in zip(samples, answers)]

@@ -1,4 +1,4 @@
-"""Hugging Face folders on disk: config and safetensors files, read tensor by tensor and slice by slice.
+"""Hugging Face folders on disk: config and weights, safetensors or PyTorch's own files, read tensor by tensor and slice by slice.
 
 A file is mapped for one read and unmapped again, so that memory stays at the slice in hand whatever the model's size.
 """
@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from megakd.errors import UserError, file_errors, refuse_lfs_pointer
 from megakd.models.hf_config import CONFIG, load_hf_config, read_hf_json
+from megakd.models.pytorch_file import tensors_of
 from megakd.models.quantized import (
     MOVED,
     SCALE_DTYPES,
@@ -30,6 +31,7 @@ from megakd.models.quantized import (
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PYTORCH_INDEX, PYTORCH_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 ADAPTER = "adapter_config.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -49,7 +51,7 @@ class HFCheckpoint:
     """The weights of a Hugging Face folder. Opening it reads and checks every file's header, and no weight.
 
     Raises:
-        UserError: no such folder, no config.json, only pickled weights, a missing or truncated file.
+        UserError: no such folder, no config.json, a missing, truncated or unsafe file.
     """
 
     def __init__(self, folder: str | Path, *, flag: str = "--model"):
@@ -117,15 +119,19 @@ class HFCheckpoint:
         return self.tensors[self.stored_name(name)]
 
     def _files(self) -> list[Path]:
-        """As transformers looks for them: one file is taken before an index, which an earlier save may have left."""
-        if (self.folder / SINGLE).is_file():
-            return [self.folder / SINGLE]
-        if (self.folder / INDEX).is_file():
-            return _indexed(self.folder / INDEX, flag=self.flag)
+        """As transformers looks for them: one file is taken before an index, which an earlier save may have left, and safetensors first."""
+        for single, index in ((SINGLE, INDEX), (PYTORCH_SINGLE, PYTORCH_INDEX)):
+            if (self.folder / single).is_file():
+                return [self.folder / single]
+            if (self.folder / index).is_file():
+                return _indexed(self.folder / index, flag=self.flag)
         raise UserError(f"{self.flag} {self.folder}: {_no_weights(self.folder)}")
 
 
 def _read(stored: StoredTensor, index: tuple[slice, ...] | None = None) -> Tensor:
+    if is_pytorch(stored.file):
+        tensor = tensors_of(stored.file)[stored.name]
+        return tensor if index is None else tensor[index]
     with safe_open(stored.file, framework="pt") as file:
         return file.get_tensor(stored.name) if index is None else file.get_slice(stored.name)[index]
 
@@ -167,20 +173,19 @@ def _an_adapter(folder: Path) -> str:
 
 def _no_weights(folder: Path) -> str:
     """What is there instead, and the way out."""
-    pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
-    shards = sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))
-    if shards:
-        return f"holds {shards[0]} and {len(shards) - 1} more, but no {INDEX} that says what is in them; download it"
-    if pickled:
-        return (
-            f"{pickled[0]} is a pickle, which can run code when it is loaded; load it with transformers where you trust it, "
-            "and give the folder that save_pretrained writes"
-        )
+    for shards, index in (("model-*-of-*.safetensors", INDEX), ("pytorch_model-*-of-*.bin", PYTORCH_INDEX)):
+        if found := sorted(path.name for path in folder.glob(shards)):
+            return f"holds {found[0]} and {len(found) - 1} more, but no {index} that says what is in them; download it"
     if (folder / ADAPTER).is_file():
         return _an_adapter(folder)
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     there = f" (there: {others[0]})" if others else ""
     return f"no {SINGLE} and no {INDEX}{there}; the weights are missing"
+
+
+def is_pytorch(file: Path) -> bool:
+    """Whether it is PyTorch's own format, by its name: an index may call a file anything."""
+    return file.suffix == ".bin"
 
 
 def without_prefix(name: str) -> str:
@@ -189,15 +194,17 @@ def without_prefix(name: str) -> str:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file.
+    """The tensors of one file.
 
     Raises:
-        UserError: the file is missing, shorter than its header says, or not a safetensors file.
+        UserError: the file is missing, shorter than its header says, or not what its name says.
     """
     with file_errors(file):  # a name from an index may be no file's
         there = file.is_file()
     if not there:
         raise UserError(f"{file}: the index names this file, but it is not there; download it again")
+    if is_pytorch(file):
+        return {name: StoredTensor(file, name, tuple(x.shape), NAMES.get(x.dtype, str(x.dtype))) for name, x in tensors_of(file).items()}
     refuse_lfs_pointer(file)
     try:
         with file_errors(file), safe_open(file, framework="pt") as opened:

@@ -43,8 +43,8 @@ def family_of(hf: PretrainedConfig, *, flag: str = "--model", name: str = "") ->
     return family
 
 
-def check_layout(hf: PretrainedConfig, tp: int, pp: int, *, flag: str = "--model", name: str = "") -> None:
-    """Refuse a layout that does not fit the model; `name` and `flag` say which one it is.
+def check_layout(hf: PretrainedConfig, tp: int, pp: int, *, flag: str = "--model", name: str = "", prefix: str = "--") -> None:
+    """Refuse a layout that does not fit the model; `name` and `flag` say which one it is, `prefix` what its layout's flags begin with.
 
     Raises:
         UserError: TP or PP does not fit; the message lists the sizes that do.
@@ -54,12 +54,12 @@ def check_layout(hf: PretrainedConfig, tp: int, pp: int, *, flag: str = "--model
     fits = [t for t in range(1, heads + 1) if heads % t == 0 and ffn % t == 0 and (groups % t == 0 or t % groups == 0)]
     if tp not in fits:
         raise UserError(
-            f"--tensor-model-parallel-size {tp} does not divide the {heads} attention heads, {groups} key/value heads and "
+            f"{prefix}tensor-model-parallel-size {tp} does not divide the {heads} attention heads, {groups} key/value heads and "
             f"{ffn} feed-forward columns of {flag} {name}; use one of {fits}"
         )
     if pp > hf.num_hidden_layers:
         raise UserError(
-            f"--pipeline-model-parallel-size {pp} is more than the {hf.num_hidden_layers} layers of {flag} {name}; "
+            f"{prefix}pipeline-model-parallel-size {pp} is more than the {hf.num_hidden_layers} layers of {flag} {name}; "
             f"use {hf.num_hidden_layers} or fewer"
         )
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from megakd.errors import UserError
 from megakd.runtime import cpu_backend, megatron_repairs
-from megakd.runtime.parallel_layout import ParallelLayout, parallel_state
+from megakd.runtime.parallel_layout import Grid, ParallelLayout, parallel_state
 
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}  # what torchrun would say to a single rank
 TIMEOUT = datetime.timedelta(minutes=30)  # of a rank that waits for another
@@ -33,45 +33,90 @@ def initialize(
         UserError: the number of ranks is not a multiple of TP × PP.
     """
     check_world_size(tensor_model_parallel_size, pipeline_model_parallel_size, int(os.environ.get("WORLD_SIZE", "1")))
-    cpu_backend.install()
-    megatron_repairs.install()
-    if not dist.is_initialized():
-        join()
+    prepare()
     form_groups(tensor_model_parallel_size, pipeline_model_parallel_size)
     layout = ParallelLayout.from_parallel_state()
     seed_everything(seed, layout)
     return layout
 
 
-def form_groups(tp: int, pp: int) -> None:
-    """The process groups of a TP × PP × DP grid. Those of an earlier call serve again where they are the same, else they are closed."""
-    if parallel_state.model_parallel_is_initialized():
-        sizes = (parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_pipeline_model_parallel_world_size())
-        if sizes == (tp, pp):
-            return
-        close_groups()
-    parallel_state.initialize_model_parallel(tp, pp)
+def initialize_apart(student: Grid, teacher: Grid, *, seed: int = 1234) -> tuple[ParallelLayout | None, ParallelLayout | None]:
+    """Places for two models on ranks of their own: a rank has the one layout or the other. Grids that fit the ranks are the caller's."""
+    prepare()
+    form_groups(student.tp_size, student.pp_size, ranks=student.size)
+    layouts = ParallelLayout.from_parallel_state() if dist.get_rank() < student.size else None, layout_over(teacher)
+    seed_everything(seed, layouts[0] or layouts[1])
+    return layouts
+
+
+def prepare() -> None:
+    """megatron-core made fit for this machine, and the other ranks joined."""
+    cpu_backend.install()
+    megatron_repairs.install()
+    if not dist.is_initialized():
+        join()
+
+
+_layouts: dict[Grid, ParallelLayout | None] = {}  # of this world
+
+
+def layout_over(grid: Grid) -> ParallelLayout | None:
+    """A layout beside that of `initialize`, whose groups are formed once; None outside the grid. Every rank of the job calls it."""
+    if grid not in _layouts:
+        _layouts[grid] = ParallelLayout.over(grid)
+    return _layouts[grid]
+
+
+def form_groups(tp: int, pp: int, *, ranks: int | None = None) -> None:
+    """The process groups of a TP × PP × DP grid over the first ranks, all by default. Those of an earlier call serve again where they are
+    the same, else they are closed."""
+    shape = (tp, pp, ranks or dist.get_world_size())
+    if parallel_state.model_parallel_is_initialized() and _shape == [shape]:
+        return
+    close_groups()
+    with as_if_there_were(shape[-1]):
+        parallel_state.initialize_model_parallel(tp, pp)
+    _shape[:] = [shape]
+
+
+_shape: list[tuple[int, int, int]] = []  # TP, PP and ranks of megatron's groups
+
+
+@contextmanager
+def as_if_there_were(ranks: int) -> Iterator[None]:
+    """megatron-core forms groups over all ranks of the job. Here it counts fewer, and all of them take part in forming each group."""
+    counted, torch.distributed.get_world_size = torch.distributed.get_world_size, lambda group=None: ranks
+    try:
+        yield
+    finally:
+        torch.distributed.get_world_size = counted
 
 
 def close_groups() -> None:
     """megatron-core forgets its groups without closing them: gloo would keep their threads, NCCL its memory."""
-    for group in filter(None, parallel_state._global_process_group_list):  # None stands for the world
+    for group in filter(None, parallel_state._global_process_group_list or ()):  # None stands for the world
         dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
 
 
-def check_world_size(tp: int, pp: int, world_size: int) -> None:
-    """Refuse a grid that does not fit the ranks, before any of them waits for another."""
+def check_world_size(tp: int, pp: int, world_size: int, *, prefix: str = "--", which: str = "rank(s) started", way_out: str = "") -> None:
+    """Refuse a grid that does not fit the ranks, before any of them waits for another. A message names `prefix`tensor-model-parallel-size
+    and which ranks they are.
+
+    Raises:
+        UserError: TP × PP does not divide them.
+    """
     if world_size % (tp * pp):
         raise UserError(
-            f"--tensor-model-parallel-size {tp} × --pipeline-model-parallel-size {pp} = {tp * pp} does not divide the {world_size} "
-            f"rank(s) started; use torchrun --nproc_per_node with a multiple of {tp * pp}"
+            f"{prefix}tensor-model-parallel-size {tp} × {prefix}pipeline-model-parallel-size {pp} = {tp * pp} does not divide the "
+            f"{world_size} {which}; {way_out or f'use torchrun --nproc_per_node with a multiple of {tp * pp}'}"
         )
 
 
 def join() -> None:
     """torch.distributed over nccl where there is a GPU, over gloo where there is none."""
     parallel_state.destroy_model_parallel()  # forget the groups of a world that has ended
+    _layouts.clear()
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
     alone = os.environ["WORLD_SIZE"] == "1"  # talks to itself, without a port that another program may have taken meanwhile

@@ -1,11 +1,14 @@
 """A model's own parallel layout: which ranks share a layer (tp), follow each other (pp) and repeat the model (dp).
 
-One object per model, passed to whoever needs a group, so that a teacher may have another layout than its student.
+One object per model, passed to whoever needs a group, so that a teacher may have another layout than its student. A Grid says which rank
+has which place, to all ranks of the job; a ParallelLayout has the process groups of a rank that has a place in it.
 Nothing outside this package asks megatron's global parallel_state.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +18,39 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
+AXES = ("pp", "dp", "tp")  # from the slowest to the fastest, megatron's order: neighbours share a layer, then repeat the model
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The places of one model on neighbouring ranks of the job."""
+
+    first: int  # the job's rank that has the first place
+    tp_size: int
+    pp_size: int
+    dp_size: int
+
+    @property
+    def size(self) -> int:
+        """Its ranks."""
+        return self.tp_size * self.pp_size * self.dp_size
+
+    @property
+    def places(self) -> torch.Tensor:
+        """The job's ranks by their place, [pp, dp, tp]."""
+        return (self.first + torch.arange(self.size)).view(self.pp_size, self.dp_size, self.tp_size)
+
+    def last_stage_rank(self, replica: int, tp_rank: int) -> int:
+        """Where a replica's hidden states come out, whole on every tensor-parallel rank."""
+        return int(self.places[-1, replica, tp_rank])
+
+    def ranks_along(self, *axes: str) -> list[list[int]]:
+        """The job's ranks that differ along these axes alone: one list a group."""
+        kept = [i for i, axis in enumerate(AXES) if axis not in axes]
+        along = [i for i, axis in enumerate(AXES) if axis in axes]
+        sizes = [self.places.shape[i] for i in along]
+        return self.places.permute(*kept, *along).reshape(-1, math.prod(sizes)).tolist()
+
 
 @dataclass(frozen=True)
 class ParallelLayout:
@@ -23,6 +59,7 @@ class ParallelLayout:
     groups: ProcessGroupCollection
     device: torch.device
     host_dp_group: ProcessGroup  # the replicas once more, over gloo: what travels between hosts' memories when a checkpoint is made
+    grid: Grid
 
     @classmethod
     def from_parallel_state(cls) -> ParallelLayout:
@@ -30,9 +67,23 @@ class ParallelLayout:
         groups = ProcessGroupCollection.use_mpu_process_groups()
         groups.dp_cp = parallel_state.get_data_parallel_group(with_context_parallel=True)
         host = parallel_state.get_data_parallel_group_gloo(with_context_parallel=True)
-        gpu = torch.cuda.is_available()
-        device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
-        return cls(groups, device, host)
+        return cls(groups, own_device(), host, Grid(0, groups.tp.size(), groups.pp.size(), groups.dp.size()))
+
+    @classmethod
+    def over(cls, grid: Grid) -> ParallelLayout | None:
+        """A layout beside others. Every rank of the job calls it, for all of them form each group, and has None outside the grid."""
+        tp, pp, dp = (form_group(grid.ranks_along(axis)) for axis in ("tp", "pp", "dp"))
+        mp, tp_dp, everyone, alone = (form_group(grid.ranks_along(*axes)) for axes in (("pp", "tp"), ("dp", "tp"), AXES, ()))
+        ends = form_group([[ranks[0], ranks[-1]] for ranks in grid.ranks_along("pp")]) if grid.pp_size > 1 else alone
+        host = form_group(grid.ranks_along("dp"), backend="gloo")
+        if tp is None:
+            return None
+        groups = ProcessGroupCollection(
+            tp=tp, pp=pp, dp=dp, mp=mp, cp=alone, ep=alone, embd=ends, pos_embd=alone if pp.rank() == 0 else None,
+            tp_cp=tp, tp_ep=tp, expt_tp=tp, tp_ep_pp=mp, tp_dp_cp=tp_dp, dp_cp=dp, expt_dp=dp, intra_dp_cp=dp, intra_expt_dp=dp,
+            inter_dist_opt=None, intra_dist_opt=everyone,
+        )  # fmt: skip
+        return cls(groups, own_device(), host, grid)
 
     @property
     def tp_group(self) -> ProcessGroup:
@@ -120,3 +171,14 @@ class ParallelLayout:
         if self.dp_size > 1:
             dist.all_reduce(tensor, group=self.dp_group)
         return tensor
+
+
+def form_group(lists: Sequence[Sequence[int]], backend: str | None = None) -> ProcessGroup | None:
+    """A group for each list of ranks, the one with this rank in it. Every rank of the job calls it."""
+    groups = [(dist.new_group(list(ranks), backend=backend), ranks) for ranks in lists]
+    return next((group for group, ranks in groups if dist.get_rank() in ranks), None)
+
+
+def own_device() -> torch.device:
+    """This rank's GPU, or the CPU where there is none."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megakd.data.batch import Batch
+from megakd.data.batch import Batch, Sample
 from megakd.losses.token_loss import HeadRows
 from megakd.models.gpt_model import HiddenStateGPTModel
-from megakd.models.soft_prompt import SoftPrompt
 from megakd.models.taps import stage_of, supervised_rows, watching
+from megakd.reporting.stopwatch import Stopwatch
 from megakd.runtime.parallel_layout import ParallelLayout
 from megakd.schedules import supervised_hidden
 from megakd.teachers.teacher import Teacher
@@ -22,6 +23,11 @@ class LiveTeacher(Teacher):
 
     def __init__(self, model: HiddenStateGPTModel):
         self.model = model
+        self.seat: Any = None
+
+    @property
+    def layout(self) -> ParallelLayout:
+        return self.model.layout
 
     def text(self, batches: Sequence[Batch]) -> list[Batch]:
         """What it reads of the learner's batches: the same rows, of which the same labels count."""
@@ -29,6 +35,30 @@ class LiveTeacher(Teacher):
 
     def read(self, batches: Sequence[Batch], *, to: ParallelLayout) -> list[HeadRows]:
         return self._read(batches, to, soft_prompt=None)
+
+    def read_prompted(self, batches: Sequence[Batch], *, to: ParallelLayout) -> list[HeadRows]:
+        return self._read(batches, to, self.seat.soft_prompt)
+
+    def sit(self, kind: Callable, *arguments: Any) -> Any:
+        self.seat = kind(self.model, *arguments)
+        return self.seat
+
+    def learn(
+        self, student: HiddenStateGPTModel, batches: Sequence[Batch], iteration: int, *, time: Stopwatch
+    ) -> dict[str, float]:
+        with time("teacher"):
+            rows = LiveStudent(student).read(batches, to=student.layout)  # here the student is who is listened to
+        return self.seat.step(self.text(batches), rows, iteration, time=time)
+
+    def write(self, samples: Sequence[Sample]) -> list[Sample]:
+        return self.seat.write(samples)
+
+    def state(self) -> dict[str, Tensor]:
+        return self.seat.state_tensors()
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in self.state().items():
+            tensor.copy_(tensors[name])
 
     def read_layers(self, batches: Sequence[Batch], layers: Sequence[int], *, to: ParallelLayout) -> list[dict[int, Tensor]]:
         """Hidden states [N, H] behind the layers (numbered from 1) at the supervised positions of every micro-batch, on every rank."""
@@ -63,14 +93,3 @@ class LiveStudent(LiveTeacher):
 
     def text(self, batches: Sequence[Batch]) -> list[Batch]:
         return list(batches)
-
-
-class SoftPromptedTeacher(LiveTeacher):
-    """A frozen model behind a soft prompt that is trained (PromptKD)."""
-
-    def __init__(self, model: HiddenStateGPTModel, prompt: SoftPrompt):
-        super().__init__(model)
-        self.prompt = prompt
-
-    def read(self, batches: Sequence[Batch], *, to: ParallelLayout) -> list[HeadRows]:
-        return self._read(batches, to, self.prompt.vectors)

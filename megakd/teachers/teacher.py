@@ -4,32 +4,78 @@
                                                  in its data-parallel and vocabulary shards; an empty list on its other stages
 
 Row n of a micro-batch is the teacher's distribution at the n-th supervised position of the learner's batch: of the same token of the
-response, whatever the teacher reads in front of it (`Batch.for_teacher`). The learner is the student; in PromptKD's step (b) it is the
-soft prompt, and the student is what is read.
+response, whatever the teacher reads in front of it (`Batch.for_teacher`). A list, or Windows of a teacher whose rows travel. The learner
+is the student; in PromptKD's step (b) it is the soft prompt, and the student is what is read.
+
+What a method does where the teacher lives (answer prompts, train a soft prompt) sits beside it: `sit` makes it of the teacher's model,
+there. A teacher that is only ever read has no model, and lets nobody sit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from torch import Tensor
 
-from megakd.data.batch import Batch
-from megakd.losses.token_loss import Rows
+from megakd.data.batch import Batch, Sample
 from megakd.models.gpt_model import HiddenStateGPTModel
-from megakd.runtime.parallel_layout import ParallelLayout
+from megakd.reporting.stopwatch import Stopwatch
+from megakd.runtime.parallel_layout import Grid, ParallelLayout
+from megakd.schedules import Context
 
 
 class Teacher:
-    """A source of rows. `model` is the teacher as a model, for methods that sample from it or differentiate it; None where it is
-    only ever read."""
+    """A source of rows. `model` is the teacher as a model in the learner's layout, for methods that mix it into sampling or match its
+    layers; None where there is none."""
 
     model: HiddenStateGPTModel | None = None
     truncates = False  # whether its rows are TopKRows, whose bias is logged
 
-    def read(self, batches: Sequence[Batch], *, to: ParallelLayout) -> list[Rows]:
-        """The rows of every micro-batch: no gradient, no dropout."""
+    @property
+    def layout(self) -> ParallelLayout | Grid | None:
+        """Where it lives: its TP × PP × DP."""
+        return None
+
+    def read(self, batches: Sequence[Batch], *, to: ParallelLayout) -> Context:
+        """The rows of every micro-batch: no gradient, no dropout. All of the learner's ranks ask, be it about nothing."""
         raise NotImplementedError
+
+    def sit(self, kind: Callable, *arguments: Any) -> Any:
+        """Make `kind(model, *arguments)` beside the teacher's model; returned where that is on this rank, else None."""
+        raise NotImplementedError
+
+    def read_prompted(self, batches: Sequence[Batch], *, to: ParallelLayout) -> Context:
+        """`read` behind the `soft_prompt` of what sits beside it."""
+        raise NotImplementedError
+
+    def learn(
+        self, student: HiddenStateGPTModel, batches: Sequence[Batch], iteration: int, *, time: Stopwatch
+    ) -> dict[str, float]:
+        """What sits beside it makes a `step` on what the student says; what that logs, on every rank."""
+        raise NotImplementedError
+
+    def write(self, samples: Sequence[Sample]) -> list[Sample]:
+        """The same with the answers that what sits beside it writes."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Tensor]:
+        """The `state_tensors` of what sits beside it, on every rank."""
+        return {}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Fill them in place."""
+
+    def present(self) -> AbstractContextManager[None]:
+        """Around a use of `model` that is none of the above: its weights are on the device."""
+        return nullcontext()
+
+    def along(self, work: Callable, *arguments: Any) -> None:
+        """Let ranks that are the teacher's alone call `work(*arguments)`: their part in what all ranks of the job do together."""
+
+    def dismiss(self) -> None:
+        """Let them go: nothing will be asked any more."""
 
     def follow(self, student: HiddenStateGPTModel) -> None:
         """What it does when the student has made a step: nothing, unless it is made of the student."""

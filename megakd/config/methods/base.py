@@ -46,6 +46,10 @@ class MethodConfig:
         """What is said of a row without a response, which the method learns."""
         return usual
 
+    def remarks(self) -> Iterator[str]:
+        """What is allowed, but may not be meant."""
+        yield from ()
+
     def validation_errors(self, config: Config) -> Iterator[str]:
         """What cannot be where this method is chosen, one line each."""
         yield from ()

@@ -51,6 +51,12 @@ class MiniLLMConfig(MethodConfig):
         for name in ("hidden_dropout", "attention_dropout"):
             if dropout := getattr(config.models, name):
                 yield f"{flag_name(name)} {dropout}: MiniLLM's student learns without dropout, as it wrote; leave it out"
+        given = config.teacher_parallel.flags_given(config.parallel)
+        if given and self.teacher_mixed_alpha:
+            yield (
+                f"--teacher-mixed-alpha {self.teacher_mixed_alpha} draws each token from both models, which then need one layout; "
+                f"give --teacher-mixed-alpha 0, or leave out {given}"
+            )
         if self.teacher_mixed_alpha == 1:
             yield "--teacher-mixed-alpha 1 leaves the student no say in its responses; use a number below 1"
 

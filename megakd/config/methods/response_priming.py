@@ -33,3 +33,10 @@ class ResponsePrimingConfig(MethodConfig):
 
     def temperature(self, config):
         return self.priming_temperature
+
+    def remarks(self):
+        if self.priming_objective == "original":
+            yield (
+                "--priming-objective original compares each place of the question with the answer's token of the same number, as the "
+                "published code does: no model has read what it is asked for"
+            )
