@@ -16,13 +16,13 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from megakd import preflight, trainer
+from megakd.checkpointing.fingerprint import checksum, model_files
 from megakd.checkpointing.native import read_latest
 from megakd.checkpointing.publish import published
 from megakd.config import AnyConfig, Config, EvaluateConfig, GenerateConfig, alike, from_values
 from megakd.errors import UserError, file_errors, said, tell
 from megakd.evaluation import evaluator
 from megakd.generation import write_responses
-from megakd.generation.origin import checksum, model_files
 from megakd.reporting.jsonl import read_jsonl
 from megakd.reporting.own_folder import check_can_write
 from megakd.runtime.initialize import among_ranks, on_rank_zero

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megakd.checkpointing.model_folder import ModelFolder
+from megakd.checkpointing.teacher_store import TeacherStore
 from megakd.config import SELF, LayoutConfig, TeacherLayoutConfig
 from megakd.data.end_ids import EndIds
 from megakd.data.tokenizer import check_same_tokenizer
@@ -37,24 +38,46 @@ class Places:
 
 @dataclass(frozen=True)
 class ModelFolders:
-    """The student, or whatever model answers, and its teacher where there is one: headers and configs were read, no weight."""
+    """The student, or whatever model answers, and its teacher where there is one: headers and configs were read, no weight. In place of
+    a teacher a store of its targets. `named` are all teachers where there are several, `teacher` then the first of them."""
 
     student: ModelFolder
     teacher: ModelFolder | None = None
+    store: TeacherStore | None = None
+    named: Mapping[str, ModelFolder] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, model: str, teacher_model: str = "") -> ModelFolders:
-        """A `teacher_model` called self is the model itself, once more.
+    def open(cls, model: str, teacher_model: str = "", teacher_cache: str = "", named_teachers: Mapping[str, str] = {}) -> ModelFolders:
+        """A `teacher_model` called self is the model itself, once more. With a store the teacher's own folder is not opened, but has to be
+        the one whose targets it holds.
 
         Raises:
-            UserError: a folder holds no model that can be run.
+            UserError: a folder holds no model that can be run, or no store.
         """
         teacher_model = model if teacher_model == SELF else teacher_model
+        if teacher_cache:
+            store = TeacherStore(teacher_cache)
+            if teacher_model:
+                store.check_teacher(teacher_model)
+            return cls(ModelFolder.open(model, flag="--model"), store=store)
+        named = {name: ModelFolder.open(path, flag="--teacher-model") for name, path in named_teachers.items()}
+        if named:
+            return cls(ModelFolder.open(model, flag="--model"), next(iter(named.values())), named=named)
         teacher = ModelFolder.open(teacher_model, flag="--teacher-model") if teacher_model else None
         return cls(ModelFolder.open(model, flag="--model"), teacher)
 
+    @property
+    def taught_by(self) -> ModelFolder | TeacherStore | None:
+        """Whoever has the teacher's tokenizer, vocabulary and ends."""
+        return self.teacher or self.store
+
     def __iter__(self) -> Iterator[ModelFolder]:
-        return filter(None, (self.student, self.teacher))
+        return filter(None, (self.student, self.teacher, *self.others.values()))
+
+    @property
+    def others(self) -> dict[str, ModelFolder]:
+        """Of several teachers all but the first."""
+        return dict(list(self.named.items())[1:])
 
     def check(self, parallel: LayoutConfig, teacher: TeacherLayoutConfig = AS_THE_STUDENT) -> None:
         """Layouts and tokenizers.
@@ -62,21 +85,30 @@ class ModelFolders:
         Raises:
             UserError: the first thing that does not fit.
         """
-        for folder, grid in zip((self.student, self.teacher), grids_of(parallel, teacher)):
-            prefix = "--teacher-" if folder is self.teacher and teacher.flags_given(parallel) else "--"
-            if folder is not None:
-                check_layout(folder.config, grid.tp_size, grid.pp_size, flag=folder.flag, name=str(folder.path), prefix=prefix)
-        check_tokenizers(self.student, self.teacher)
+        student, own = grids_of(parallel, teacher)
+        for folder in self:
+            grid = student if folder is self.student else own
+            prefix = "--teacher-" if folder is not self.student and teacher.flags_given(parallel) else "--"
+            check_layout(folder.config, grid.tp_size, grid.pp_size, flag=folder.flag, name=str(folder.path), prefix=prefix)
+        check_tokenizers(self.student, self.taught_by)
+        for folder in self.others.values():
+            check_tokenizers(self.student, folder)
+            check_same_chat_template(self.teacher, folder)
+        if self.store:
+            self.store.check_vocabulary(self.student.config.vocab_size)
 
     def joined_ends(self) -> EndIds:
         """Those of the student, and of the teacher whose habit it learns; the student's are taught."""
-        return self.student.ends.joined(self.teacher.ends) if self.teacher else self.student.ends
+        ends = self.student.ends
+        for folder in filter(None, (self.taught_by, *self.others.values())):
+            ends = ends.joined(folder.ends)
+        return ends
 
     def load(
         self, layout: ParallelLayout, dtype: str, *, sequence_parallel: bool = False,
         student: Mapping[str, Any] = {}, teacher: Mapping[str, Any] = {},
     ) -> list[HiddenStateGPTModel]:
-        """The student and, where there is one, the frozen teacher, over one vocabulary.
+        """The student and, where there are any, the frozen teachers, over one vocabulary.
 
         student, teacher: TransformerConfig fields of one of them alone.
         """
@@ -89,11 +121,23 @@ class ModelFolders:
         student: Mapping[str, Any] = {}, teacher: Mapping[str, Any] = {},
     ) -> tuple[HiddenStateGPTModel | None, HiddenStateGPTModel | None]:
         """Of each what this rank has: its stage, or None."""
-        options = align_vocabularies([folder.config.vocab_size for folder in self], *(grid.tp_size for grid in places.grids))
-        options |= {"dtype": resolve_dtype(dtype), "sequence_parallel": sequence_parallel}
+        options = self._options(places, dtype, sequence_parallel)
         learner = places.student and load_model(self.student, places.student, **options, **student)
         has_teacher = self.teacher is not None and places.teacher is not None
         return learner, frozen(load_model(self.teacher, places.teacher, **options, **teacher)) if has_teacher else None
+
+    def load_others(
+        self, layout: ParallelLayout, dtype: str, *, sequence_parallel: bool = False, teacher: Mapping[str, Any] = {}, **student
+    ) -> list[HiddenStateGPTModel]:
+        """Of several teachers all but the first, in the student's layout; `student` is not looked at."""
+        options = self._options(Places.in_one(layout), dtype, sequence_parallel)
+        return [frozen(load_model(folder, layout, **options, **teacher)) for folder in self.others.values()]
+
+    def _options(self, places: Places, dtype: str, sequence_parallel: bool) -> dict[str, Any]:
+        """Of build_model, for all models."""
+        sizes = [folder.config.vocab_size for folder in (*self, self.store) if folder]
+        options = align_vocabularies(sizes, *(grid.tp_size for grid in places.grids))
+        return options | {"dtype": resolve_dtype(dtype), "sequence_parallel": sequence_parallel}
 
 
 def load_model(folder: ModelFolder, layout: ParallelLayout, **options) -> HiddenStateGPTModel:
@@ -177,7 +221,20 @@ def check_context(folder: ModelFolder, length: int, extra: int, said: str, way_o
         raise UserError(f"{said} is more than the {positions} positions of {folder.flag} {folder.path}; {way_out}")
 
 
-def check_tokenizers(student: ModelFolder, teacher: ModelFolder | None) -> None:
+def check_same_chat_template(teacher: ModelFolder, other: ModelFolder) -> None:
+    """A row is rendered for its teacher by the template of all.
+
+    Raises:
+        UserError: theirs differ.
+    """
+    if getattr(teacher.tokenizer, "chat_template", None) != getattr(other.tokenizer, "chat_template", None):
+        raise UserError(
+            f"--teacher-model {teacher.path} and {other.path} have different chat templates; copy one's chat_template.jinja, or the field "
+            "chat_template of its tokenizer_config.json, to the other"
+        )
+
+
+def check_tokenizers(student: ModelFolder, teacher: ModelFolder | TeacherStore | None) -> None:
     """Both models spell text alike, and every id has a row in both embeddings.
 
     Raises:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from megakd.checkpointing.export_hf import REPORT
 from megakd.checkpointing.model_folder import ModelFolder
 from megakd.checkpointing.native import LATEST, NativeCheckpoint, read_latest
 from megakd.checkpointing.peft_folder import MergedSource
+from megakd.checkpointing.teacher_store import TeacherStore
 from megakd.config import Config, flag_name, from_yaml
 from megakd.errors import UserError, tell
 from megakd.loading import ModelFolders, check_context, grids_of
 from megakd.losses.own_divergence import find_divergence
 from megakd.models.lora import target_modules
+from megakd.models.weight_only import check_quantization
 from megakd.reporting.own_folder import OwnFolder
 
 MAY_CHANGE = {  # between a run and its resumption: the layout, and what is only written down
@@ -37,6 +40,9 @@ def check(config: Config, folders: ModelFolders) -> None:
     check_hidden_layers(config, folders.student)
     check_adapter(config, folders.student)
     find_divergence(config.distillation.kd_objective)
+    check_quantization(config.teacher.teacher_quantize)
+    if folders.store:
+        check_store(config, folders.store)
     student, _teacher = grids_of(config.parallel, config.teacher_parallel)
     check_batch(config, student.dp_size)
 
@@ -71,6 +77,17 @@ def check_hidden_layers(config: Config, student: ModelFolder) -> None:
     layers = student.config.num_hidden_layers
     if absent := [layer for layer in config.distillation.hidden_layers if not 1 <= layer <= layers]:
         raise UserError(f"--hidden-layers {absent[0]}: --model {student.path} has the layers 1 to {layers}; name some of them")
+
+
+def check_store(config: Config, store: TeacherStore) -> None:
+    """The teacher read what it is to read, and its rows suffice for the loss."""
+    store.check_conditioning(asdict(config.conditioning))
+    temperature = config.page.temperature(config)
+    if store.description.kind == "topk" and temperature != 1:
+        raise UserError(
+            f"temperature {temperature} needs whole distributions, and --teacher-cache {store.path} has the "
+            f"{store.description.top_k} likeliest tokens of each; use temperature 1, or write another with --cache-kind hidden"
+        )
 
 
 def check_batch(config: Config, dp: int) -> None:

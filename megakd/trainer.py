@@ -7,7 +7,6 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,14 @@ from transformers import PreTrainedTokenizerBase
 from megakd import preflight
 from megakd.checkpointing.export_hf import export_to_hf
 from megakd.checkpointing.native import read_latest
+from megakd.checkpointing.teacher_store import TeacherStore
 from megakd.checkpointing.training import TeacherWeights, load_checkpoint, load_nothing, save_checkpoint, save_nothing
 from megakd.config import Config
 from megakd.data.batch import Sample
 from megakd.data.conditioning import Conditioning
 from megakd.data.dataloader import DataLoader
 from megakd.data.open_data import open_prompts, open_responses
+from megakd.data.routing import RoutedData
 from megakd.data.sft_dataset import NO_RESPONSE
 from megakd.data.shown import as_read
 from megakd.errors import UserError, tell
@@ -34,7 +35,6 @@ from megakd.generation.sampling import Sampling
 from megakd.loading import ModelFolders, Places, start_apart
 from megakd.methods import METHODS, build_method
 from megakd.methods.base import Method
-from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.lora import adapt
 from megakd.models.model_provider import context_length
 from megakd.reporting.jsonl import JsonLines
@@ -44,10 +44,8 @@ from megakd.reporting.plots import plot_training
 from megakd.runtime.initialize import is_rank_zero, seed_everything
 from megakd.runtime.parallel_layout import ParallelLayout
 from megakd.schedules import TOKENS
-from megakd.teachers.live import LiveTeacher
-from megakd.teachers.moving_average import MovingAverage
-from megakd.teachers.offloaded import OffloadedTeacher
-from megakd.teachers.relayed import RelayedTeacher, in_its_layout
+from megakd.teachers.build import build_teacher
+from megakd.teachers.relayed import RelayedTeacher
 from megakd.teachers.teacher import Teacher
 
 SAMPLES_SHOWN = 4  # held-out prompts that the student answers greedily at every evaluation, for people to read
@@ -73,7 +71,7 @@ class RunData:
         data, method = config.data, METHODS[config.method]
         tokenizer, conditioning = folders.student.tokenizer, conditioning_of(config, folders)
         loader = DataLoader(
-            open_training_rows(config, tokenizer, conditioning),
+            routed(open_training_rows(config, tokenizer, conditioning), config),
             global_batch_size=config.training.global_batch_size,
             seed=config.training.seed,
             dp_rank=layout.dp_rank,
@@ -81,7 +79,16 @@ class RunData:
         )
         text = method.open_text(config, tokenizer, layout, conditioning)
         options = {"conditioning": conditioning, "no_response": HELD_OUT}
-        return cls(loader, text, open_responses(data.valid_data, tokenizer, data, **options) if data.valid_data else None)
+        valid = routed(open_responses(data.valid_data, tokenizer, data, **options), config) if data.valid_data else None
+        return cls(loader, text, valid)
+
+    def check_stored(self, store: TeacherStore) -> None:
+        """
+        Raises:
+            UserError: a row is not in the store.
+        """
+        for rows in (self.loader.dataset, self.valid or ()):
+            store.check_texts(rows, where=rows.where if rows else None)
 
     def show(self, count: int, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         """Print the first rows as they are read, on rank 0."""
@@ -109,12 +116,14 @@ def train(config: Config, *, callbacks: Callbacks = Callbacks(), write_inputs: C
     """
     preflight.check_run_folder(config)
     write_inputs()
-    folders = ModelFolders.open(config.models.model, config.models.teacher_model if config.needs_teacher else "")
+    folders = open_folders(config)
     preflight.check(config, folders)
     places = start_apart(config.parallel, config.teacher_parallel, seed=config.training.seed)
     if places.student is None:
         return serve(config, folders, places)
     data = RunData.open(config, folders, places.student)
+    if folders.store:
+        data.check_stored(folders.store)
     data.show(config.output.show_data or int(config.conditioning.adds_text), config, folders.student.tokenizer)
     if not config.output.show_data:
         Trainer(config, folders, data, places, callbacks).run()
@@ -197,8 +206,9 @@ class Trainer:
         student, model = self.folders.load_apart(self.places, self.config.models.dtype, **model_options(self.config))
         if self.config.lora.rank:
             adapt(student, self.config.lora, seed=self.config.training.seed)
-        live = partial(make_teacher, self.config)
-        teacher = in_its_layout(self.places.grids, student, model, live) if self.config.needs_teacher else None
+        others = self.folders.load_others(self.layout, self.config.models.dtype, **model_options(self.config))
+        first = self.data.loader.samples(0)
+        teacher = build_teacher(self.config, self.folders, self.places.grids, student, (model, *others), first)
         self.teacher = teacher or Teacher()  # of whom nothing is asked
         return build_method(self.config, student, teacher, self.tokenizer, self.ends, self.data.text, total_iters=self.total_iters)
 
@@ -322,18 +332,25 @@ class Trainer:
         dist.barrier()
 
 
+def open_folders(config: Config) -> ModelFolders:
+    """The student, and the teacher of a method that has one, or its store.
+
+    Raises:
+        UserError: a folder holds none.
+    """
+    models = config.models
+    if not config.needs_teacher:
+        return ModelFolders.open(models.model)
+    if named := models.named_teachers:
+        return ModelFolders.open(models.model, named_teachers=named)
+    return ModelFolders.open(models.model, models.teacher_model, config.teacher.teacher_cache)
+
+
 def teacher_weights(teacher: Teacher | None) -> TeacherWeights | None:
     """What a checkpoint keeps of the teacher, if anything."""
     weights = teacher.learnt_weights() if teacher else {}
     return TeacherWeights(teacher.model, weights) if weights else None
 
-
-def make_teacher(config: Config, model: HiddenStateGPTModel) -> Teacher:
-    """The loaded model in the student's layout: frozen, and away between its passes where that is asked for, or following the student."""
-    decay = config.models.teacher_ema
-    if decay is not None:
-        return MovingAverage(model, decay)
-    return OffloadedTeacher(model) if config.teacher_parallel.teacher_offload else LiveTeacher(model)
 
 
 def conditioning_of(config: Config, folders: ModelFolders) -> Conditioning | None:
@@ -342,14 +359,14 @@ def conditioning_of(config: Config, folders: ModelFolders) -> Conditioning | Non
     Raises:
         UserError: a template cannot be used.
     """
-    if folders.teacher is None:
+    if folders.taught_by is None:
         return None
     return Conditioning.open(
         config.conditioning,
         folders.student.tokenizer,
-        folders.teacher.tokenizer,
+        folders.taught_by.tokenizer,
         template=config.data.prompt_template,
-        positions=context_length(folders.teacher.config) - config.page.soft_prompt_len,
+        positions=context_length(folders.taught_by.config) - config.page.soft_prompt_len,
         new_tokens=config.max_new_tokens if METHODS[config.method].answers_prompts(config) else 0,
     )
 
@@ -369,6 +386,16 @@ def open_training_rows(
     if method.needs_prompts(config):
         check_prompts(rows, config)
     return rows
+
+
+def routed(rows: Sequence[Sample], config: Config) -> Sequence[Sample]:
+    """Each with its teacher, where there are several.
+
+    Raises:
+        UserError: a row names none of them.
+    """
+    names = config.models.named_teachers
+    return RoutedData(rows, config.teacher.teacher_field, names) if names else rows
 
 
 def no_response(config: Config) -> str:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from megakd_kernels import OBJECTIVES
 
-from megakd.config import BenchmarkConfig, Config, EvaluateConfig, GenerateConfig, flag_name, from_yaml, parse
+from megakd.config import BenchmarkConfig, CacheConfig, Config, EvaluateConfig, GenerateConfig, flag_name, from_yaml, parse
 from megakd.config.distillation import OBJECTIVES as WORDS
 from megakd.errors import UserError
 
@@ -41,7 +41,7 @@ def test_names_of_hugging_face_and_minillm_are_understood():
     assert (config.models.model, config.data.train_data, config.output.save, config.training.train_iters) == ("m", "d", "s", 3)
 
 
-@pytest.mark.parametrize("kind", [Config, EvaluateConfig, GenerateConfig])
+@pytest.mark.parametrize("kind", [Config, EvaluateConfig, GenerateConfig, CacheConfig])
 def test_a_saved_configuration_is_read_back_as_it_was(tmp_path, kind):
     config, file = kind(), tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(config.flat(), sort_keys=False))
@@ -54,7 +54,7 @@ def test_no_two_flags_share_a_name():
     assert len(config.flat()) == 1 + sum(map(len, groups))
 
 
-@pytest.mark.parametrize("script, kind", [("pretrain_kd", Config), ("evaluate", EvaluateConfig), ("generate", GenerateConfig)])
+@pytest.mark.parametrize("script, kind", [("pretrain_kd", Config), ("evaluate", EvaluateConfig), ("generate", GenerateConfig), ("cache_teacher", CacheConfig)])
 def test_help_names_every_flag_without_torch_or_torchrun(script, kind):
     code = f"import runpy, sys; sys.argv = ['{script}.py', '--help']\ntry: runpy.run_path('{ROOT}/scripts/{script}.py', run_name='__main__')\n"
     code += "except SystemExit: pass\nsys.stderr.write(str('torch' in sys.modules))"
@@ -68,6 +68,7 @@ COMMANDS = {
     EvaluateConfig: ["--model", "m", "--data", "d"],
     GenerateConfig: ["--model", "m", "--data", "d", "--save", "s"],
     BenchmarkConfig: [],
+    CacheConfig: ["--teacher-model", "t", "--train-data", "d", "--save", "s"],
 }  # fmt: skip
 ZERO_SAYS_SOMETHING = {"teacher_ranks",  # none, off, all, or the first of them
     "seed", "seeds", "lm_coef", "hidden_coef", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "base_coef", "top_k", "teacher_lr",
@@ -171,6 +172,8 @@ def test_a_number_without_a_meaning_says_what_to_give(kind, flags, message, caps
         (Config, "--kd-objective jsd --beta 0.3 --valid-data v --eval-interval 5 --on-policy-ratio 0.5 --top-p 0.9", ""),
         (EvaluateConfig, "--exposure-bias-skip-first", "--exposure-bias-skip-first has no effect without --exposure-bias"),
         (GenerateConfig, "--greedy --top-k 5", "--top-k 5 has no effect beside --greedy"),
+        (CacheConfig, "--top-k 5", "--top-k 5 has no effect without --cache-kind topk"),
+        (CacheConfig, "--top-k 5 --cache-kind topk", ""),
     ],
 )
 def test_a_flag_without_effect_is_told(kind, flags, remark, capsys):
@@ -191,7 +194,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
     text = [line.name for line, value in flags if isinstance(value, (str, tuple))]
     paths = {line.name for line, _ in flags if line.metadata.get("path")}
     words = {"method", "dtype", "lr_decay_style", "kd_objective", "prompt_init", "prompt_init_text", "teacher_kld_type", "base_kld_type"}
-    words |= {"reference_behaviour", "seeds", "preset", "baseline", "measure", "hidden_loss", "hidden_layers", "teacher_prompt_field", "optimizer", "priming_objective", "gsm8k_rule", "exact_match_rule", "rouge_tokenizer", "peft", "lora_target_modules"}
+    words |= {"reference_behaviour", "seeds", "preset", "baseline", "measure", "hidden_loss", "hidden_layers", "teacher_prompt_field", "teacher_field", "teacher_quantize", "cache_kind", "optimizer", "priming_objective", "gsm8k_rule", "exact_match_rule", "rouge_tokenizer", "peft", "lora_target_modules"}
     assert set(text) == words | paths, "a flag that may be a path says so"
 
 

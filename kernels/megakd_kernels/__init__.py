@@ -8,6 +8,7 @@ from .heads.fused_linear import (
     fused_linear_kl,
     fused_linear_promptkd_loss,
     fused_linear_topk_kl,
+    fused_linear_topk_kl_with_bias,
 )
 from .kl.promptkd_loss import promptkd_loss
 from .prompt_embedding.operator import prompt_embedding
@@ -23,6 +24,7 @@ __all__ = [
     "fused_linear_kl",
     "fused_linear_promptkd_loss",
     "fused_linear_topk_kl",
+    "fused_linear_topk_kl_with_bias",
     "kl_div",
     "prompt_embedding",
     "promptkd_loss",

@@ -10,7 +10,7 @@ from .divergence.reference import kl_div
 from .heads.reference import fused_linear_cross_entropy, fused_linear_kl, fused_linear_promptkd_loss
 from .kl.reference import promptkd_loss
 from .prompt_embedding.reference import prompt_embedding
-from .topk.reference import fused_linear_topk_kl
+from .topk.reference import fused_linear_topk_kl, fused_linear_topk_kl_with_bias
 
 __all__ = [
     "cross_entropy",
@@ -18,6 +18,7 @@ __all__ = [
     "fused_linear_kl",
     "fused_linear_promptkd_loss",
     "fused_linear_topk_kl",
+    "fused_linear_topk_kl_with_bias",
     "kl_div",
     "prompt_embedding",
     "promptkd_loss",

@@ -8,6 +8,7 @@ from megakd.config.answering import AnsweringConfig
 from megakd.config.attention import AttentionConfig
 from megakd.config.base import BaseConfig
 from megakd.config.benchmark import BenchmarkConfig
+from megakd.config.cache import CacheConfig
 from megakd.config.conditioning import ConditioningConfig
 from megakd.config.distillation import DistillationConfig
 from megakd.config.evaluate import EvaluateConfig, ScoreConfig
@@ -24,13 +25,15 @@ from megakd.config.models import SELF, ModelConfig
 from megakd.config.parallel import LayoutConfig, ParallelConfig, TeacherLayoutConfig, TeacherParallelConfig
 from megakd.config.parse import AnyConfig, from_flags, from_values, from_yaml, parse
 from megakd.config.sampling import GenerationConfig, ResponseConfig, SamplingConfig
+from megakd.config.teacher import TeacherConfig
 from megakd.config.train import METHODS, Config, DataConfig, OutputConfig
 from megakd.config.training import TrainingConfig
 
 __all__ = [
-    "METHODS", "SELF", "AnsweringConfig", "AnyConfig", "AttentionConfig", "BaseConfig", "BenchmarkConfig", "ConditioningConfig",
-    "Config", "DataConfig", "DistiLLMConfig", "DistillationConfig", "EvaluateConfig", "GenerateConfig", "GenerationConfig",
-    "KDConfig", "LayoutConfig", "LoRAConfig", "MethodConfig", "MiniLLMConfig", "ModelConfig", "OutputConfig", "ParallelConfig",
-    "PromptKDConfig", "ResponseConfig", "ResponsePrimingConfig", "SamplingConfig", "ScoreConfig", "TeacherLayoutConfig",
-    "TeacherParallelConfig", "TrainingConfig", "alike", "flag_name", "from_flags", "from_values", "from_yaml", "parse",
+    "METHODS", "SELF", "AnsweringConfig", "AnyConfig", "AttentionConfig", "BaseConfig", "BenchmarkConfig", "CacheConfig",
+    "ConditioningConfig", "Config", "DataConfig", "DistiLLMConfig", "DistillationConfig", "EvaluateConfig", "GenerateConfig",
+    "GenerationConfig", "KDConfig", "LayoutConfig", "LoRAConfig", "MethodConfig", "MiniLLMConfig", "ModelConfig",
+    "OutputConfig", "ParallelConfig", "PromptKDConfig", "ResponseConfig", "ResponsePrimingConfig", "SamplingConfig",
+    "ScoreConfig", "TeacherConfig", "TeacherLayoutConfig", "TeacherParallelConfig", "TrainingConfig", "alike", "flag_name",
+    "from_flags", "from_values", "from_yaml", "parse",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from megakd.config.answering import AnsweringConfig
 from megakd.config.conditioning import ConditioningConfig
 from megakd.config.fields import POSITIVE, SEED, Group, alias, flag
 from megakd.config.parallel import TeacherLayoutConfig
+from megakd.config.teacher import CACHE_HELP
 
 ROUGE_TOKENIZERS = ("default", "unicode", "model")
 
@@ -56,6 +57,7 @@ class EvaluateConfig(AnsweringConfig):
         "", "to compare with; self: the model itself, which with another text says something else", path=True
     )
     teacher_layout: Group[TeacherLayoutConfig] = TeacherLayoutConfig()
+    teacher_cache: str = flag("", f"{CACHE_HELP}: --data as its --valid-data was", path=True)
     conditioning: Group[ConditioningConfig] = ConditioningConfig()
     data: tuple[str, ...] = flag((), "jsonl files with right answers, each as name=path or path", path=True)
     gsm8k: str = flag("", "GSM8K jsonl (question, answer with ####): accuracy of the number", path=True)

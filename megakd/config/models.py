@@ -19,8 +19,11 @@ class ModelConfig:
     """Student and teacher: Hugging Face folders or native checkpoints."""
 
     model: Annotated[str, alias("--model-name-or-path", "--model-path")] = flag("", "the student's folder", path=True)
-    teacher_model: Annotated[str, alias("--teacher-model-name-or-path", "--teacher-model-path")] = flag(
-        "", "the teacher's folder; self: the student as it begins, frozen", path=True, read_by="needs_teacher"
+    teacher_model: Annotated[str | tuple[str, ...], alias("--teacher-model-name-or-path", "--teacher-model-path")] = flag(
+        "",
+        "the teacher's folder; self: the student as it begins, frozen; or several as math=DIR code=DIR, with --teacher-field",
+        path=True,
+        read_by="needs_teacher",
     )
     teacher_ema: float | None = flag(
         None,
@@ -36,6 +39,12 @@ class ModelConfig:
     attention_dropout: float | None = flag(
         None, "the student's attention dropout; default: what its config.json says, 0 with minillm", range=SHARE_BELOW_1
     )
+
+    @property
+    def named_teachers(self) -> dict[str, str]:
+        """Folders by name where there are several teachers; the one has no name."""
+        words = () if isinstance(self.teacher_model, str) else self.teacher_model
+        return {name: path for name, _, path in (word.partition("=") for word in words)}
 
     def validation_errors(self, config: Config) -> Iterator[str]:
         """What cannot be, one line each."""

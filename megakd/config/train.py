@@ -29,6 +29,7 @@ from megakd.config.methods.sft import SFTConfig
 from megakd.config.models import ModelConfig
 from megakd.config.parallel import ParallelConfig, TeacherParallelConfig
 from megakd.config.sampling import GenerationConfig
+from megakd.config.teacher import TeacherConfig
 from megakd.config.training import TrainingConfig
 
 
@@ -85,6 +86,7 @@ class Config(BaseConfig):
     method: MethodName = "promptkd"
     models: Group[ModelConfig] = ModelConfig()
     data: Group[DataConfig] = DataConfig()
+    teacher: Group[TeacherConfig] = TeacherConfig()
     conditioning: Group[ConditioningConfig] = ConditioningConfig()
     parallel: Group[ParallelConfig] = ParallelConfig()
     teacher_parallel: Group[TeacherParallelConfig] = TeacherParallelConfig()
@@ -121,6 +123,7 @@ class Config(BaseConfig):
         yield from self._contradictions()
         yield from self.models.validation_errors(self)
         yield from self.conditioning.validation_errors()
+        yield from self.teacher.validation_errors(self)
         yield from self.lora.validation_errors()
         yield from self.distillation.validation_errors(self)
         yield from self.teacher_parallel.validation_errors(self)
@@ -129,7 +132,7 @@ class Config(BaseConfig):
     def _missing(self) -> Iterator[str]:
         if not self.models.model:
             yield "--model is missing; give the student's Hugging Face folder or native checkpoint"
-        if self.needs_teacher and not self.models.teacher_model:
+        if self.needs_teacher and not (self.models.teacher_model or self.teacher.teacher_cache):
             yield f"--method {self.method} needs --teacher-model; give the teacher's folder"
         yield from self.unread()
         if not self.data.train_data:

@@ -34,6 +34,7 @@ class Sample:
     prompt: tuple[int, ...]
     response: tuple[int, ...]  # EOS included, unless truncated
     teacher_prompt: tuple[int, ...] | None = None  # what the teacher reads in the prompt's place; None: the prompt
+    teacher: str = ""  # the name of the row's own, where there are several
 
     @property
     def num_positions(self) -> int:
@@ -69,11 +70,17 @@ class Batch:
     response_lengths: Tensor  # [b] int64, labels that count
     sample_ids: Tensor  # [b] int64
     twin: "Batch | None" = None  # where the teacher reads another text
+    samples: tuple[Sample, ...] = ()  # what the rows were made of, to whoever looks them up
 
     @property
     def for_teacher(self) -> "Batch":
         """The same rows as the teacher reads them: as many labels count, and they come in the same order."""
         return self if self.twin is None else self.twin
+
+    @property
+    def teacher(self) -> str:
+        """The name of the one that all rows have."""
+        return self.samples[0].teacher if self.samples else ""
 
     @property
     def micro_batch_size(self) -> int:
@@ -123,9 +130,10 @@ def collate(samples: Sequence[Sample], *, seq_length: int | None = None, multipl
     labels, width = [sample.num_labels for sample in samples], seq_length or round_up(longest, multiple_of)
     batch = padded(samples, labels, width)
     if all(sample.teacher_prompt is None for sample in samples):
-        return batch
+        return replace(batch, samples=tuple(samples))
     as_read = [sample.for_teacher for sample in samples]
-    return replace(batch, twin=padded(as_read, labels, round_up(max(sample.num_positions for sample in as_read), multiple_of)))
+    twin = padded(as_read, labels, round_up(max(sample.num_positions for sample in as_read), multiple_of))
+    return replace(batch, twin=twin, samples=tuple(samples))
 
 
 def padded(samples: Sequence[Sample], labels: Sequence[int], width: int) -> Batch:
@@ -182,18 +190,25 @@ def micro_batches(
     device: torch.device | str = "cpu",
     collate: Callable[[Sequence[Sample]], Batch] = collate,
 ) -> list[Batch]:
-    """Batches on `device` of at most `micro_batch_size` rows of like length, each as wide as its own longest row.
+    """Batches on `device` of at most `micro_batch_size` rows of like length and of one teacher, each as wide as its own longest row.
 
     `most_tokens` limits the positions of a batch as well, padding included; a row that is longer stands alone. A row is as long as it is
     to whoever reads more of it, the student or the teacher.
 
-    Longest first, so that memory that does not suffice shows in the first micro-batch. The order depends on `samples` alone.
+    Longest first, so that memory that does not suffice shows in the first micro-batch; of several teachers one after the other. The
+    order depends on `samples` alone.
     """
     device = torch.device(device)
-    ordered = sorted(samples, key=lambda sample: -sample.longest)
     cost = MICRO_BATCH_COST if device.type == "cpu" else GPU_MICRO_BATCH_COST
-    parts = cut_by_length([sample.longest for sample in ordered], micro_batch_size, most_tokens, cost=cost)
-    return [collate(ordered[part]).to(device) for part in parts]
+    groups = [[sample for sample in samples if sample.teacher == name] for name in sorted({sample.teacher for sample in samples})]
+    parts = [part for group in groups for part in parted(group, micro_batch_size, most_tokens, cost=cost)]
+    return [collate(part).to(device) for part in parts]
+
+
+def parted(samples: Sequence[Sample], most: int, most_tokens: int | None, *, cost: int) -> list[Sequence[Sample]]:
+    """The rows of each micro-batch of one teacher."""
+    ordered = sorted(samples, key=lambda sample: -sample.longest)
+    return [ordered[part] for part in cut_by_length([sample.longest for sample in ordered], most, most_tokens, cost=cost)]
 
 
 def cut_by_length(lengths: Sequence[int], most: int, most_tokens: int | None = None, *, cost: int) -> list[slice]:

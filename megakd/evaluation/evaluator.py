@@ -35,6 +35,7 @@ from megakd.models.model_provider import context_length
 from megakd.runtime.initialize import is_rank_zero
 from megakd.runtime.parallel_layout import ParallelLayout
 from megakd.teachers.relayed import in_its_layout
+from megakd.teachers.stored import StoredTeacher
 from megakd.teachers.teacher import Teacher
 
 AT_LENGTH = 16  # the response length at which MiniLLM's code prints ExAccErr; the last one where responses are shorter
@@ -49,9 +50,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     config.check()
     check_folder(config)
     began = time.perf_counter()
-    folders = open_folders(config, config.teacher_model)
+    folders = open_folders(config, config.teacher_model, config.teacher_cache)
     tokenizer = folders.student.tokenizer
     sets = open_sets(config, tokenizer, conditioning_of(config, folders))
+    for data in sets if folders.store else ():
+        folders.store.check_texts(data, where=data.where)
     places = start_apart(config.parallel, config.teacher_layout)
     layout = places.student
     report = Report(config.save if is_rank_zero() else "")
@@ -59,7 +62,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     models = filter(None, (frozen(student), model))
     written = [Writer(model, folder.ends, config.responses.batch_size) for model, folder in zip(models, folders)]
     writers = dict(zip(("student", "teacher"), written))
-    teacher = model and in_its_layout(places.grids, student, model)
+    own = StoredTeacher(folders.store, student) if folders.store else None
+    teacher = own or (model and in_its_layout(places.grids, student, model))
     scores = Evaluator(config, sets, tokenizer, writers, teacher, report).run()
     ends_of = {name: asdict(writer.ends) for name, writer in writers.items()}
     results = {**describe(config, layout), "ends": ends_of, "seconds": time.perf_counter() - began, **scores}
@@ -72,14 +76,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 def conditioning_of(config: EvaluateConfig, folders: ModelFolders) -> Conditioning | None:
     """What the teacher reads where the model reads a prompt; None where that is the same."""
-    if folders.teacher is None:
+    if folders.taught_by is None:
         return None
     return Conditioning.open(
         config.conditioning,
         folders.student.tokenizer,
-        folders.teacher.tokenizer,
+        folders.taught_by.tokenizer,
         template=config.responses.prompt_template,
-        positions=context_length(folders.teacher.config) - config.add_bos,
+        positions=context_length(folders.taught_by.config) - config.add_bos,
         new_tokens=config.responses.max_new_tokens if config.exposure_bias else 0,
     )
 

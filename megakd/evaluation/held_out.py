@@ -3,6 +3,7 @@
     lm_loss      -log q(y_t | y_<t, x)
     reverse_kl   KL(q‖p)                      q the model, p the teacher, both read the gold response
     forward_kl   KL(p‖q)
+    *_kl_bias    of a teacher that was stored truncated: what the KL of whole rows is above these, at most
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from megakd_kernels import VocabShard
 
 from megakd.data.batch import Batch, Sample, micro_batches
 from megakd.data.dataloader import split_across_dp
-from megakd.losses.distillation import Divergence, label_loss
+from megakd.losses.distillation import BIASES, Divergence, label_loss
 from megakd.losses.token_loss import TokenLoss
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.schedules import evaluate_loss, token_means
@@ -38,12 +39,13 @@ def held_out_losses(
     samples_per_pass: on each replica; default: as many as fill MICRO_BATCHES_PER_PASS.
     """
     layout, divergences = model.layout, tuple(divergences) if teacher else ()
-    sums = torch.zeros(len(divergences) + 2, dtype=torch.double, device=layout.device)
+    names = ("lm_loss", *divergences, *(BIASES if teacher and teacher.truncates else ()))
+    sums = torch.zeros(len(names) + 1, dtype=torch.double, device=layout.device)
     shares = split_across_dp(samples, layout.dp_size)
     for part in passes(shares[layout.dp_rank], micro_batch_size, samples_per_pass, longest=max(map(len, shares))):
         batches = micro_batches(part, micro_batch_size, most_tokens=micro_batch_tokens, device=layout.device)
-        sums += sums_of(model, teacher, batches, divergences)
-    return {name: float(value) for name, value in token_means(sums, ("lm_loss", *divergences), layout).items()}
+        sums += sums_of(model, teacher, batches, divergences, names)
+    return {name: float(value) for name, value in token_means(sums, names, layout).items()}
 
 
 def passes(
@@ -56,13 +58,18 @@ def passes(
         yield samples[first : first + step]
 
 
-def sums_of(model: HiddenStateGPTModel, teacher: Teacher | None, batches: Sequence[Batch], divergences: Sequence[str]) -> torch.Tensor:
-    """Sums of lm_loss, of the divergences and, last, the token count, on every stage."""
+def sums_of(
+    model: HiddenStateGPTModel, teacher: Teacher | None, batches: Sequence[Batch], divergences: Sequence[str], names: Sequence[str]
+) -> torch.Tensor:
+    """Sums of the names and, last, the token count, on every stage."""
     vocabulary = VocabShard(model.real_vocab_size, tp_group=model.layout.tp_group)
 
     def loss(q, batch, p):
         lm = label_loss(q, batch.supervised_labels, vocabulary)
-        return TokenLoss(lm, {"lm_loss": lm} | {name: Divergence(name)(q, p, vocabulary) for name in divergences})
+        logs = {"lm_loss": lm}
+        for name in divergences:
+            logs[name], bias = Divergence(name).with_bias(q, p, vocabulary)
+            logs |= bias
+        return TokenLoss(lm, logs)
 
-    read = teacher.read(batches, to=model.layout) if teacher else ()
-    return evaluate_loss(model, batches, loss, ("lm_loss", *divergences), read)
+    return evaluate_loss(model, batches, loss, names, teacher.read(batches, to=model.layout) if teacher else ())

@@ -35,7 +35,9 @@ COLUMNS = {  # in results["sets"]: heading, format
     "response_length": ("tokens", "{:.1f}"),
     "lm_loss": ("LM loss", "{:.4f}"),
     "reverse_kl": ("KL(q‖p)", "{:.4f}"),
+    "reverse_kl_bias": ("or more by", "{:.4f}"),
     "forward_kl": ("KL(p‖q)", "{:.4f}"),
+    "forward_kl_bias": ("or more by", "{:.4f}"),
     "ex_acc_err": ("ExAccErr", "{:.2f}"),
 }
 MOST_UNSEEN_LETTERS = 10  # per cent; a few accents change little

@@ -23,13 +23,13 @@ BATCHES_PER_CHUNK = 4  # enough rows to sort by length; few enough to see progre
 Item = TypeVar("Item")
 
 
-def open_folders(config: AnsweringConfig, teacher_model: str = "") -> ModelFolders:
-    """The model that answers and, where one is named, the teacher.
+def open_folders(config: AnsweringConfig, teacher_model: str = "", teacher_cache: str = "") -> ModelFolders:
+    """The model that answers and, where one is named, the teacher or its store.
 
     Raises:
         UserError: a folder, the layout, the tokenizers or the lengths do not fit.
     """
-    folders = ModelFolders.open(config.model, teacher_model)
+    folders = ModelFolders.open(config.model, teacher_model, teacher_cache)
     folders.check(config.parallel, getattr(config, "teacher_layout", AS_THE_STUDENT))
     prompt, response = config.responses.max_prompt_length, config.responses.max_new_tokens
     bos = int(getattr(config, "add_bos", False))

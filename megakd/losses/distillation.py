@@ -14,7 +14,9 @@ from megakd_kernels import TopKRows, VocabShard
 from megakd_kernels.divergence import Objective
 from torch import Tensor
 
-from megakd.losses.token_loss import HeadRows, Rows, TokenLoss
+from megakd.losses.token_loss import HeadRows, LogitRows, Rows, TokenLoss
+
+BIASES = ("forward_kl_bias", "reverse_kl_bias")  # of a truncated teacher: what the KL of whole rows is above, at most
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,21 @@ class Divergence:
 
     def __call__(self, q: HeadRows, p: Rows, vocabulary: VocabShard) -> Tensor:
         """Per token [N], with gradient to whichever side requires it; of a truncated p over its K tokens and one bucket for the rest."""
-        truncated = isinstance(p, TopKRows)
-        distance = megakd_kernels.fused_linear_topk_kl if truncated else megakd_kernels.fused_linear_kl
+        return self.with_bias(q, p, vocabulary)[0]
+
+    def with_bias(self, q: HeadRows, p: Rows, vocabulary: VocabShard) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same, and of a truncated p what KL(p‖q) and KL(q‖p) of whole rows are above those of the buckets, at most, to be logged."""
+        if not isinstance(p, TopKRows):
+            given = (p.logits_NVp, None) if isinstance(p, LogitRows) else (p.hidden_NH, p.head_VpH)
+            return self._distance(megakd_kernels.fused_linear_kl, q, given, vocabulary), {}
+        distance, *bounds = self._distance(megakd_kernels.fused_linear_topk_kl_with_bias, q, (p,), vocabulary)
+        return distance, dict(zip(BIASES, bounds))
+
+    def _distance(self, distance: Callable, q: HeadRows, p: tuple, vocabulary: VocabShard):
         return distance(
             q.hidden_NH,
             q.head_VpH,
-            *((p,) if truncated else (p.hidden_NH, p.head_VpH)),
+            *p,
             objective=self.objective,
             temperature=self.temperature,
             beta=self.beta,
@@ -74,8 +85,8 @@ def sft_loss(q: HeadRows, labels_N: Tensor, vocabulary: VocabShard) -> TokenLoss
 
 def reverse_kl_loss(q: HeadRows, p: Rows, vocabulary: VocabShard) -> TokenLoss:
     """KL(q‖p), with gradient to the student."""
-    loss = Divergence("reverse_kl")(q, p, vocabulary)
-    return TokenLoss(loss, {"loss/reverse_kl": loss})
+    loss, bias = Divergence("reverse_kl").with_bias(q, p, vocabulary)
+    return TokenLoss(loss, {"loss/reverse_kl": loss} | as_logs(bias))
 
 
 def kd_loss(
@@ -84,17 +95,22 @@ def kd_loss(
     """(1 − r)·(−log q(label)) + r·D(p, q): with KL(p‖q) that of Hinton et al. 2015 as MiniLLM's `finetune.py` weighs it."""
     with torch.set_grad_enabled(kd_ratio < 1 and torch.is_grad_enabled()):  # at 1 it is for the log alone
         lm = label_loss(q, labels_N, vocabulary)
-    distance = divergence(q, p, vocabulary)
+    distance, bias = divergence.with_bias(q, p, vocabulary)
     total = (1 - kd_ratio) * lm + kd_ratio * distance
-    return TokenLoss(total, {"loss/total": total, "loss/lm": lm, f"loss/{divergence.name}": distance})
+    return TokenLoss(total, {"loss/total": total, "loss/lm": lm, f"loss/{divergence.name}": distance} | as_logs(bias))
+
+
+def as_logs(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By the names that losses have in training."""
+    return {f"loss/{name}": value for name, value in values.items()}
 
 
 def priming_loss(q: HeadRows, p: Rows, labels_N: Tensor, vocabulary: VocabShard, *, alpha: float, temperature: float) -> TokenLoss:
     """α·(−log q(label)) + (1 − α)·T²·KL(q_T‖p_T), the KL logged as it is, without T² (response priming)."""
     lm = label_loss(q, labels_N, vocabulary)
-    distance = Divergence("reverse_kl", temperature)(q, p, vocabulary)
+    distance, bias = Divergence("reverse_kl", temperature).with_bias(q, p, vocabulary)
     total = alpha * lm + (1 - alpha) * temperature**2 * distance
-    return TokenLoss(total, {"loss/total": total, "loss/lm": lm, "loss/reverse_kl": distance})
+    return TokenLoss(total, {"loss/total": total, "loss/lm": lm, "loss/reverse_kl": distance} | as_logs(bias))
 
 
 def function_of_log_q(f: Callable[[Tensor], Tensor], q: HeadRows, labels_N: Tensor, vocabulary: VocabShard) -> Tensor:

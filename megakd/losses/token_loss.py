@@ -1,6 +1,7 @@
 """What goes into a loss and what comes out of it, for the N supervised positions of a micro-batch.
 
-A model's distributions come as HeadRows, exact, or as megakd_kernels' TopKRows: K tokens, and the mass of the rest in one bucket.
+A model's distributions come as HeadRows, exact, as LogitRows where they were stored so, or as megakd_kernels' TopKRows: K tokens, and
+the mass of the rest in one bucket.
 
 N supervised positions, H hidden size, Vp vocabulary columns of this rank, padding among them.
 """
@@ -25,7 +26,14 @@ class HeadRows:
         return HeadRows(self.hidden_NH.detach(), self.head_VpH.detach())
 
 
-Rows = HeadRows | TopKRows
+@dataclass(frozen=True)
+class LogitRows:
+    """Exact rows that are there already: constants."""
+
+    logits_NVp: Tensor  # this rank's columns
+
+
+Rows = HeadRows | LogitRows | TopKRows
 
 
 @dataclass(frozen=True)

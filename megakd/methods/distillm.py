@@ -54,8 +54,9 @@ class DistiLLM(KD):
         return learnt | {"on_policy_share": threshold}
 
     def as_taught(self, sample):
-        """A remembered response with what the teacher reads before it, which the data know."""
-        return replace(sample, teacher_prompt=self.dataset[sample.sample_id].teacher_prompt)
+        """A remembered response with its teacher and what that reads before it, which the data know."""
+        known = self.dataset[sample.sample_id]
+        return replace(sample, teacher_prompt=known.teacher_prompt, teacher=known.teacher)
 
     def on_evaluation(self, metrics):
         """φ rises when the held-out loss has; the first one seen is what later ones are compared with."""

@@ -24,10 +24,10 @@ DISTANCES = {
 
 def projections(student, teacher, settings, seed):
     """W_k by name, of the layers on this stage; none where both models are as wide. The same numbers at any layout."""
-    wide, wider = student.config.hidden_size, teacher.model.config.hidden_size
-    here = [k for k in matched_layers(settings, student) if stage_of(student, k) == student.layout.pp_rank]
-    if not settings.hidden_coef or wide == wider:
+    if not settings.hidden_coef:
         return {}
+    wide, wider = student.config.hidden_size, teacher.model.config.hidden_size
+    here = [k for k in matched_layers(settings, student) if stage_of(student, k) == student.layout.pp_rank and wide != wider]
     return {projection_name(k): projection(wide, wider, student, seed + k) for k in here}
 
 

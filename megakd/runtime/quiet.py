@@ -20,4 +20,5 @@ def quiet_megatron() -> None:
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated")  # megatron-core's calls, said on every rank
     for name in ("megatron", "torch.distributed.checkpoint"):
         warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    for name in ("megatron", "torchao", "torch.utils._pytree"):  # torchao, which transformers imports, names kernels of other machines
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -31,6 +31,7 @@ class Teacher:
     layers; None where there is none."""
 
     model: HiddenStateGPTModel | None = None
+    truncates = False  # whether its rows are TopKRows, whose bias is logged
 
     @property
     def layout(self) -> ParallelLayout | Grid | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import error
-from megakd_kernels import TopKRows, fused_linear_kl, fused_linear_topk_kl, launch
+from megakd_kernels import TopKRows, fused_linear_kl, fused_linear_topk_kl, fused_linear_topk_kl_with_bias, launch
 from ranks import on_ranks
 
 N, V, H, K = 12, 61, 8, 6
@@ -166,3 +166,75 @@ def test_rows_and_settings_that_would_be_wrong_are_refused(implementation):
     for wrong, options, message in cases:
         with launch.use(implementation), pytest.raises(ValueError, match=message):
             fused_linear_topk_kl(hidden, weight, wrong, **OPTIONS, **options)
+
+
+def biases(k, implementation, scale=1.0, start=None, part=slice(None), group=None, with_minimum=True):
+    """By direction: the true gaps of KL, and their bounds."""
+    hidden, weight, log_p, rows = case(k)
+    rows = TopKRows(rows.ids_NK, rows.log_probs_NK, rows.log_rest_N, log_p.amin(-1) if with_minimum else None)
+    hidden = scale * hidden.detach()
+    log_q = torch.log_softmax((hidden @ weight.t())[:, :REAL], -1)
+    with launch.use(implementation):
+        found = {objective: fused_linear_topk_kl_with_bias(hidden, weight[part].detach(), rows, objective=objective, vocab_start=start,
+                                                           tp_group=group, **OPTIONS) for objective in ("forward_kl", "reverse_kl")}
+    whole = {"forward_kl": (log_p.exp() * (log_p - log_q)).sum(-1), "reverse_kl": (log_q.exp() * (log_q - log_p)).sum(-1)}
+    return {name: (whole[name] - found[name][0], found["forward_kl"][1 + i]) for i, name in enumerate(whole)}
+
+
+@implementations
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("k", [1, K, 40, REAL - 1, REAL])
+def test_what_is_cut_off_is_bounded_in_both_directions(k, scale, implementation):
+    for gap_N, bound_N in biases(k, implementation, scale).values():
+        assert (gap_N >= -1e-12).all() and (gap_N <= bound_N + 1e-12).all()
+        assert k < REAL or bound_N.abs().max() <= 1e-12, "nothing is cut off"
+
+
+@implementations
+def test_the_bound_is_reached_where_the_formula_is_an_equality(implementation):
+    """Two tokens in the rest, of which each model has nearly only one, and not the same."""
+    log_p = torch.tensor([[0.6, 0.4 - 1e-9, 1e-9]], dtype=torch.float64).log()
+    weight = torch.tensor([[0.5, 1e-9, 0.5 - 1e-9]], dtype=torch.float64).log().t()
+    rows = TopKRows(torch.tensor([[0]]), log_p[:, :1], log_p[:, 1:].logsumexp(-1), log_p.amin(-1))
+    with launch.use(implementation):
+        loss, forward, _ = fused_linear_topk_kl_with_bias(torch.ones(1, 1, dtype=torch.float64), weight, rows)
+    gap = (log_p.exp() * (log_p - weight.t())).sum() - loss
+    assert 0 <= forward - gap <= 1e-6 and forward > 7
+
+
+@implementations
+def test_without_the_least_probability_the_reverse_bound_is_infinite(implementation):
+    forward, reverse = (bound_N for _, bound_N in biases(K, implementation, with_minimum=False).values())
+    assert (reverse > 1e20).all() and reverse.isfinite().all() and (forward < 100).all()
+
+
+def check_biases(group, implementation):
+    bounds = [0, 30, V]
+    part = slice(*bounds[group.rank() : group.rank() + 2])
+    found = biases(K, implementation, start=bounds[group.rank()], part=part, group=group)
+    return {name: bound_N.tolist() for name, (_, bound_N) in found.items()}
+
+
+@implementations
+def test_the_bounds_are_the_same_on_every_split(implementation):
+    alone = {name: bound_N.tolist() for name, (_, bound_N) in biases(K, implementation).items()}
+    for found in on_ranks(2, check_biases, implementation):
+        assert found == {name: pytest.approx(bound, rel=1e-12) for name, bound in alone.items()}
+
+
+@implementations
+@pytest.mark.parametrize("objective", ["forward_kl", "reverse_kl", "jsd", "alpha_beta"])
+def test_a_teacher_given_by_its_logits_is_the_same_to_the_bit(objective, implementation):
+    hidden, weight, _, _ = case(dtype=torch.float32)
+    teacher_hidden, teacher_weight = torch.randn(N, 5), torch.randn(V, 5)
+    options = {**OPTIONS, "objective": objective}
+    found = []
+    with launch.use(implementation):
+        logits = torch.cat([part @ teacher_weight.t() for part in teacher_hidden.split(OPTIONS["chunk_rows"])])
+        for teacher in ((teacher_hidden, teacher_weight), (logits, None)):
+            loss_N = fused_linear_kl(hidden, weight, *teacher, **options)
+            found.append([loss_N.detach(), *torch.autograd.grad(loss_N.sum(), (hidden, weight))])
+    if implementation == "reference":
+        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(*found))
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(*found))

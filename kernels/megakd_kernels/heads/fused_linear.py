@@ -45,13 +45,13 @@ class LossFromHidden(torch.autograd.Function):
         hidden, weight = hidden_and_weight[::2], hidden_and_weight[1::2]
         weights_N = weights_for(weights_N, hidden[0])
         dh = [torch.zeros_like(h) if w else None for h, w in zip(hidden, wanted[::2])]
-        dW = [torch.zeros_like(W, dtype=accumulation_dtype(W)) if w else None for W, w in zip(weight, wanted[1::2])]
+        dW = [torch.zeros_like(W, dtype=accumulation_dtype(W)) if w else None for W, w in zip(weight, wanted[1::2])]  # None: logits
         outputs_KN = torch.zeros(loss.outputs, len(hidden[0]), dtype=accumulation_dtype(hidden[0]), device=hidden[0].device)
         chunk_rows = chunk_rows or (CPU_CHUNK_ROWS if hidden[0].device.type == "cpu" else CHUNK_ROWS)
-        buffers = [h.new_empty(min(chunk_rows, len(h)), len(W)) for h, W in zip(hidden, weight)]
+        buffers = [None if W is None else h.new_empty(min(chunk_rows, len(h)), len(W)) for h, W in zip(hidden, weight)]
         for rows in _chunks(hidden[0], weights_N, chunk_rows):
             inputs = [h[rows] for h in hidden]
-            logits = [torch.mm(x, W.t(), out=z[: len(x)]) for x, W, z in zip(inputs, weight, buffers)]
+            logits = [x if W is None else torch.mm(x, W.t(), out=z[: len(x)]) for x, W, z in zip(inputs, weight, buffers)]
             grads = [z if a is not None or b is not None else None for z, a, b in zip(logits, dh, dW)]
             weights_R = None if weights_N is None else weights_N[rows]
             outputs_KN[:, rows] = torch.stack(value_and_gradient(loss.of_rows(rows), logits, grads, weights_R))
@@ -126,7 +126,7 @@ def _weight_gradient(W: Tensor, dW: Tensor, upstream: Tensor, into_main_grad: bo
 
 
 def _apply(loss: RowLoss, weights: Tensor | None, chunk_rows: int | None, into_main_grad: bool, *hidden_and_weight: Tensor):
-    wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in hidden_and_weight)
+    wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in hidden_and_weight)
     for W, w in zip(hidden_and_weight[1::2], wanted[1::2]):
         if into_main_grad and w and not hasattr(W, "main_grad"):
             raise ValueError("accumulate_into_main_grad=True needs weight.main_grad: wrap the model in Megatron's "
@@ -134,12 +134,13 @@ def _apply(loss: RowLoss, weights: Tensor | None, chunk_rows: int | None, into_m
     return LossFromHidden.apply(loss, weights, chunk_rows, into_main_grad, wanted, *hidden_and_weight)
 
 
-def fused_linear_kl(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *,
+def fused_linear_kl(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor | None, *,
                     objective: Objective = "reverse_kl", beta: float = 0.5, alpha: float = 0.1, temperature: float = 1.0,
                     weights: Tensor | None = None, valid_vocab: int | None = None, vocab_start: int | None = None,
                     tp_group: ProcessGroup | None = None, chunk_rows: int | None = None,
                     accumulate_into_main_grad: bool = False) -> Tensor:
-    """[N] float32 divergence from hidden states [N, H] and heads [Vp, H] of both models, times each row's weight.
+    """[N] float32 divergence from hidden states [N, H] and heads [Vp, H] of both models, times each row's weight. A teacher without
+    a head is given by its logits [N, Vp], and has no gradient.
 
     Gradient to whichever of the four requires it: whole for hidden states, this shard's for weights (into weight.main_grad where
     `accumulate_into_main_grad`). With a weight's gradient the rows must share one upstream gradient; ValueError otherwise.
@@ -149,6 +150,8 @@ def fused_linear_kl(student_hidden: Tensor, student_weight: Tensor, teacher_hidd
         return reference.fused_linear_kl(student_hidden, student_weight, teacher_hidden, teacher_weight, objective=objective,
                                          beta=beta, alpha=alpha, temperature=temperature, weights=weights,
                                          valid_vocab=valid_vocab, vocab_start=vocab_start, tp_group=tp_group)
+    if teacher_weight is None:
+        teacher_hidden = teacher_hidden.detach()
     loss = divergence(student_hidden, objective, beta, alpha, temperature, VocabShard(valid_vocab, vocab_start, tp_group))
     return _apply(loss, weights, chunk_rows, accumulate_into_main_grad, student_hidden, student_weight, teacher_hidden,
                   teacher_weight)[0]
@@ -185,18 +188,25 @@ def fused_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels_N: Tensor,
     return _apply(loss, weights, chunk_rows, accumulate_into_main_grad, hidden, weight)[0]
 
 
-def fused_linear_topk_kl(hidden: Tensor, weight: Tensor, rows: TopKRows, *, objective: Objective = "forward_kl", beta: float = 0.5,
-                         alpha: float = 0.1, temperature: float = 1.0, weights: Tensor | None = None,
-                         valid_vocab: int | None = None, vocab_start: int | None = None, tp_group: ProcessGroup | None = None,
-                         chunk_rows: int | None = None, accumulate_into_main_grad: bool = False) -> Tensor:
-    """[N] float32 divergence of a student's hidden states [N, H] through its head from a truncated teacher, as `topk` defines it.
+def fused_linear_topk_kl(hidden: Tensor, weight: Tensor, rows: TopKRows, **options) -> Tensor:
+    """The first of `fused_linear_topk_kl_with_bias`, which has the options."""
+    return fused_linear_topk_kl_with_bias(hidden, weight, rows, **options)[0]
 
-    Gradient to the student. The other options are those of `fused_linear_kl`. ValueError for rows that are not what they say.
+
+def fused_linear_topk_kl_with_bias(hidden: Tensor, weight: Tensor, rows: TopKRows, *, objective: Objective = "forward_kl",
+                                   beta: float = 0.5, alpha: float = 0.1, temperature: float = 1.0, weights: Tensor | None = None,
+                                   valid_vocab: int | None = None, vocab_start: int | None = None,
+                                   tp_group: ProcessGroup | None = None, chunk_rows: int | None = None,
+                                   accumulate_into_main_grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """(divergence, forward bias, reverse bias), each [N] float32: of a student's hidden states [N, H] through its head from a truncated
+    teacher, as `topk` defines them.
+
+    Gradient of the first to the student. The other options are those of `fused_linear_kl`. ValueError for rows that are not what they say.
     """
     if launch.implementation(hidden) == "reference":
-        return topk_reference.fused_linear_topk_kl(
+        return topk_reference.fused_linear_topk_kl_with_bias(
             hidden, weight, rows, objective=objective, beta=beta, alpha=alpha, temperature=temperature, weights=weights,
             valid_vocab=valid_vocab, vocab_start=vocab_start, tp_group=tp_group)
     shard = VocabShard(valid_vocab, vocab_start, tp_group)
     loss = topk_loss(hidden, rows, objective, beta, alpha, temperature, shard, width=len(weight))
-    return _apply(loss, weights, chunk_rows, accumulate_into_main_grad, hidden, weight)[0]
+    return _apply(loss, weights, chunk_rows, accumulate_into_main_grad, hidden, weight)

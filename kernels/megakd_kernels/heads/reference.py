@@ -12,12 +12,14 @@ from ..kl.reference import promptkd_loss
 from ..shards import CopyToShards, VocabShard
 
 
-def head(hidden_NH: Tensor, weight_VH: Tensor, tp_group: ProcessGroup | None) -> Tensor:
-    """[N, Vp] logits; the hidden states' gradient is summed over the ranks."""
+def head(hidden_NH: Tensor, weight_VH: Tensor | None, tp_group: ProcessGroup | None) -> Tensor:
+    """[N, Vp] logits; the hidden states' gradient is summed over the ranks. Without a head they are logits, and constants."""
+    if weight_VH is None:
+        return hidden_NH.detach()
     return CopyToShards.apply(hidden_NH, VocabShard(tp_group=tp_group)) @ weight_VH.t()
 
 
-def fused_linear_kl(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *,
+def fused_linear_kl(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor | None, *,
                     objective: Objective = "reverse_kl", beta: float = 0.5, alpha: float = 0.1, temperature: float = 1.0,
                     weights: Tensor | None = None, valid_vocab: int | None = None, vocab_start: int | None = None,
                     tp_group: ProcessGroup | None = None, chunk_rows: int | None = None,

@@ -6,6 +6,10 @@
 Any divergence of `divergence`, between the two distributions over K + 1 buckets. It bounds that of the whole vocabulary from below
 (data processing), and equals it where the rest is empty. The student's gradient reaches all columns: those of the rest share theirs
 by q. Where the teacher's rest is empty and the student's is not, a reverse KL is infinite: beyond 1e20, never NaN.
+
+What it can be too low by is a number. For a and b with the masses a_r and b_r in the rest R:
+
+    KL(a‖b) − KL over buckets  =  Σ_R a log(a/b) − a_r log(a_r/b_r)  ≤  a_r [ log max_R a − log min_R b − log(a_r/b_r) ]
 """
 
 from __future__ import annotations
@@ -20,17 +24,22 @@ from ..shards import VocabShard
 
 @dataclass(frozen=True)
 class TopKRows:
-    """A teacher's N rows, at temperature 1. `log_rest_N` is the log of the mass outside `ids_NK`, -inf where there is none."""
+    """A teacher's N rows, at temperature 1. `log_rest_N` is the log of the mass outside `ids_NK`, -inf where there is none.
+
+    `log_min_N`, the log of the least probable token, is for the bound of the reverse KL alone, which is infinite without it.
+    """
 
     ids_NK: Tensor
     log_probs_NK: Tensor
     log_rest_N: Tensor
+    log_min_N: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids_NK)
 
     def __getitem__(self, rows: slice | Tensor) -> TopKRows:
-        return TopKRows(self.ids_NK[rows], self.log_probs_NK[rows], self.log_rest_N[rows])
+        log_min_N = None if self.log_min_N is None else self.log_min_N[rows]
+        return TopKRows(self.ids_NK[rows], self.log_probs_NK[rows], self.log_rest_N[rows], log_min_N)
 
     def check(self, rows: int, shard: VocabShard) -> None:
         """ValueError (on a GPU, of ids, a late error from the device) unless these are `rows` rows of distinct tokens."""

@@ -3,14 +3,15 @@
     z_k the tokens' logits, z_rest = log sum of e^z over all others       log q = log_softmax of these K + 1
     dz_v = dz_rest e^(z_v - z_rest) for the others                        dz_k from the divergence's function, by autograd
 
-K + 2 floats a row and shard (the tokens' logits, the others' maximum and sum) merge with one all-gather; what follows has K + 1
-columns and is the same on every rank.
+K + 3 floats a row and shard (the tokens' logits, the others' maximum and sum, the minimum) merge with one all-gather; what follows
+has K + 1 columns and is the same on every rank.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,13 +21,14 @@ from ..from_logits import RowLoss
 from ..shards import VocabShard, merge_sums
 from . import TopKRows
 from . import rows as row_functions
-from .reference import check_topk, teacher_log_probs
+from .reference import bias_bounds, check_topk, teacher_log_probs
 
 
 @dataclass(frozen=True, kw_only=True)
 class TopKLoss(RowLoss):
     """Of a student's logits; `start` is the id of the first column here."""
 
+    outputs: ClassVar[int] = 3  # the loss, and what a forward and a reverse KL can be too low by
     rows: TopKRows
     function: DivergenceFunction
     start: int
@@ -43,12 +45,21 @@ class TopKLoss(RowLoss):
     def evaluate(self, logits_NV, weights_N):
         columns_NK = self.columns_NK(logits_NV[0].shape[1])
         stats_PKN = self.shard.all_gather(self.kernels.statistics(logits_NV[0], columns_NK, weights_N))
-        tokens_NK = stats_PKN[:, :-2].amax(0).t()
-        top_N, sum_N = merge_sums(stats_PKN[:, -2], stats_PKN[:, -1])
+        tokens_NK, bottom_N = stats_PKN[:, :-3].amax(0).t(), stats_PKN[:, -1].amin(0)
+        top_N, sum_N = merge_sums(stats_PKN[:, -3], stats_PKN[:, -2])
         base_N1 = torch.cat([tokens_NK, top_N[:, None]], -1).amax(-1, keepdim=True)
         rest_N1 = (top_N[:, None] - base_N1) + sum_N.log()[:, None]  # not maximum + logarithm: that would cost digits
-        loss_N, slopes_NB = self.of_buckets(torch.cat([tokens_NK - base_N1, rest_N1], -1), weights_N)
-        return (loss_N,), (slopes_NB, top_N, sum_N)
+        logits_NB = torch.cat([tokens_NK - base_N1, rest_N1], -1)
+        loss_N, slopes_NB = self.of_buckets(logits_NB, weights_N)
+        ends_N2 = torch.stack([top_N, bottom_N], -1) - base_N1
+        bounds = self.bias(logits_NB, ends_N2, weights_N)
+        return (loss_N, *bounds), (slopes_NB, top_N, sum_N)
+
+    def bias(self, logits_NB: Tensor, ends_N2: Tensor, weights_N: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The bounds of `topk`, forward and reverse; ends: the others' highest logit and the lowest of all."""
+        log_sum_N1 = logits_NB.logsumexp(-1, keepdim=True)
+        log_p_NB = teacher_log_probs(self.rows, weights_N, logits_NB.dtype)
+        return bias_bounds((logits_NB - log_sum_N1)[:, -1], (ends_N2 - log_sum_N1).unbind(-1), log_p_NB, self.rows.log_min_N)
 
     def of_buckets(self, logits_NB: Tensor, weights_N: Tensor | None) -> tuple[Tensor, Tensor]:
         """Loss [N] and its gradient with respect to the buckets' logits [N, K + 1]."""

@@ -42,14 +42,45 @@ def teacher_log_probs(rows: TopKRows, weights_N: Tensor | None, dtype: torch.dty
     return log_p if weights_N is None else torch.where((weights_N != 0)[:, None], log_p, 0.0)
 
 
-def fused_linear_topk_kl(hidden: Tensor, weight: Tensor, rows: TopKRows, *, objective: Objective = "forward_kl",
-                         beta: float = 0.5, alpha: float = 0.1, temperature: float = 1.0, weights: Tensor | None = None,
-                         valid_vocab: int | None = None, vocab_start: int | None = None,
-                         tp_group: ProcessGroup | None = None) -> Tensor:
-    """[N] divergence of hidden states [N, H] through their head from the rows."""
+def bias_bounds(log_q_rest_N: Tensor, log_q_ends_N: tuple[Tensor, Tensor], log_p_NB: Tensor,
+                log_p_min_N: Tensor | None) -> tuple[Tensor, Tensor]:
+    """([N], [N]): what KL(p‖q) and KL(q‖p) of whole rows are above those of the buckets, at most; `topk` has the formula.
+
+    log_q_ends: of the student's likeliest token among the rest, and of its least likely one. No token of the teacher's rest is
+    likelier than the least of its K, nor than all of its rest.
+    """
+    log_p_rest_N, (log_q_max_N, log_q_min_N) = log_p_NB[:, -1], log_q_ends_N
+    log_p_min_N = torch.full_like(log_p_rest_N, FLOOR) if log_p_min_N is None else log_p_min_N.to(log_p_NB.dtype).clamp_min(FLOOR)
+    gap = lambda a_rest, a_max, b_rest, b_min: (a_rest.exp() * ((a_max - b_min) - (a_rest - b_rest))).clamp_min(0)
+    return (gap(log_p_rest_N, log_p_NB.amin(-1), log_q_rest_N, log_q_min_N),
+            gap(log_q_rest_N, log_q_max_N, log_p_rest_N, log_p_min_N))
+
+
+def fused_linear_topk_kl(*arguments, **options) -> Tensor:
+    """The first of `fused_linear_topk_kl_with_bias`."""
+    return fused_linear_topk_kl_with_bias(*arguments, **options)[0]
+
+
+def fused_linear_topk_kl_with_bias(hidden: Tensor, weight: Tensor, rows: TopKRows, *, objective: Objective = "forward_kl",
+                                   beta: float = 0.5, alpha: float = 0.1, temperature: float = 1.0, weights: Tensor | None = None,
+                                   valid_vocab: int | None = None, vocab_start: int | None = None,
+                                   tp_group: ProcessGroup | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """[N] divergence of hidden states [N, H] through their head from the rows, and the bounds of what a forward and a reverse KL
+    can be too low by."""
     shard = VocabShard(valid_vocab, vocab_start, tp_group)
     check_topk(hidden, rows, objective, beta, alpha, temperature, shard)
     (logits_NV,) = shard.cut(head(hidden, weight, tp_group))
-    log_q = bucket_log_probs(log_probs(logits_NV, 1.0, weights, shard), rows.ids_NK.long(), shard.start(len(weight)), shard)
-    function = divergence_function(objective, beta, alpha)
-    return weighted(function(log_q, teacher_log_probs(rows, weights, log_q.dtype), lambda x: x.sum(-1)), weights)
+    log_q_NV, start = log_probs(logits_NV, 1.0, weights, shard), shard.start(len(weight))
+    log_q = bucket_log_probs(log_q_NV, rows.ids_NK.long(), start, shard)
+    log_p = teacher_log_probs(rows, weights, log_q.dtype)
+    loss = divergence_function(objective, beta, alpha)(log_q, log_p, lambda x: x.sum(-1))
+    ends = rest_ends(log_q_NV.detach(), rows.ids_NK.long() - start, shard)
+    return tuple(weighted(x, weights) for x in (loss, *bias_bounds(log_q[:, -1].detach(), ends, log_p, rows.log_min_N)))
+
+
+def rest_ends(log_q_NV: Tensor, columns_NK: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """[N] log-probability of the likeliest token outside the K, and of the least likely of all."""
+    columns_NK = columns_NK.where((columns_NK >= 0) & (columns_NK < log_q_NV.shape[1]), log_q_NV.shape[1])
+    others_NV = torch.cat([log_q_NV, log_q_NV.new_full((len(log_q_NV), 1), FLOOR)], -1).scatter(1, columns_NK, FLOOR)
+    negative_NV = torch.cat([-log_q_NV, log_q_NV.new_full((len(log_q_NV), 1), FLOOR)], -1)
+    return shard.all_reduce(others_NV.amax(-1), "max"), -shard.all_reduce(negative_NV.amax(-1), "max")

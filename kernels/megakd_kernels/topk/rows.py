@@ -15,12 +15,14 @@ from ..shards import FLOOR
 
 
 def statistics(logits_NV: Tensor, columns_NK: Tensor, weights: Tensor | None) -> Tensor:
-    """[1, K + 2, N]: the tokens' logits (FLOOR where another rank holds them), maximum A of the others, sum of e^(z - A)."""
-    stats_KN = logits_NV.new_empty(columns_NK.shape[1] + 2, len(logits_NV), dtype=accumulation_dtype(logits_NV))
+    """[1, K + 3, N]: the tokens' logits (FLOOR where another rank holds them), maximum A of the others, sum of e^(z - A), and the
+    minimum of all."""
+    stats_KN = logits_NV.new_empty(columns_NK.shape[1] + 3, len(logits_NV), dtype=accumulation_dtype(logits_NV))
     for rows, z, columns in _padded(logits_NV, columns_NK, None if weights is None else weights != 0):
-        stats_KN[:-2, rows] = z.gather(1, columns).t()
+        stats_KN[:-3, rows] = z.gather(1, columns).t()
+        bottom = z[:, :-1].amin(-1) if z.shape[1] > 1 else -z[:, 0]  # an empty shard has none: as high as FLOOR is low
         u, A = centred(z.scatter_(1, columns, FLOOR))
-        stats_KN[-2:, rows] = torch.stack([A, u.exp_().sum(-1)])
+        stats_KN[-3:, rows] = torch.stack([A, u.exp_().sum(-1), bottom])
     return stats_KN[None]
 
 

@@ -30,6 +30,18 @@ class MethodConfig:
         """Positions that a soft prompt takes of the teacher's."""
         return 0
 
+    def work_with_model(self, config: Config) -> str:
+        """What the method does with the teacher's model beside reading what it says, in words; "" where nothing."""
+        return ""
+
+    def temperature(self, config: Config) -> float:
+        """Of the distributions that are compared."""
+        return config.distillation.kd_temperature
+
+    def learns_own_text(self, config: Config) -> bool:
+        """Whether the student's own responses are learnt, be it now and then."""
+        return False
+
     def no_response(self, usual: str) -> str:
         """What is said of a row without a response, which the method learns."""
         return usual

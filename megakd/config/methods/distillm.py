@@ -22,6 +22,9 @@ class DistiLLMConfig(MethodConfig):
         1000, "distillm: responses of the student that are kept to be learnt from again", range=POSITIVE
     )
 
+    def learns_own_text(self, config):
+        return True
+
     def validation_errors(self, config):
         if not config.data.valid_data:
             yield "--method distillm needs --valid-data; it watches the held-out loss"

@@ -25,6 +25,9 @@ class KDConfig(MethodConfig):
         0.0, "kd: share of the batches that the student writes (GKD's lambda)", range=SHARE
     )
 
+    def learns_own_text(self, config):
+        return self.on_policy_ratio > 0
+
     def no_response(self, usual):
         if self.on_policy_ratio:
             return f"--on-policy-ratio {self.on_policy_ratio:g} learns it in the other batches; give one, or --on-policy-ratio 1"

@@ -32,6 +32,13 @@ class MiniLLMConfig(MethodConfig):
     lm_coef: float = flag(1.0, "weight of the loss on text; 0: none", range=NOT_NEGATIVE)
     lm_data: str = flag("", "text for it, in any form; default: --train-data", path=True)
 
+    def work_with_model(self, config):
+        mixes = "draws responses from a mixture with the teacher (--teacher-mixed-alpha)"
+        return mixes if self.teacher_mixed_alpha else "keeps the teacher's hidden states and output layer for a phase"
+
+    def learns_own_text(self, config):
+        return True
+
     def validation_errors(self, config):
         rows, save_interval = config.training.global_batch_size, config.output.save_interval
         phase = self.num_rollouts // rows * self.ppo_epochs

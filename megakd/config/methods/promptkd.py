@@ -34,5 +34,11 @@ class PromptKDConfig(MethodConfig):
     def soft_prompt_len(self):
         return self.prompt_len
 
+    def work_with_model(self, config):
+        return "trains a soft prompt in front of the teacher"
+
+    def learns_own_text(self, config):
+        return True
+
     def unless(self, config):
         return {"prompt_init_text": (self.prompt_init == "text", "with --prompt-init random")}

@@ -28,6 +28,12 @@ class ResponsePrimingConfig(MethodConfig):
         "unshifted, the question's beside the answer's tokens: for comparison alone",
     )
 
+    def work_with_model(self, config):
+        return "compares places of the prompts, too (--priming-objective original)" if self.priming_objective == "original" else ""
+
+    def temperature(self, config):
+        return self.priming_temperature
+
     def remarks(self):
         if self.priming_objective == "original":
             yield (

@@ -17,6 +17,9 @@ class SeqKDConfig(MethodConfig):
     shares = (RatioConfig, DivergenceConfig, HiddenMatchingConfig)
     teacher_may_move = False
 
+    def work_with_model(self, config):
+        return "lets the teacher write the responses (scripts/generate.py would, for --method kd)"
+
     def unless(self, config):
         has_divergence = config.distillation.ratio(0.0) or config.training.reference_compat.seqkd_with_kd
         return dict.fromkeys(("kd_objective", "kd_temperature"), (has_divergence, "with --method seqkd unless --kd-ratio is above 0"))

@@ -1,0 +1,150 @@
+"""A teacher on 8- or 4-bit codes is near the one it was made of, the same at every layout, frozen, and exactly the model of its numbers."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from distributed import run_distributed
+from megakd_kernels import VocabShard
+from oracle import StateDictSource
+from tiny import tiny_config, tiny_model
+from torch.nn.utils import parametrize
+
+from megakd.config import parse
+from megakd.data.batch import Sample, micro_batches
+from megakd.data.rows import read_rows
+from megakd.data.tokenizer import encode
+from megakd.errors import UserError
+from megakd.loading import ModelFolder, align_vocabularies, frozen, load_model
+from megakd.losses.distillation import sft_loss
+from megakd.models import weight_only
+from megakd.models.model_provider import build_model, load_weights
+from megakd.models.weight_only import check_quantization, pack, quantize, stored_bytes, unpack
+from megakd.schedules import forward_backward, supervised_hidden
+from megakd.teachers.live import LiveTeacher
+from megakd.teachers.quantised import difference, quantised
+
+pytest.importorskip("torchao")
+
+
+def samples(count=6):
+    draw = torch.Generator().manual_seed(3)
+    ids = lambda n: tuple(torch.randint(1, 97, (n,), generator=draw).tolist())
+    return [Sample(i, ids(3 + i), ids(5)) for i in range(count)]
+
+
+def tiny(layout, family):
+    config = tiny_config(family)
+    model = build_model(config, layout, **align_vocabularies([config.vocab_size], layout.tp_size))
+    load_weights(model, StateDictSource(tiny_model(config)))
+    return frozen(model)
+
+
+def stories(layout, folder, tokens):
+    model_folder = ModelFolder.open(folder)
+    model = frozen(load_model(model_folder, layout, **align_vocabularies([model_folder.config.vocab_size], layout.tp_size)))
+    batches = micro_batches([Sample(i, (), ids) for i, ids in enumerate(tokens)], 4)
+    found = {}
+    for kind in ("int8", "int4"):
+        model = frozen(load_model(model_folder, layout, **align_vocabularies([model_folder.config.vocab_size], layout.tp_size)))
+        before = LiveTeacher(model).read(batches, to=layout)
+        quantize(model, kind)
+        found[kind] = difference(before, LiveTeacher(model).read(batches, to=layout), batches, model)
+    return found
+
+
+def test_on_real_text_int8_is_within_a_hundredth_of_a_nat_at_every_layout(data_folder):
+    folder = data_folder / "models" / "stories260K"
+    texts = read_rows(next((data_folder / "corpora" / "tinystories-sample").glob("*.txt")))
+    tokens = [tuple(ids[:128]) for ids in encode(ModelFolder.open(folder).tokenizer, [texts[i].response for i in range(12)])]
+    (alone,) = run_distributed(stories, 1, folder, tokens)
+    assert 0 < alone["int8"][2] < 1e-2 and abs(alone["int8"][0] - alone["int8"][1]) < 1e-2 and 0.5 < alone["int8"][1] < 3
+    assert alone["int8"][2] < alone["int4"][2] < 0.3
+    for layout in ({"tp": 2}, {"pp": 2}):
+        for found in run_distributed(stories, 2, folder, tokens, **layout):
+            assert found["int8"] == pytest.approx(alone["int8"], rel=1e-3, abs=1e-7)
+
+
+def numbers_in_place(model):
+    """The same codes, written back as plain weights."""
+    for module in list(model.decoder.modules()):
+        if parametrize.is_parametrized(module):
+            parametrize.remove_parametrizations(module, "weight")
+
+
+def check_paths(layout, family, kind):
+    """Reading, and a gradient through the frozen model to a soft prompt, equal those of plain weights of the same numbers."""
+    batches = micro_batches(samples(), 2)
+    models = [tiny(layout, family) for _ in range(2)]
+    plain, size = supervised_hidden(models[0], batches), stored_bytes(models[0])
+    for model in models:
+        quantize(model, kind)
+    numbers_in_place(models[1])
+    assert not any(parameter.requires_grad for model in models for parameter in model.parameters())
+    read = [supervised_hidden(model, batches) for model in models]
+    assert all(torch.equal(a, b) for a, b in zip(*read))
+    assert not any(torch.equal(a, b) for a, b in zip(read[0], plain)), "codes are not the numbers that they stand for"
+    gradients = [prompt_gradient(model, batches) for model in models]
+    if layout.is_first_stage:
+        assert torch.equal(*gradients) and gradients[0].abs().max() > 0
+    return stored_bytes(models[0]) / size
+
+
+def prompt_gradient(model, batches):
+    vectors = torch.full((3, model.config.hidden_size), 0.1, requires_grad=True)
+    vocabulary = VocabShard(model.real_vocab_size, tp_group=model.layout.tp_group)
+    loss = lambda q, batch, _: sft_loss(q, batch.supervised_labels, vocabulary)
+    forward_backward(model, batches, loss, layout=model.layout, soft_prompt=vectors)
+    return vectors.grad
+
+
+@pytest.mark.parametrize("family, kind, ranks, layout", [("gpt2", "int8", 1, {}), ("llama", "int4", 1, {}), ("llama", "int8", 2, {"tp": 2}), ("gpt2", "int4", 2, {"pp": 2})])
+def test_a_quantised_teacher_is_the_model_of_its_numbers(family, kind, ranks, layout):
+    for share in run_distributed(check_paths, ranks, family, kind, **layout):
+        assert share < {"int8": 0.5, "int4": 0.4}[kind], "it is smaller"
+
+
+def test_codes_of_4_bits_are_packed_two_a_byte():
+    codes = torch.arange(-8, 8, dtype=torch.int8).repeat(3, 1)
+    assert torch.equal(unpack(pack(codes), 16), codes) and pack(codes).numel() == codes.numel() // 2
+    assert torch.equal(unpack(pack(codes[:, :7]), 7), codes[:, :7])
+
+
+def test_scales_of_a_row_are_those_of_all_its_columns():
+    def codes(layout):
+        model = tiny(layout, "llama")
+        quantize(model, "int8")
+        return model.decoder.layers[0].mlp.linear_fc2.parametrizations.weight.original1
+
+    (whole,) = run_distributed(codes, 1)
+    for part in run_distributed(codes, 2, tp=2):
+        assert torch.equal(part, whole)
+
+
+def test_what_it_costs_is_told(capfd):
+    def teach(layout, on_prompts):
+        asked = [Sample(s.sample_id, s.prompt, ()) for s in samples()] if on_prompts else samples()
+        quantised(tiny(layout, "gpt2"), "int8", asked, 2)
+
+    for on_prompts in (False, True):
+        run_distributed(teach, 1, on_prompts)
+        said = capfd.readouterr().err
+        loss, change, was, kl, held, of = (float(number) for number in re.search(
+            r"--teacher-quantize int8: on the first batch the teacher's loss is ([\d.]+), ([+-][\d.]+) from ([\d.]+); KL\(teacher‖quantised\) "
+            r"is ([\d.e+-]+) nats a token; a rank holds ([\d.]+) MiB of ([\d.]+)", said).groups())  # fmt: skip
+        assert loss - was == pytest.approx(change, abs=2e-4) and 3 < loss < 10 and 0 < kl < 1e-2 and held < of
+
+
+def test_without_torchao_it_is_refused(monkeypatch):
+    monkeypatch.setattr(weight_only, "find_spec", lambda name: None)
+    check_quantization("none")
+    with pytest.raises(UserError, match=r"--teacher-quantize int8 needs torchao; install it .*, or leave the flag out"):
+        check_quantization("int8")
+
+
+def test_a_store_has_no_weights_to_quantise(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--method", "kd", "--model", "m", "--teacher-cache", "c", "--train-data", "d", "--save", "s", "--train-iters", "1", "--teacher-quantize", "int8"])
+    assert "--teacher-quantize int8 is of a model, and scripts/cache_teacher.py has it too" in capsys.readouterr().err
