@@ -70,7 +70,8 @@ def distill(
     """A whole run, or the rest of it: what scripts/pretrain_kd.py does. Every rank of torchrun calls it alike.
 
     Args:
-        student, teacher: a folder, or a transformers model, which is only read; the method says whether there is a teacher.
+        student, teacher: a folder, or a transformers model, which is only read; the method says whether there is a teacher,
+            which may be "self", the student as it begins.
         train_data, valid_data: a path in any form of docs/data.md, or mappings of fields: a list of dicts, one split of a dataset.
         save: folder of the run, as of the script.
         tokenizer: of models that are given as objects; default: the one of the folder that the model was loaded from.
