@@ -13,6 +13,7 @@ from megakd.checkpointing.teacher_store import TeacherStore
 from megakd.config import Config, flag_name, from_yaml
 from megakd.errors import UserError, tell
 from megakd.loading import ModelFolders, check_context, grids_of
+from megakd.losses.own_divergence import find_divergence
 from megakd.models.lora import target_modules
 from megakd.models.weight_only import check_quantization
 from megakd.reporting.own_folder import OwnFolder
@@ -38,6 +39,7 @@ def check(config: Config, folders: ModelFolders) -> None:
     check_lengths(config, folders)
     check_hidden_layers(config, folders.student)
     check_adapter(config, folders.student)
+    find_divergence(config.distillation.kd_objective)
     check_quantization(config.teacher.teacher_quantize)
     if folders.store:
         check_store(config, folders.store)

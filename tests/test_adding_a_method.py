@@ -91,3 +91,22 @@ def test_it_trains_and_its_student_is_exported(checkout):
     assert second < first
     with safe_open(checkout / "run" / "hf" / "model.safetensors", "pt") as student, safe_open(checkout / "student" / "model.safetensors", "pt") as before:
         assert set(student.keys()) == set(before.keys()), "the map is no part of the export"
+
+
+def test_a_divergence_of_the_users_own_is_one_file_and_no_line(checkout):
+    (text,) = re.findall(r"^`squared\.py`\n\n```python\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE)
+    (checkout / "squared.py").write_text(text)
+    kd = [*FLAGS[:-2], "--method", "kd", "--train-iters", 2, "--kd-ratio", 1]
+
+    def logged(save: str, *words: object) -> list[float]:
+        run = command(checkout, *kd, "--kd-objective", *words, "--save", save)
+        assert run.returncode == 0, run.stderr
+        return [row["loss/total"] for row in read_jsonl(checkout / save / "metrics.jsonl")]
+
+    named = logged("named", "alpha_beta", "--skew-alpha", 1, "--beta", 1)
+    assert logged("own", "squared.py:squared") == pytest.approx(named, rel=1e-5), "alpha = beta = 1 is half the squared distance"
+    wrong = {"squared.py:cubed": "has no function cubed; write one", "absent.py:f": "No such file", "kl": "is unknown; use one of forward_kl"}
+    for objective, says in wrong.items():
+        run = command(checkout, *kd, "--kd-objective", objective, "--save", "refused")
+        assert run.returncode and says in run.stderr and "Traceback" not in run.stderr, run.stderr
+        assert not (checkout / "refused").exists()

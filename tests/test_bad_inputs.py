@@ -153,7 +153,7 @@ CASES = {  # what is wrong: flags over the good ones (None takes one away), what
     "prompts alone for kd": ({"train-data": "{root}/no-response.jsonl"}, r"line 1 has no response; training needs a field response or output, or --on-policy-ratio 1, with which"),
     "held-out prompts alone": ({"valid-data": "{root}/no-response.jsonl"}, r"no-response.jsonl line 1 has no response; --valid-data is for the loss on it; give one, or leave"),
     "prompts that are all too long": ({"train-data": "{root}/long-prompts.jsonl"}, r"--max-prompt-length"),
-    "text without prompts to answer": ({"train-data": "{root}/text.jsonl", "on-policy-ratio": "0.5"}, r"text.jsonl line 1 has no prompt .*give data with prompts, or"),
+    "text without prompts to answer": ({"train-data": "{root}/text.jsonl", "on-policy-ratio": "0.5"}, r"text.jsonl line 1 has no prompt, .*give data with prompts, or"),
     "a mixture of one": ({"kd-objective": "jsd", "beta": "0"}, r"--beta 0.0 leaves jsd no mixture; use a number between 0 and 1"),
     "a policy with dropout": ({"method": "minillm", "attention-dropout": "0.1", "num-rollouts": "4"}, r"--attention-dropout 0.1: MiniLLM's student learns without dropout.*leave it out"),
     "a student without a say": ({"method": "minillm", "teacher-mixed-alpha": "1", "num-rollouts": "4"}, r"--teacher-mixed-alpha 1 leaves the student no say .*below 1"),

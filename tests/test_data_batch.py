@@ -1,5 +1,7 @@
 """A Batch holds the labels and the mask of its samples, whatever the token values and whoever shares the row's batch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -144,8 +146,10 @@ def test_a_token_budget_limits_positions_and_a_longer_row_stands_alone():
     assert all((group.stop - group.start) * lengths[group.start] <= 200 for group in groups[1:])
 
 
-def test_a_batch_follows_from_its_essence():
-    batch = collate(samples_of((3, 4), (1, 6), (5, 1)))
-    again = framed(*batch.essence)
-    for name, value in vars(batch).items():
-        assert torch.equal(getattr(again, name), value) if torch.is_tensor(value) else value is None, name
+@pytest.mark.parametrize("collated", [collate, collate_unshifted])
+def test_a_batch_follows_from_its_essence(collated):
+    batch = collated([replace(sample, teacher_prompt=(7, *sample.prompt)) for sample in samples_of((3, 4), (1, 6), (5, 1))])
+    for part in (replace(batch, twin=None), batch.for_teacher):
+        again = framed(*part.essence)
+        for name, value in vars(part).items():
+            assert torch.equal(getattr(again, name), value) if torch.is_tensor(value) else value is None, name

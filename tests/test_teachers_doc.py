@@ -29,7 +29,7 @@ def checkout(tmp_path_factory) -> Path:
     rows = [{"prompt": f"{a}+{b}=", "response": f" {a + b}"} for a in range(16) for b in range(8)]
     tokenizer = train_tokenizer([row["prompt"] + row["response"] + " Sort well. " for row in rows])
     for seed, name in enumerate(("student", "teacher")):
-        tiny_folder(root / "quickstart" / name / "hf", "gpt2", layers=2, vocab_size=len(tokenizer), seed=seed)
+        tiny_folder(root / "quickstart" / name / "hf", "llama", layers=2, vocab_size=len(tokenizer), seed=seed)
         tokenizer.save_pretrained(root / "quickstart" / name / "hf")
     (root / "quickstart" / "data").mkdir()
     (root / "quickstart" / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

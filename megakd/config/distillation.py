@@ -11,7 +11,7 @@ from megakd.config.fields import NOT_NEGATIVE, POSITIVE, SHARE, TEMPERATURE, ali
 if TYPE_CHECKING:
     from megakd.config.train import Config
 
-Objective = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "alpha_beta"]
+OBJECTIVES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "alpha_beta")
 SHARE_OF = {"jsd": "beta", "skew_forward_kl": "skew_alpha", "skew_reverse_kl": "skew_alpha"}  # whose 0 and 1 leave no mixture
 
 
@@ -34,7 +34,9 @@ class RatioConfig:
 class DivergenceConfig:
     """Which divergence."""
 
-    kd_objective: Objective = flag("forward_kl", "which divergence between teacher p and student q")
+    kd_objective: str = flag(
+        "forward_kl", f"which divergence between teacher p and student q: {', '.join(OBJECTIVES)}; or your own, FILE.py:FUNCTION", path=True
+    )
     kd_temperature: float = flag(
         1.0, "temperature of both distributions in the divergence, never of sampling", range=TEMPERATURE
     )
@@ -63,6 +65,8 @@ class DistillationConfig(HiddenMatchingConfig, DivergenceConfig, RatioConfig):
 
     def validation_errors(self, config: Config) -> Iterator[str]:
         """What cannot be, one line each."""
+        if self.kd_objective not in OBJECTIVES and ".py:" not in self.kd_objective:
+            yield f"--kd-objective {self.kd_objective!r} is unknown; use one of {', '.join(OBJECTIVES)}, or FILE.py:FUNCTION"
         if self.kd_objective == "alpha_beta" and not self.skew_alpha * self.beta:
             yield "--kd-objective alpha_beta needs --skew-alpha and --beta above 0; use forward_kl for 1 and 0, reverse_kl for 0 and 1"
         share = SHARE_OF.get(self.kd_objective)

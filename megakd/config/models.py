@@ -57,8 +57,6 @@ class ModelConfig:
                 f"--teacher-ema {self.teacher_ema} is an average of the student, and --teacher-model {self.teacher_model} another model; "
                 "give --teacher-model self"
             )
-        if config.lora.rank:
-            yield f"--teacher-ema {self.teacher_ema} averages weights, and with --lora-rank they stay as they began; leave one of them out"
         if not config.page.teacher_may_move:
             yield (
                 f"--teacher-ema {self.teacher_ema}: --method {config.method} keeps what its teacher said over many steps; leave it out: "

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import megakd_kernels
 import torch
 from megakd_kernels import TopKRows, VocabShard
+from megakd_kernels.divergence import Objective
 from torch import Tensor
 
 from megakd.losses.token_loss import HeadRows, LogitRows, Rows, TokenLoss
@@ -22,10 +23,15 @@ BIASES = ("forward_kl_bias", "reverse_kl_bias")  # of a truncated teacher: what 
 class Divergence:
     """Which divergence between p and q, at which temperature; its mixture's shares where it has one."""
 
-    objective: str = "forward_kl"
+    objective: Objective = "forward_kl"
     temperature: float = 1.0
     beta: float = 0.5
     alpha: float = 0.1
+
+    @property
+    def name(self) -> str:
+        """As it is logged; of a function its own."""
+        return self.objective if isinstance(self.objective, str) else self.objective.__name__
 
     def __call__(self, q: HeadRows, p: Rows, vocabulary: VocabShard) -> Tensor:
         """Per token [N], with gradient to whichever side requires it; of a truncated p over its K tokens and one bucket for the rest."""
@@ -91,7 +97,7 @@ def kd_loss(
         lm = label_loss(q, labels_N, vocabulary)
     distance, bias = divergence.with_bias(q, p, vocabulary)
     total = (1 - kd_ratio) * lm + kd_ratio * distance
-    return TokenLoss(total, {"loss/total": total, "loss/lm": lm, f"loss/{divergence.objective}": distance} | as_logs(bias))
+    return TokenLoss(total, {"loss/total": total, "loss/lm": lm, f"loss/{divergence.name}": distance} | as_logs(bias))
 
 
 def as_logs(values: dict[str, Tensor]) -> dict[str, Tensor]:

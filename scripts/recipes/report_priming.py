@@ -4,6 +4,7 @@
     OUT/report/accuracy.png             bars by run, a panel a rule
     OUT/report/training.png             held-out loss on the worked solutions over each run
     OUT/report/attention.png            entropy and mass on the question's numbers by layer, from OUT/attention
+    OUT/report/heads.png                how each head's mass on the question's numbers changed, from there too
 
 Each figure has its numbers beside it as .csv.
 """
@@ -21,15 +22,15 @@ from megakd.reporting.jsonl import read_jsonl
 from megakd.reporting.own_folder import OwnFolder, write_text
 from megakd.reporting.plots import draw_lines, new_figure, plot_comparison, save
 
-STUDENTS = {  # folder of the evaluation: title, and what the paper's student of that kind got, of 1,319
-    "student": ("no distillation", 161),
-    "sft": ("fine-tuning only", 303),
-    "kd-none": ("KD, no text", 404),
-    "kd-confidence": ("KD, confidence", 499),
-    "kd-teacher": ("KD, teacher", 558),
-    "kd-ground-truth": ("KD, ground truth", 635),
-    "kd-hint": ("KD, right answer told", None),
-    "kd-original": ("KD, ground truth, published objective", None),
+STUDENTS = {  # folder of the evaluation: title, its bar, and what the paper's student of that kind got, of 1,319
+    "student": ("no distillation", "start", 161),
+    "sft": ("fine-tuning only", "SFT", 303),
+    "kd-none": ("KD, no text", "none", 404),
+    "kd-confidence": ("KD, confidence", "check", 499),
+    "kd-teacher": ("KD, teacher", "teacher", 558),
+    "kd-ground-truth": ("KD, ground truth", "truth", 635),
+    "kd-hint": ("KD, right answer told", "told", None),
+    "kd-original": ("KD, ground truth, published objective", "published", None),
 }
 TEACHERS = {f"teacher-{text}": f"teacher, {text}" for text in ("none", "confidence", "teacher", "ground-truth")}
 PAPERS_QUESTIONS = 1319
@@ -62,7 +63,7 @@ def write(args: argparse.Namespace) -> None:
 
 def tables(sets: dict[str, dict], made: dict) -> str:
     """Markdown: the students beside the paper's, the teacher with each text, and how it was made."""
-    students = [[title, *scores(sets[name]), published(count)] for name, (title, count) in STUDENTS.items()]
+    students = [[title, *scores(sets[name]), published(count)] for name, (title, _, count) in STUDENTS.items()]
     teachers = [[title, *scores(sets[name])] for name, title in TEACHERS.items()]
     count = sets["student"]["samples"]
     libraries = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
@@ -107,23 +108,24 @@ def seconds(out: Path) -> dict[str, int]:
 
 def draw(sets: dict[str, dict], out: Path, folder: Path) -> None:
     """Every figure."""
-    bars = {title.removeprefix("KD, "): {title: sets[name][rule] for rule, title in RULES.items()} for name, (title, _) in STUDENTS.items()}
+    bars = {bar: {title: sets[name][rule] for rule, title in RULES.items()} for name, (_, bar, _) in STUDENTS.items()}
     plot_comparison(bars, dict.fromkeys(RULES.values(), "% of answers"), folder / "accuracy.png")
     plot_training(out, folder / "training.png")
-    for kind in ("png", "csv"):
-        shutil.copyfile(out / "attention" / "figures" / f"comparison.{kind}", folder / f"attention.{kind}")
+    for name, figure in {"attention": "comparison", "heads": "number_mass_change"}.items():
+        for kind in ("png", "csv"):
+            shutil.copyfile(out / "attention" / "figures" / f"{figure}.{kind}", folder / f"{name}.{kind}")
 
 
 def plot_training(out: Path, path: Path) -> None:
     """Held-out loss of every run that has one."""
     points = {}
-    for name, (title, _) in STUDENTS.items():
+    for name, (title, *_) in STUDENTS.items():
         rows = read_jsonl(out / name / "metrics.jsonl") if name != "student" else []
         found = [(row["iteration"], row["valid/lm_loss"]) for row in rows if "valid/lm_loss" in row]
         points |= {title: tuple(map(list, zip(*found)))} if found else {}
     figure, (ax,) = new_figure(rows=1, columns=1)
     draw_lines(ax, points)
-    ax.set(title="held-out loss on worked solutions", ylabel="nats per token", xlabel="iteration")
+    ax.set(title="held-out loss on worked solutions", ylabel="nats per token", xlabel="iteration", yscale="log")
     rows = [[title, *point] for title, pair in points.items() for point in zip(*pair)]
     save(figure, path, ["run", "iteration", "valid/lm_loss"], rows)
 
