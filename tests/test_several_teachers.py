@@ -162,6 +162,10 @@ FLAGS = "--model m --train-data d --save s --train-iters 1 "
         ("--method minillm --teacher-mixed-alpha 0 --teacher-model math=a code=b --teacher-field f", "keeps the teacher's hidden states"),
         ("--method seqkd --teacher-model math=a code=b --teacher-field f", "lets the teacher write the responses"),
         ("--method kd --teacher-model math=a code=b --teacher-field f --hidden-coef 1", "--hidden-coef matches the layers of one teacher"),
+        ("--method kd --teacher-model math=a code=b --teacher-field f --teacher-tp 2", "several teachers have the student's layout"),
+        ("--method kd --teacher-model t --teacher-quantize int8 --teacher-ranks 1", "--teacher-quantize int8 is for a teacher that stays with"),
+        ("--method kd --teacher-cache c --teacher-offload", "--teacher-offload is of a model, and --teacher-cache loads none"),
+        ("--method kd --teacher-model self --teacher-ema 0.9 --teacher-quantize int8", "--teacher-quantize int8 freezes the weights that --teacher-ema"),
         ("--method kd --teacher-model math=a code=b --teacher-field f --teacher-cache c", "--teacher-cache holds the targets of one teacher"),
     ],
 )
