@@ -86,6 +86,8 @@ def check_paths(layout, family, kind):
     read = [supervised_hidden(model, batches) for model in models]
     assert all(torch.equal(a, b) for a, b in zip(*read))
     assert not any(torch.equal(a, b) for a, b in zip(read[0], plain)), "codes are not the numbers that they stand for"
+    for a, b in zip(read[0], plain):
+        assert (a - b).norm() <= {"int8": 0.03, "int4": 0.4}[kind] * b.norm(), "they are near"
     gradients = [prompt_gradient(model, batches) for model in models]
     if layout.is_first_stage:
         assert torch.equal(*gradients) and gradients[0].abs().max() > 0
