@@ -86,7 +86,7 @@ def check_store(config: Config, store: TeacherStore) -> None:
     if store.description.kind == "topk" and temperature != 1:
         raise UserError(
             f"temperature {temperature} needs whole distributions, and --teacher-cache {store.path} has the "
-            f"{store.description.top_k} likeliest tokens of each; use temperature 1, or write another with --cache-kind hidden"
+            f"{store.description.top_k} likeliest tokens of each; use temperature 1, or another store, of hidden states"
         )
 
 

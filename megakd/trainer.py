@@ -352,7 +352,6 @@ def teacher_weights(teacher: Teacher | None) -> TeacherWeights | None:
     return TeacherWeights(teacher.model, weights) if weights else None
 
 
-
 def conditioning_of(config: Config, folders: ModelFolders) -> Conditioning | None:
     """What the teacher reads where the student reads a prompt; None where that is the same.
 

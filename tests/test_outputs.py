@@ -23,7 +23,7 @@ from tiny import tiny_folder
 from train_tokenizer import train_tokenizer
 
 from megakd import loading, preflight, trainer
-from megakd.checkpointing import native
+from megakd.checkpointing import fingerprint, native
 from megakd.checkpointing.export_hf import export_to_hf
 from megakd.checkpointing.import_hf import hf_to_native
 from megakd.checkpointing.publish import published
@@ -31,7 +31,6 @@ from megakd.config import Config, EvaluateConfig, GenerateConfig, ResponseConfig
 from megakd.errors import UserError
 from megakd.evaluation.evaluator import evaluate
 from megakd.evaluation.report import check_folder
-from megakd.generation import origin
 from megakd.generation.write_responses import ResponseFile, write_responses
 from megakd.reporting.jsonl import JsonLines, dump, read_jsonl
 from megakd.reporting.own_folder import MARKER, OwnFolder
@@ -349,25 +348,25 @@ def test_special_tokens_that_the_text_of_a_response_lacks_are_told(lab, tmp_path
 
 
 def test_one_changed_weight_in_a_large_file_is_beyond_a_sample_but_a_changed_tensor_is_not(tmp_path):
-    block = origin.PIECE_BYTES
+    block = fingerprint.PIECE_BYTES
     (tmp_path / "config.json").write_text("{}")
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(bytes(100 * block))
-    sums = {origin.checksum(origin.model_files(tmp_path), whole=False)}
+    sums = {fingerprint.checksum(fingerprint.model_files(tmp_path), whole=False)}
     for start in range(0, 100 * block - 3 * block, 7 * block):  # three blocks in a row, wherever they are
         changed = bytearray(100 * block)
         changed[start : start + 3 * block] = b"\1" * (3 * block)
         weights.write_bytes(changed)
-        sums.add(origin.checksum(origin.model_files(tmp_path), whole=False))
+        sums.add(fingerprint.checksum(fingerprint.model_files(tmp_path), whole=False))
     assert len(sums) == 1 + len(range(0, 97 * block, 7 * block))
     (tmp_path / "README.md").touch()
-    assert origin.checksum(origin.model_files(tmp_path), whole=False) in sums
+    assert fingerprint.checksum(fingerprint.model_files(tmp_path), whole=False) in sums
 
 
 def test_the_checksum_of_a_checkpoint_is_that_of_its_latest_iteration(lab, tmp_path):
     hf_to_native(lab / "student", tmp_path / "native", tp=1, pp=1)
-    files = origin.model_files(tmp_path / "native")
-    assert files == origin.model_files(tmp_path / "native" / "iter_0000000") and any(file.suffix == ".distcp" for file in files)
+    files = fingerprint.model_files(tmp_path / "native")
+    assert files == fingerprint.model_files(tmp_path / "native" / "iter_0000000") and any(file.suffix == ".distcp" for file in files)
 
 
 # ---- runs
