@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,12 +20,11 @@ from megakd.checkpointing.hf_writer import TensorPlan, write_weights
 from megakd.checkpointing.model_folder import ModelFolder
 from megakd.checkpointing.native import NativeCheckpoint
 from megakd.checkpointing.parameters import Grid, Parameter, checkpoint_parameters
-from megakd.checkpointing.peft_folder import write_adapter
+from megakd.checkpointing.peft_folder import stored_adapter, write_adapter
 from megakd.checkpointing.publish import check_target, published
-from megakd.checkpointing.verify import compare_blocks, progress
+from megakd.checkpointing.verify import check_equal, compare_blocks, progress
 from megakd.errors import UserError
 from megakd.models.gpt_model import METHOD_PARTS
-from megakd.models.hf_checkpoint import DTYPES
 from megakd.models.inspection import inspect
 from megakd.models.param_mapping import Source, Vocabulary
 
@@ -55,50 +53,28 @@ def export_to_hf(
     native = NativeCheckpoint(load, iteration=iteration)
     check_target(save, force=force, ours=lambda path: (path / REPORT).is_file(), what="an export of megakd")
     with published(save) as folder:
-        if native.description.adapter:
-            _export_adapter(native, folder, max_shard_size, merge=merge_adapter)
+        if native.description.adapter and not merge_adapter:
+            write_report(folder, native, [], [write_adapter(native, folder)], how="not checked: the adapters as the checkpoint has them")
             return save
-        view = HuggingFaceView(native)
-        plans = [TensorPlan(name, view.dtype(name), view.shape(name)) for name in view.names]
+        names = HuggingFaceView(native).names
+        view = ModelFolder.of_adapter(stored_adapter(native), "--load").source if native.description.adapter else HuggingFaceView(native)
+        plans = [TensorPlan(name, view.dtype(name), view.shape(name)) for name in names]
         copy_hf_files(native.hf_folder, folder)
         name_dtype(folder / "config.json", [plan.dtype for plan in plans])
         files = _write_view(folder, view, plans, max_shard_size)
         if verify:
-            verify_export(native, WindowedCheckpoint(folder))
+            _verify(native, view, WindowedCheckpoint(folder), plans)
         how = "every tensor read back and compared with the checkpoint, bit for bit" if verify else "not checked: --no-verify"
         write_report(folder, native, plans, files, how=how)
     return save
 
 
-def _export_adapter(native: NativeCheckpoint, folder: Path, max_shard_size: int, *, merge: bool) -> None:
-    """PEFT's folder, or the base model with the adapters in its weights, every tensor of it read back."""
-    if not merge:
-        file = write_adapter(native, folder)
-        return write_report(folder, native, [], [file], how="PEFT's folder of the adapters, not checked")
-    with tempfile.TemporaryDirectory() as adapter:
-        write_adapter(native, Path(adapter))
-        merged = ModelFolder.open(adapter, flag="--model").source
-        plans = [TensorPlan(name, torch_dtype(merged.dtype(name)), merged.shape(name)) for name in weight_names(native)]
-        copy_hf_files(native.hf_folder, folder)
-        name_dtype(folder / "config.json", [plan.dtype for plan in plans])
-        files = _write_view(folder, merged, plans, max_shard_size)
-        written = WindowedCheckpoint(folder)
-        for plan in plans:
-            whole = tuple(slice(0, size) for size in plan.shape)
-            if not torch.equal(written.read(plan.name, whole), merged.read(plan.name, whole)):
-                raise UserError(f"verification: {plan.name} was not written as it is; nothing was written")
-        write_report(folder, native, plans, files, how="adapters merged; every tensor read back and compared, bit for bit")
-
-
-def weight_names(native: NativeCheckpoint) -> list[str]:
-    """Of the model's Hugging Face tensors, a tied head once."""
-    parameters = checkpoint_parameters(native.hf_config, native.description.padded_vocab_size)
-    return list(dict.fromkeys(tensor.name for parameter in parameters for tensor in parameter.mapping.sources()))
-
-
-def torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """A checkpoint says torch's, a Hugging Face folder safetensors' name."""
-    return dtype if isinstance(dtype, torch.dtype) else DTYPES[dtype]
+def _verify(native: NativeCheckpoint, view: Source, written: WindowedCheckpoint, plans: list[TensorPlan]) -> None:
+    """A whole checkpoint is compared by the other way, back to Megatron's parameters; merged adapters have none that hold them."""
+    if native.description.adapter:
+        check_equal(written, view, {plan.name: plan.dtype for plan in plans})
+    else:
+        verify_export(native, written)
 
 
 def _write_view(folder: Path, view: Source, plans: list[TensorPlan], max_shard_size: int) -> list[Path]:

@@ -39,7 +39,7 @@ class ModelFolder:
         """
         path = Path(path)
         if (path / ADAPTER).is_file() and not any((path / weights).is_file() for weights in (SINGLE, INDEX, PYTORCH_SINGLE, PYTORCH_INDEX)):
-            return cls._of_adapter(PeftAdapter.read(path, flag=flag), flag)
+            return cls.of_adapter(PeftAdapter.read(path, flag=flag), flag)
         if is_native(path):
             native = NativeCheckpoint(path, flag=flag)
             if native.description.adapter:
@@ -50,8 +50,12 @@ class ModelFolder:
         return cls(path, flag, checkpoint.config, path, checkpoint)
 
     @classmethod
-    def _of_adapter(cls, adapter: PeftAdapter, flag: str) -> ModelFolder:
-        """The base model's, with the adapter in its weights."""
+    def of_adapter(cls, adapter: PeftAdapter, flag: str) -> ModelFolder:
+        """The base model's, with the adapter in its weights.
+
+        Raises:
+            UserError: the base model is not there, or another.
+        """
         if not adapter.base.is_dir():
             said = f"{flag} {adapter.folder}: {ADAPTER} says base_model_name_or_path {adapter.config.get('base_model_name_or_path')!r}"
             raise UserError(f"{said}, which is no folder here; write the base model's folder there")

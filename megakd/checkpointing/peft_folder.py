@@ -18,7 +18,7 @@ from torch import Tensor
 from megakd.checkpointing.native import NativeCheckpoint
 from megakd.errors import UserError, file_errors, read_json
 from megakd.models.gpt_model import HiddenStateGPTModel
-from megakd.models.hf_checkpoint import ADAPTER
+from megakd.models.hf_checkpoint import ADAPTER, DTYPES
 from megakd.models.lora import hf_rows, leaf, linear_mappings, modules_of, target_modules
 from megakd.models.param_mapping import Source
 
@@ -53,11 +53,16 @@ def write_adapter(native: NativeCheckpoint, folder: Path) -> Path:
     """Both files, in `folder`; returns that of the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ADAPTER).write_text(json.dumps(native.description.adapter, indent=2) + "\n")
-    save_file(dict(stored_adapters(native)), folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(stored_adapter(native).tensors, folder / WEIGHTS, metadata={"format": "pt"})
     return folder / WEIGHTS
 
 
-def stored_adapters(native: NativeCheckpoint) -> Iterator[tuple[str, Tensor]]:
+def stored_adapter(native: NativeCheckpoint) -> PeftAdapter:
+    """That of a checkpoint."""
+    return PeftAdapter(native.folder, native.description.adapter, dict(_stored_tensors(native)))
+
+
+def _stored_tensors(native: NativeCheckpoint) -> Iterator[tuple[str, Tensor]]:
     """(PEFT's name, tensor) of a checkpoint's adapters. B's rows lie there in the order of the layer that holds them."""
     hf = native.hf_config
     for path, mapping in linear_mappings(hf).items():
@@ -153,9 +158,10 @@ class MergedSource:
         """That of the base model."""
         return self.base.shape(name)
 
-    def dtype(self, name: str):
-        """That of the base model."""
-        return self.base.dtype(name)
+    def dtype(self, name: str) -> torch.dtype:
+        """That of the base model, of which a checkpoint says torch's and a Hugging Face folder safetensors' name."""
+        dtype = self.base.dtype(name)
+        return DTYPES.get(dtype, dtype)
 
     def place(self, name: str) -> str:
         """The base model's file."""

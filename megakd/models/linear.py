@@ -6,6 +6,8 @@ and scatters the sequence, so they stay. Adapters (`lora`) are called here, in t
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -17,22 +19,23 @@ from torch import Tensor, nn
 class Adapted:
     """A linear layer to whose product its adapters add theirs, where it has any."""
 
-    cut: dict[str, int]  # its own parameters that tensor parallelism cuts, and along which axis
+    cut: ClassVar[dict[str, int]]  # its own parameters that tensor parallelism cuts, and along which axis
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.adapters: nn.ModuleDict | None = None
+        self.adapters: nn.ModuleDict | None = None  # and no empty one: a small model decodes slower by it
 
     def forward(self, input_: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
         output, bias = self.product(input_, *args, **kwargs)
-        for adapter in self.adapters.values() if self.adapters is not None else ():
-            output = adapter(input_, output, self.sequence_parallel)
+        if self.adapters is not None:
+            for adapter in self.adapters.values():
+                output = adapter(input_, output, self.sequence_parallel)
         return output, bias
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """megatron's, which knows its own two parameters."""
         axes = dict(self.cut)
-        for name, adapter in self.adapters.items() if self.adapters is not None else ():
+        for name, adapter in (self.adapters or {}).items():
             axes |= {f"adapters.{name}.{parameter}": axis for parameter, axis in adapter.cut.items()}
         state, groups = self.state_dict(prefix="", keep_vars=True), {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
         return make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets, **groups)
@@ -41,7 +44,7 @@ class Adapted:
 class ColumnLinear(Adapted, ColumnParallelLinear):
     """x Wᵀ (+ b), where this rank holds rows of W and b; returns it and the bias that the caller adds, if it does."""
 
-    cut = {"weight": 0, "bias": 0}  # noqa: RUF012
+    cut: ClassVar = {"weight": 0, "bias": 0}
 
     def product(self, input_: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
         """Without adapters."""
@@ -56,7 +59,7 @@ class ColumnLinear(Adapted, ColumnParallelLinear):
 class RowLinear(Adapted, RowParallelLinear):
     """x Wᵀ summed over ranks, where this rank holds columns of W; returns it and the bias that the caller adds."""
 
-    cut = {"weight": 1}  # noqa: RUF012
+    cut: ClassVar = {"weight": 1}
 
     def product(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """Without adapters."""
