@@ -118,21 +118,21 @@ class Batch:
         return replace(self, **moved, twin=self.twin and self.twin.to(device))
 
 
-def collate(samples: Sequence[Sample], *, seq_length: int | None = None, multiple_of: int = 1) -> Batch:
-    """One Batch of all samples, as wide as the longest row rounded up to `multiple_of`, or exactly `seq_length`; where a sample has a
-    prompt for the teacher, with a twin that is as wide as that needs.
+def collate(samples: Sequence[Sample], *, seq_length: int | None = None) -> Batch:
+    """One Batch of all samples, as wide as the longest row, or exactly `seq_length`; where a sample has a prompt for the teacher, with a
+    twin that is as wide as that needs.
 
     Raises ValueError where a row does not fit into `seq_length`.
     """
     longest = max(sample.num_positions for sample in samples)
     if seq_length is not None and longest > seq_length:
         raise ValueError(f"--seq-length {seq_length} is too short for a row of {longest} positions; raise it to {longest}")
-    labels, width = [sample.num_labels for sample in samples], seq_length or round_up(longest, multiple_of)
+    labels, width = [sample.num_labels for sample in samples], seq_length or longest
     batch = padded(samples, labels, width)
     if all(sample.teacher_prompt is None for sample in samples):
         return replace(batch, samples=tuple(samples))
     as_read = [sample.for_teacher for sample in samples]
-    twin = padded(as_read, labels, round_up(max(sample.num_positions for sample in as_read), multiple_of))
+    twin = padded(as_read, labels, max(sample.num_positions for sample in as_read))
     return replace(batch, twin=twin, samples=tuple(samples))
 
 
@@ -162,11 +162,6 @@ def framed(tokens: Tensor, labels: Tensor, lengths: Tensor, response_lengths: Te
         sample_ids=sample_ids,
         supervised_positions=loss_mask.flatten().nonzero().squeeze(1),
     )
-
-
-def round_up(number: int, multiple_of: int) -> int:
-    """To a multiple."""
-    return -(-number // multiple_of) * multiple_of
 
 
 def collate_unshifted(samples: Sequence[Sample]) -> Batch:

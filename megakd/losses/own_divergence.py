@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from functools import cache
 from pathlib import Path
 
 from megakd_kernels.divergence import Objective
@@ -10,8 +11,9 @@ from megakd_kernels.divergence import Objective
 from megakd.errors import UserError, file_errors
 
 
+@cache
 def find_divergence(name: str) -> Objective:
-    """The function of FILE.py:FUNCTION, whose file is executed; another name as it is.
+    """The function of FILE.py:FUNCTION, whose file is executed once; another name as it is.
 
     Raises:
         UserError: no such file, or no such function in it.
