@@ -10,7 +10,8 @@ from typing import Any
 
 from megakd.checkpointing.model_folder import ModelFolder
 from megakd.checkpointing.teacher_store import TeacherStore
-from megakd.config import SELF, LayoutConfig, TeacherLayoutConfig
+from megakd.config import SELF, ConditioningConfig, LayoutConfig, TeacherLayoutConfig
+from megakd.data.conditioning import Conditioning
 from megakd.data.end_ids import EndIds
 from megakd.data.tokenizer import check_same_tokenizer
 from megakd.errors import UserError, tell
@@ -38,46 +39,50 @@ class Places:
 
 @dataclass(frozen=True)
 class ModelFolders:
-    """The student, or whatever model answers, and its teacher where there is one: headers and configs were read, no weight. In place of
-    a teacher a store of its targets. `named` are all teachers where there are several, `teacher` then the first of them."""
+    """The student, or whatever model answers, and its teachers by name, of which one alone has the empty name: headers and configs were
+    read, no weight. In place of a teacher a store of its targets."""
 
     student: ModelFolder
-    teacher: ModelFolder | None = None
+    teachers: Mapping[str, ModelFolder] = field(default_factory=dict)
     store: TeacherStore | None = None
-    named: Mapping[str, ModelFolder] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, model: str, teacher_model: str = "", teacher_cache: str = "", named_teachers: Mapping[str, str] = {}) -> ModelFolders:
-        """A `teacher_model` called self is the model itself, once more. With a store the teacher's own folder is not opened, but has to be
-        the one whose targets it holds.
+    def open(cls, model: str, teachers: Mapping[str, str] = {}, teacher_cache: str = "") -> ModelFolders:
+        """A teacher whose folder is self is the model itself, once more. With a store the teacher's own folder is not opened, but has to
+        be the one whose targets it holds.
 
         Raises:
             UserError: a folder holds no model that can be run, or no store.
         """
-        teacher_model = model if teacher_model == SELF else teacher_model
+        paths = {name: model if path == SELF else path for name, path in teachers.items()}
         if teacher_cache:
             store = TeacherStore(teacher_cache)
-            if teacher_model:
-                store.check_teacher(teacher_model)
+            for path in paths.values():
+                store.check_teacher(path)
             return cls(ModelFolder.open(model, flag="--model"), store=store)
-        named = {name: ModelFolder.open(path, flag="--teacher-model") for name, path in named_teachers.items()}
-        if named:
-            return cls(ModelFolder.open(model, flag="--model"), next(iter(named.values())), named=named)
-        teacher = ModelFolder.open(teacher_model, flag="--teacher-model") if teacher_model else None
-        return cls(ModelFolder.open(model, flag="--model"), teacher)
+        opened = {name: ModelFolder.open(path, flag="--teacher-model") for name, path in paths.items()}
+        return cls(ModelFolder.open(model, flag="--model"), opened)
 
     @property
     def taught_by(self) -> ModelFolder | TeacherStore | None:
-        """Whoever has the teacher's tokenizer, vocabulary and ends."""
-        return self.teacher or self.store
+        """Whoever has the teacher's tokenizer, vocabulary and ends; of several, which agree in them, the first."""
+        return next(iter(self.teachers.values()), self.store)
 
     def __iter__(self) -> Iterator[ModelFolder]:
-        return filter(None, (self.student, self.teacher, *self.others.values()))
+        return iter((self.student, *self.teachers.values()))
 
-    @property
-    def others(self) -> dict[str, ModelFolder]:
-        """Of several teachers all but the first."""
-        return dict(list(self.named.items())[1:])
+    def conditioning(self, settings: ConditioningConfig, *, template: str, taken: int, new_tokens: int) -> Conditioning | None:
+        """What the teacher reads where the student reads a prompt, `taken` of its positions being something else's; None where that is the
+        same, or nobody teaches.
+
+        Raises:
+            UserError: a template cannot be used.
+        """
+        if self.taught_by is None:
+            return None
+        tokenizers = self.student.tokenizer, self.taught_by.tokenizer
+        positions = context_length(self.taught_by.config) - taken
+        return Conditioning.open(settings, *tokenizers, template=template, positions=positions, new_tokens=new_tokens)
 
     def check(self, parallel: LayoutConfig, teacher: TeacherLayoutConfig = AS_THE_STUDENT) -> None:
         """Layouts and tokenizers.
@@ -90,18 +95,18 @@ class ModelFolders:
             grid = student if folder is self.student else own
             prefix = "--teacher-" if folder is not self.student and teacher.flags_given(parallel) else "--"
             check_layout(folder.config, grid.tp_size, grid.pp_size, flag=folder.flag, name=str(folder.path), prefix=prefix)
-        check_tokenizers(self.student, self.taught_by)
-        for folder in self.others.values():
-            check_tokenizers(self.student, folder)
-            check_same_chat_template(self.teacher, folder)
+        for teacher in self.teachers.values() or [self.store]:
+            check_tokenizers(self.student, teacher)
+        for other in list(self.teachers.values())[1:]:
+            check_same_chat_template(self.taught_by, other)
         if self.store:
             self.store.check_vocabulary(self.student.config.vocab_size)
 
     def joined_ends(self) -> EndIds:
         """Those of the student, and of the teacher whose habit it learns; the student's are taught."""
         ends = self.student.ends
-        for folder in filter(None, (self.taught_by, *self.others.values())):
-            ends = ends.joined(folder.ends)
+        for teacher in self.teachers.values() or filter(None, [self.store]):
+            ends = ends.joined(teacher.ends)
         return ends
 
     def load(
@@ -113,31 +118,20 @@ class ModelFolders:
         student, teacher: TransformerConfig fields of one of them alone.
         """
         places = Places.in_one(layout)
-        models = self.load_apart(places, dtype, sequence_parallel=sequence_parallel, student=student, teacher=teacher)
-        return list(filter(None, models))
+        learner, teachers = self.load_apart(places, dtype, sequence_parallel=sequence_parallel, student=student, teacher=teacher)
+        return [learner, *teachers]
 
     def load_apart(
         self, places: Places, dtype: str, *, sequence_parallel: bool = False,
         student: Mapping[str, Any] = {}, teacher: Mapping[str, Any] = {},
-    ) -> tuple[HiddenStateGPTModel | None, HiddenStateGPTModel | None]:
-        """Of each what this rank has: its stage, or None."""
-        options = self._options(places, dtype, sequence_parallel)
-        learner = places.student and load_model(self.student, places.student, **options, **student)
-        has_teacher = self.teacher is not None and places.teacher is not None
-        return learner, frozen(load_model(self.teacher, places.teacher, **options, **teacher)) if has_teacher else None
-
-    def load_others(
-        self, layout: ParallelLayout, dtype: str, *, sequence_parallel: bool = False, teacher: Mapping[str, Any] = {}, **student
-    ) -> list[HiddenStateGPTModel]:
-        """Of several teachers all but the first, in the student's layout; `student` is not looked at."""
-        options = self._options(Places.in_one(layout), dtype, sequence_parallel)
-        return [frozen(load_model(folder, layout, **options, **teacher)) for folder in self.others.values()]
-
-    def _options(self, places: Places, dtype: str, sequence_parallel: bool) -> dict[str, Any]:
-        """Of build_model, for all models."""
+    ) -> tuple[HiddenStateGPTModel | None, list[HiddenStateGPTModel]]:
+        """Of each what this rank has: its stage, or none."""
         sizes = [folder.config.vocab_size for folder in (*self, self.store) if folder]
         options = align_vocabularies(sizes, *(grid.tp_size for grid in places.grids))
-        return options | {"dtype": resolve_dtype(dtype), "sequence_parallel": sequence_parallel}
+        options |= {"dtype": resolve_dtype(dtype), "sequence_parallel": sequence_parallel}
+        learner = places.student and load_model(self.student, places.student, **options, **student)
+        here = self.teachers.values() if places.teacher else ()
+        return learner, [frozen(load_model(folder, places.teacher, **options, **teacher)) for folder in here]
 
 
 def load_model(folder: ModelFolder, layout: ParallelLayout, **options) -> HiddenStateGPTModel:

@@ -51,7 +51,7 @@ def check_lengths(config: Config, folders: ModelFolders) -> None:
     """Prompt, response and, for a prompted teacher, the soft prompt fit into the models' positions."""
     data, response = config.data, config.max_new_tokens
     for folder in folders:
-        soft = config.page.soft_prompt_len if folder is folders.teacher else 0
+        soft = 0 if folder is folders.student else config.page.soft_prompt_len
         said = f"--max-length {data.max_length}" + (f" + --prompt-len {soft}" if soft else "")
         check_context(folder, data.max_length, soft, said, "use --max-length {} or less")
     if data.max_prompt_length + response > data.max_length:

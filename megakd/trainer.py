@@ -13,21 +13,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import yaml
-from transformers import PreTrainedTokenizerBase
 
 from megakd import preflight
 from megakd.checkpointing.export_hf import export_to_hf
 from megakd.checkpointing.native import read_latest
-from megakd.checkpointing.teacher_store import TeacherStore
 from megakd.checkpointing.training import TeacherWeights, load_checkpoint, load_nothing, save_checkpoint, save_nothing
 from megakd.config import Config
 from megakd.data.batch import Sample
-from megakd.data.conditioning import Conditioning
 from megakd.data.dataloader import DataLoader
-from megakd.data.open_data import open_prompts, open_responses
-from megakd.data.routing import RoutedData
-from megakd.data.sft_dataset import NO_RESPONSE
-from megakd.data.shown import as_read
 from megakd.errors import UserError, tell
 from megakd.evaluation.held_out import held_out_losses
 from megakd.generation.generate import generate
@@ -36,13 +29,12 @@ from megakd.loading import ModelFolders, Places, start_apart
 from megakd.methods import METHODS, build_method
 from megakd.methods.base import Method
 from megakd.models.lora import adapt
-from megakd.models.model_provider import context_length
 from megakd.reporting.jsonl import JsonLines
 from megakd.reporting.logger import RunLogger
 from megakd.reporting.own_folder import write_text
 from megakd.reporting.plots import plot_training
+from megakd.run_data import RunData
 from megakd.runtime.initialize import is_rank_zero, seed_everything
-from megakd.runtime.parallel_layout import ParallelLayout
 from megakd.schedules import TOKENS
 from megakd.teachers.build import build_teacher
 from megakd.teachers.relayed import RelayedTeacher
@@ -50,54 +42,6 @@ from megakd.teachers.teacher import Teacher
 
 SAMPLES_SHOWN = 4  # held-out prompts that the student answers greedily at every evaluation, for people to read
 GIB = 1024**3
-
-HELD_OUT = "--valid-data is for the loss on it; give one, or leave --valid-data out"  # said of a row without a response
-
-
-@dataclass(frozen=True)
-class RunData:
-    """What a run learns, beside that what its method learns as text (MiniLLM), and what it is evaluated on."""
-
-    loader: DataLoader
-    text: DataLoader | None = None
-    valid: Sequence[Sample] | None = None
-
-    @classmethod
-    def open(cls, config: Config, folders: ModelFolders, layout: ParallelLayout) -> RunData:
-        """
-        Raises:
-            UserError: a file cannot be read, or does not hold what the method needs.
-        """
-        data, method = config.data, METHODS[config.method]
-        tokenizer, conditioning = folders.student.tokenizer, conditioning_of(config, folders)
-        loader = DataLoader(
-            routed(open_training_rows(config, tokenizer, conditioning), config),
-            global_batch_size=config.training.global_batch_size,
-            seed=config.training.seed,
-            dp_rank=layout.dp_rank,
-            dp_size=layout.dp_size,
-        )
-        text = method.open_text(config, tokenizer, layout, conditioning)
-        options = {"conditioning": conditioning, "no_response": HELD_OUT}
-        valid = routed(open_responses(data.valid_data, tokenizer, data, **options), config) if data.valid_data else None
-        return cls(loader, text, valid)
-
-    def check_stored(self, store: TeacherStore) -> None:
-        """
-        Raises:
-            UserError: a row is not in the store.
-        """
-        for rows in (self.loader.dataset, self.valid or ()):
-            store.check_texts(rows, where=rows.where if rows else None)
-
-    def show(self, count: int, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Print the first rows as they are read, on rank 0."""
-        written = f"what the {'teacher' if config.method == 'seqkd' else 'student'} writes, {config.max_new_tokens} tokens at most"
-        rows = self.loader.dataset
-        if is_rank_zero():
-            for i in range(min(count, len(rows))):
-                options = {"where": rows.where(i), "written": written, "has_teacher": config.needs_teacher}
-                print(as_read(rows[i], tokenizer, **options), flush=True)
 
 
 @dataclass(frozen=True)
@@ -133,7 +77,7 @@ def serve(config: Config, folders: ModelFolders, places: Places) -> None:
     """A rank of the teacher's own, through the whole run: it does what the student's ranks ask for."""
     if config.output.show_data:
         return
-    _, teacher = folders.load_apart(places, config.models.dtype, **model_options(config))
+    _, (teacher,) = folders.load_apart(places, config.models.dtype, **model_options(config))
     RelayedTeacher.between(places.grids, None, teacher).serve()
 
 
@@ -203,12 +147,11 @@ class Trainer:
     # ---- set-up
 
     def _build_method(self) -> Method:
-        student, model = self.folders.load_apart(self.places, self.config.models.dtype, **model_options(self.config))
+        student, models = self.folders.load_apart(self.places, self.config.models.dtype, **model_options(self.config))
         if self.config.lora.rank:
             adapt(student, self.config.lora, seed=self.config.training.seed)
-        others = self.folders.load_others(self.layout, self.config.models.dtype, **model_options(self.config))
         first = self.data.loader.samples(0)
-        teacher = build_teacher(self.config, self.folders, self.places.grids, student, (model, *others), first)
+        teacher = build_teacher(self.config, self.folders, self.places.grids, student, models, first)
         self.teacher = teacher or Teacher()  # of whom nothing is asked
         return build_method(self.config, student, teacher, self.tokenizer, self.ends, self.data.text, total_iters=self.total_iters)
 
@@ -333,86 +276,20 @@ class Trainer:
 
 
 def open_folders(config: Config) -> ModelFolders:
-    """The student, and the teacher of a method that has one, or its store.
+    """The student, and the teachers of a method that has any, or their store.
 
     Raises:
         UserError: a folder holds none.
     """
-    models = config.models
     if not config.needs_teacher:
-        return ModelFolders.open(models.model)
-    if named := models.named_teachers:
-        return ModelFolders.open(models.model, named_teachers=named)
-    return ModelFolders.open(models.model, models.teacher_model, config.teacher.teacher_cache)
+        return ModelFolders.open(config.models.model)
+    return ModelFolders.open(config.models.model, config.models.teachers, config.teacher.teacher_cache)
 
 
 def teacher_weights(teacher: Teacher | None) -> TeacherWeights | None:
     """What a checkpoint keeps of the teacher, if anything."""
     weights = teacher.learnt_weights() if teacher else {}
     return TeacherWeights(teacher.model, weights) if weights else None
-
-
-def conditioning_of(config: Config, folders: ModelFolders) -> Conditioning | None:
-    """What the teacher reads where the student reads a prompt; None where that is the same.
-
-    Raises:
-        UserError: a template cannot be used.
-    """
-    if folders.taught_by is None:
-        return None
-    return Conditioning.open(
-        config.conditioning,
-        folders.student.tokenizer,
-        folders.taught_by.tokenizer,
-        template=config.data.prompt_template,
-        positions=context_length(folders.taught_by.config) - config.page.soft_prompt_len,
-        new_tokens=config.max_new_tokens if METHODS[config.method].answers_prompts(config) else 0,
-    )
-
-
-def open_training_rows(
-    config: Config, tokenizer: PreTrainedTokenizerBase, conditioning: Conditioning | None = None
-) -> Sequence[Sample]:
-    """--train-data as the method reads it.
-
-    Raises:
-        UserError: a row lacks the prompt or the response that it learns.
-    """
-    data, method = config.data, METHODS[config.method]
-    if not method.reads_responses(config):
-        return open_prompts(data.train_data, tokenizer, data, conditioning=conditioning)
-    rows = open_responses(data.train_data, tokenizer, data, conditioning=conditioning, no_response=no_response(config))
-    if method.needs_prompts(config):
-        check_prompts(rows, config)
-    return rows
-
-
-def routed(rows: Sequence[Sample], config: Config) -> Sequence[Sample]:
-    """Each with its teacher, where there are several.
-
-    Raises:
-        UserError: a row names none of them.
-    """
-    names = config.models.named_teachers
-    return RoutedData(rows, config.teacher.teacher_field, names) if names else rows
-
-
-def no_response(config: Config) -> str:
-    """What is said of a row without one that the method learns."""
-    return config.page.no_response(NO_RESPONSE)
-
-
-def check_prompts(dataset: Sequence[Sample], config: Config) -> None:
-    """A student that answers the data's prompts, be it now and then, needs one in every row; so do losses on prompts.
-
-    Raises:
-        UserError: a row of plain text.
-    """
-    plain = next((i for i, sample in enumerate(dataset) if not sample.prompt), None)
-    if plain is not None:
-        raise UserError(
-            f"{dataset.where(plain)} has no prompt, which --method {config.method} needs; give data with prompts{config.page.no_prompt}"
-        )
 
 
 def student_options(config: Config) -> dict:

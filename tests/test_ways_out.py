@@ -61,6 +61,7 @@ def test_every_flag_and_file_that_a_message_names_is_there(path):
 
 ONLY_IN = {  # flags that a module's messages may name, by who calls it: a way out of another command is none
     "megakd/trainer.py": "pretrain_kd.py",
+    "megakd/run_data.py": "pretrain_kd.py",
     "megakd/preflight.py": "pretrain_kd.py",
     "megakd/methods": "pretrain_kd.py",
     "megakd/optimizer.py": "pretrain_kd.py",

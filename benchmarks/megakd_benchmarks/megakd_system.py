@@ -66,7 +66,7 @@ class MegakdSystem:
 
 def _build_method(config: BenchmarkConfig, workload: Workload, models: Path, layout: ParallelLayout) -> GivenEndsPromptKD:
     run = run_config(config, models)
-    folders = ModelFolders.open(run.models.model, run.models.teacher_model)
+    folders = ModelFolders.open(run.models.model, run.models.teachers)
     student, teacher = folders.load(layout, config.dtype, sequence_parallel=config.parallel.sequence_parallel)
     optimizer = StudentOptimizer(
         student, run.training, total_iters=TOTAL_ITERS, distributed=config.parallel.use_distributed_optimizer

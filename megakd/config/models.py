@@ -41,10 +41,16 @@ class ModelConfig:
     )
 
     @property
+    def teachers(self) -> dict[str, str]:
+        """Folders by name; one alone has the empty name."""
+        if isinstance(self.teacher_model, str):
+            return {"": self.teacher_model} if self.teacher_model else {}
+        return {name: path for name, _, path in (word.partition("=") for word in self.teacher_model)}
+
+    @property
     def named_teachers(self) -> dict[str, str]:
-        """Folders by name where there are several teachers; the one has no name."""
-        words = () if isinstance(self.teacher_model, str) else self.teacher_model
-        return {name: path for name, _, path in (word.partition("=") for word in words)}
+        """The same where they have names, of which a row says one."""
+        return {} if isinstance(self.teacher_model, str) else self.teachers
 
     def validation_errors(self, config: Config) -> Iterator[str]:
         """What cannot be, one line each."""

@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.checkpointing.description import versions
 from megakd.config import EvaluateConfig
-from megakd.data.conditioning import Conditioning
 from megakd.data.text_dataset import response_text
 from megakd.evaluation.evaluation_set import EvaluationSet, open_sets
 from megakd.evaluation.exposure_bias import accumulated, exposure_bias, token_divergences
@@ -30,8 +29,7 @@ from megakd.evaluation.report import Report, check_folder, notes, print_table
 from megakd.generation.answers import Writer, gather_by_index, hidden_ids, open_folders, sampling_of
 from megakd.generation.progress import Progress
 from megakd.generation.sampling import Sampling
-from megakd.loading import ModelFolders, frozen, start_apart
-from megakd.models.model_provider import context_length
+from megakd.loading import frozen, start_apart
 from megakd.runtime.initialize import is_rank_zero
 from megakd.runtime.parallel_layout import ParallelLayout
 from megakd.teachers.relayed import in_its_layout
@@ -52,18 +50,20 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     began = time.perf_counter()
     folders = open_folders(config, config.teacher_model, config.teacher_cache)
     tokenizer = folders.student.tokenizer
-    sets = open_sets(config, tokenizer, conditioning_of(config, folders))
+    new_tokens = config.responses.max_new_tokens if config.exposure_bias else 0
+    options = {"template": config.responses.prompt_template, "taken": int(config.add_bos), "new_tokens": new_tokens}
+    sets = open_sets(config, tokenizer, folders.conditioning(config.conditioning, **options))
     for data in sets if folders.store else ():
         folders.store.check_texts(data, where=data.where)
     places = start_apart(config.parallel, config.teacher_layout)
     layout = places.student
     report = Report(config.save if is_rank_zero() else "")
-    student, model = folders.load_apart(places, config.dtype)
-    models = filter(None, (frozen(student), model))
-    written = [Writer(model, folder.ends, config.responses.batch_size) for model, folder in zip(models, folders)]
+    student, models = folders.load_apart(places, config.dtype)
+    written = [Writer(model, folder.ends, config.responses.batch_size) for model, folder in zip((frozen(student), *models), folders)]
     writers = dict(zip(("student", "teacher"), written))
-    own = StoredTeacher(folders.store, student) if folders.store else None
-    teacher = own or (model and in_its_layout(places.grids, student, model))
+    teacher = StoredTeacher(folders.store, student) if folders.store else None
+    if models:
+        teacher = in_its_layout(places.grids, student, *models)
     scores = Evaluator(config, sets, tokenizer, writers, teacher, report).run()
     ends_of = {name: asdict(writer.ends) for name, writer in writers.items()}
     results = {**describe(config, layout), "ends": ends_of, "seconds": time.perf_counter() - began, **scores}
@@ -72,20 +72,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         report.finish(results)
         print_table(results)
     return results
-
-
-def conditioning_of(config: EvaluateConfig, folders: ModelFolders) -> Conditioning | None:
-    """What the teacher reads where the model reads a prompt; None where that is the same."""
-    if folders.taught_by is None:
-        return None
-    return Conditioning.open(
-        config.conditioning,
-        folders.student.tokenizer,
-        folders.taught_by.tokenizer,
-        template=config.responses.prompt_template,
-        positions=context_length(folders.taught_by.config) - config.add_bos,
-        new_tokens=config.responses.max_new_tokens if config.exposure_bias else 0,
-    )
 
 
 def describe(config: EvaluateConfig, layout: ParallelLayout) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def open_folders(config: AnsweringConfig, teacher_model: str = "", teacher_cache
     Raises:
         UserError: a folder, the layout, the tokenizers or the lengths do not fit.
     """
-    folders = ModelFolders.open(config.model, teacher_model, teacher_cache)
+    folders = ModelFolders.open(config.model, {"": teacher_model} if teacher_model else {}, teacher_cache)
     folders.check(config.parallel, getattr(config, "teacher_layout", AS_THE_STUDENT))
     prompt, response = config.responses.max_prompt_length, config.responses.max_new_tokens
     bos = int(getattr(config, "add_bos", False))

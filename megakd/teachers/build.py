@@ -25,19 +25,19 @@ def build_teacher(
     folders: ModelFolders,
     grids: tuple[Grid, Grid],
     student: HiddenStateGPTModel,
-    models: Sequence[HiddenStateGPTModel | None],
+    models: Sequence[HiddenStateGPTModel],
     first: Sequence[Sample],
 ) -> Teacher | None:
-    """`models` are the teacher's, the first None where it is not on this rank; `grids` the layouts of student and teacher; `first` is this
-    replica's part of the first batch."""
+    """`models` are the teachers' that are on this rank; `grids` the layouts of student and teacher; `first` is this replica's part of the
+    first batch."""
     if not config.needs_teacher:
         return None
     if folders.store:
         return StoredTeacher(folders.store, student)
     live = partial(in_the_students_layout, config, first)
-    if folders.named:
-        return SeveralTeachers(dict(zip(folders.named, map(live, models))))
-    return in_its_layout(grids, student, models[0], live)
+    if "" not in folders.teachers:
+        return SeveralTeachers(dict(zip(folders.teachers, map(live, models))))
+    return in_its_layout(grids, student, next(iter(models), None), live)
 
 
 def in_the_students_layout(config: Config, first: Sequence[Sample], model: HiddenStateGPTModel) -> LiveTeacher:

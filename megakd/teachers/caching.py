@@ -94,7 +94,7 @@ def check(config: CacheConfig, teacher: ModelFolder, student: ModelFolder | None
         UserError: the first thing that does not fit.
     """
     check_quantization(config.teacher_quantize)
-    ModelFolders(student or teacher, teacher).check(config.parallel)
+    ModelFolders(student or teacher, {"": teacher}).check(config.parallel)
     check_context(teacher, config.data.max_length, 0, f"--max-length {config.data.max_length}", "use --max-length {} or less")
     counted = vocab_size(teacher, student)
     if config.cache_kind == "topk" and config.top_k > counted:

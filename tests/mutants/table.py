@@ -348,17 +348,17 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     ],
     of("test_self_distillation", "an_average_goes_on_at_another_layout_and_is_resharded", "an_empty_priming_is_none_to_the_bit"): [
         (TEACHERS + "build.py", "if decay is not None:", "if False:"),
-        (TRAINER, "routed(open_training_rows(config, tokenizer, conditioning), config)", "routed(open_training_rows(config, tokenizer, None), config)"),
+        ("megakd/run_data.py", "routed(open_training_rows(config, tokenizer, conditioning), config)", "routed(open_training_rows(config, tokenizer, None), config)"),
     ],
     of("test_self_distillation", "show_data_prints_rows_as_they_are_read_and_leaves_nothing"): [
         (TRAINER, "if not config.output.show_data:", "if True:"),
         (TRAINER, "config.output.show_data or int(config.conditioning.adds_text)", "config.output.show_data"),
     ],
     "tests/test_primed_evaluation.py": [
-        (EVALUATION + "evaluator.py", "open_sets(config, tokenizer, conditioning_of(config, folders))", "open_sets(config, tokenizer, None)"),
+        (EVALUATION + "evaluator.py", "open_sets(config, tokenizer, folders.conditioning(config.conditioning, **options))", "open_sets(config, tokenizer, None)"),
         (EVALUATION + "evaluator.py", 'data.teacher_questions() if writer == "teacher" else data.questions()', "data.questions()"),
         (EVALUATION + "exposure_bias.py", "replace(sample, sample_id=i)", "Sample(i, sample.prompt, sample.response)"),
-        ("megakd/loading.py", "model if teacher_model == SELF else teacher_model", "teacher_model"),
+        ("megakd/loading.py", "model if path == SELF else path", "path"),
     ],
     "tests/test_data_batch.py": [
         (DATA + "batch.py", "(lengths - response_lengths)", "(lengths - response_lengths + 1)"),
@@ -523,10 +523,10 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     ],
     of("test_stored_teacher", "a_changed_row_or_response_is_refused_by_its_place", "a_changed_model_is_refused"): [
         ("megakd/trainer.py", "        data.check_stored(folders.store)", "        pass"),
-        ("megakd/trainer.py", "for rows in (self.loader.dataset, self.valid or ()):", "for rows in (self.loader.dataset,):"),
+        ("megakd/run_data.py", "for rows in (self.loader.dataset, self.valid or ()):", "for rows in (self.loader.dataset,):"),
     ],
     of("test_stored_teacher", "a_changed_model_is_refused"): [
-        ("megakd/loading.py", "                store.check_teacher(teacher_model)", "                pass"),
+        ("megakd/loading.py", "                store.check_teacher(path)", "                pass"),
     ],
     of("test_stored_teacher", "a_changed_tokenizer_and_priming_are_refused", "a_temperature_needs_whole_distributions"): [
         ("megakd/preflight.py", "    store.check_conditioning(asdict(config.conditioning))\n", ""),
@@ -538,8 +538,8 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (DATA + "batch.py", "[sample for sample in samples if sample.teacher == name]", "list(samples)[: len(name)]"),
     ],
     of("test_several_teachers", "a_run_with_two_teachers_is_the_same_on_replicas_and_evaluates_each_row_with_its_own"): [
-        ("megakd/trainer.py", "valid = routed(open_responses(", "valid = (lambda rows, _: rows)(open_responses("),
-        ("megakd/loading.py", "return dict(list(self.named.items())[1:])", "return dict(list(self.named.items())[:1])"),
+        ("megakd/run_data.py", "valid = routed(open_responses(", "valid = (lambda rows, _: rows)(open_responses("),
+        (TEACHERS + "build.py", "zip(folders.teachers, map(live, models))", "zip(folders.teachers, map(live, models[:1] * 2))"),
     ],
     of("test_quantised_teacher", "scales_of_a_row_are_those_of_all_its_columns", "a_quantised_teacher_is_the_model_of_its_numbers"): [
         (MODELS + "weight_only.py", "module.tp_group if isinstance(module, RowParallelLinear) else None", "None"),
