@@ -122,9 +122,9 @@ class Trainer:
         try:
             self._run()
         except UserError:
-            self.teacher.dismiss()  # ranks of its own would wait, and end with a traceback
+            self.teacher.shut_down()  # ranks of its own would wait, and end with a traceback
             raise
-        self.teacher.dismiss()
+        self.teacher.shut_down()
 
     def _run(self) -> None:
         tell(self.ends.line(self.tokenizer))
@@ -161,7 +161,7 @@ class Trainer:
         if iteration is None:
             return 0
         method = self.method
-        self.teacher.along(load_nothing, self.checkpoints, iteration)
+        self.teacher.on_teacher_ranks(load_nothing, self.checkpoints, iteration)
         saved = load_checkpoint(
             self.checkpoints,
             iteration,
@@ -170,7 +170,7 @@ class Trainer:
             teacher=teacher_weights(method.teacher),
             flag="--save",
         )
-        self.teacher.go_on()
+        self.teacher.after_load()
         method.restore(saved)
         return iteration
 
@@ -250,7 +250,7 @@ class Trainer:
 
     def _save(self) -> None:
         extra_tensors = self.method.extra_tensors()
-        self.teacher.along(save_nothing, self.checkpoints, self.iteration)
+        self.teacher.on_teacher_ranks(save_nothing, self.checkpoints, self.iteration)
         save_checkpoint(
             self.checkpoints,
             self.iteration,
@@ -271,7 +271,7 @@ class Trainer:
             plot_training(self.folder)
             print(f"the student is {self.folder / 'hf'}; {self.folder} has its checkpoints, numbers and figures", flush=True)
         self.logger.close()
-        self.teacher.along(dist.barrier)
+        self.teacher.on_teacher_ranks(dist.barrier)
         dist.barrier()
 
 
@@ -288,7 +288,7 @@ def open_folders(config: Config) -> ModelFolders:
 
 def teacher_weights(teacher: Teacher | None) -> TeacherWeights | None:
     """What a checkpoint keeps of the teacher, if anything."""
-    weights = teacher.learnt_weights() if teacher else {}
+    weights = teacher.weights_to_save() if teacher else {}
     return TeacherWeights(teacher.model, weights) if weights else None
 
 

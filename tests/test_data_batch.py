@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megakd.data.batch import Sample, collate, collate_unshifted, cut_by_length, framed, micro_batches
+from megakd.data.batch import Sample, collate, collate_unshifted, cut_by_length, micro_batches, unpack
 
 EOS = 9
 
@@ -61,7 +61,7 @@ def test_places_are_compared_unshifted_where_the_published_code_does():
 
 def test_a_teacher_that_reads_the_same_has_no_batch_of_its_own():
     batch = collate(samples_of((3, 2)))
-    assert batch.twin is None and batch.for_teacher is batch
+    assert batch.teacher_batch is None and batch.for_teacher is batch
 
 
 def test_a_text_without_a_prompt_has_as_many_labels_for_a_teacher_that_reads_something_first():
@@ -149,8 +149,8 @@ def test_a_token_budget_limits_positions_and_a_longer_row_stands_alone():
 @pytest.mark.parametrize("collated", [collate, collate_unshifted])
 def test_a_batch_follows_from_its_essence(collated):
     batch = collated([replace(sample, teacher_prompt=(7, *sample.prompt)) for sample in samples_of((3, 4), (1, 6), (5, 1))])
-    for part in (replace(batch, twin=None), batch.for_teacher):
-        again = framed(*part.essence)
+    for part in (replace(batch, teacher_batch=None), batch.for_teacher):
+        again = unpack(*part.packed)
         essential = {name: value for name, value in vars(part).items() if name != "samples"}  # whoever asks for those has them
         for name, value in essential.items():
             assert torch.equal(getattr(again, name), value) if torch.is_tensor(value) else value is None, name

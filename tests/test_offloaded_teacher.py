@@ -85,9 +85,9 @@ def test_blocks_within_a_block_share_one_copy():
 
     model = Tiny(2, 2)
     weights = HostWeights(model)
-    with weights.present():
+    with weights.on_device():
         copy = model.weight.data_ptr()
-        with weights.present():
+        with weights.on_device():
             assert model.weight.data_ptr() == copy
         assert model.weight.data_ptr() == copy
     assert model.weight.data_ptr() == weights.kept[0][1].data_ptr() != copy

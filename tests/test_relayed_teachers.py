@@ -88,7 +88,7 @@ def method_on(layout, method_name, grids, *, micro_batch_size=1, before=lambda s
     if student is None:
         source.serve()
         return None, source
-    source.along(without_a_student)
+    source.on_teacher_ranks(without_a_student)
     optimizer = StudentOptimizer(student, config.training, total_iters=TOTAL_ITERS, distributed=False)
     parts = MethodInputs(student, optimizer, source, TOKENIZER, ENDS, Batches(text_batch, student.layout))
     return METHODS[method_name](parts, config, total_iters=TOTAL_ITERS), source
@@ -104,9 +104,9 @@ def train(layout, method_name, grids, micro_batch_size=1):
         found["valid"] = valid_losses(method, [*primed_batch(0), primed_batch(1)[0]])  # of four replicas, three have nothing left in the second pass
         found["prompt"] = {name: tensor.numpy() for name, tensor in method.extra_tensors().items()}
         found["weights"] = list(shards(method.student))
-        source.dismiss()
-    if hasattr(source.seat, "soft_prompt"):
-        found["gradient"] = source.seat.soft_prompt.grad.numpy()
+        source.shut_down()
+    if hasattr(source.attached, "soft_prompt"):
+        found["gradient"] = source.attached.soft_prompt.grad.numpy()
     found["sent"] = dict(source.relay.sent) if isinstance(source, RelayedTeacher) else {}
     return found
 
@@ -213,7 +213,7 @@ def watched(layout, grids, rows):
         samples = [replace(sample, sample_id=i) for i, sample in enumerate(global_batch(0) * (rows // 8))]
         mine = samples[method.layout.dp_rank :: method.layout.dp_size]
         method.learn(mine, 1, kd_ratio=0.5)
-        source.dismiss()
+        source.shut_down()
     return alive["most"], source.relay.sent
 
 
@@ -251,7 +251,7 @@ def run(layout, arguments, cut_off_before=None):
 
     def until(self):
         if self.iteration == cut_off_before:
-            self.teacher.dismiss()  # a machine that goes away would take all ranks with it
+            self.teacher.shut_down()  # a machine that goes away would take all ranks with it
             raise CutOffError
         iterate(self)
 

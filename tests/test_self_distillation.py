@@ -88,7 +88,7 @@ def test_an_average_of_16_bit_weights_is_kept_in_float32():
     student.weight.fill_(1.125)
     average = MovingAverage(teacher, 0.99)
     for _ in range(100):
-        average.follow(student)
+        average.after_step(student)
     expected = 1.125 - 0.125 * 0.99**100
     assert average.average["weight"].item() == pytest.approx(expected, rel=1e-5)
     assert teacher.weight.item() == torch.tensor(expected).bfloat16().item()
@@ -189,5 +189,5 @@ def test_what_does_not_go_together_is_refused(words, line, capsys):
 
 def test_a_teacher_that_stays_as_it_began_follows_nobody():
     teacher = LiveTeacher(SimpleNamespace(layout=None))
-    teacher.follow(None)
-    assert teacher.learnt_weights() == {}
+    teacher.after_step(None)
+    assert teacher.weights_to_save() == {}

@@ -8,8 +8,8 @@
 The mask comes from lengths alone: GPT-2, OPT and Llama train with pad == EOS, so token values cannot tell a real EOS from
 padding.
 
-Where the teacher reads another text, a Sample has that prompt as well, and a Batch has a twin: the same rows in the same order, of which
-the same labels count, in a frame of its own width. So the n-th row of either model is about the same token:
+Where the teacher reads another text, a Sample has that prompt as well, and a Batch has a `teacher_batch`: the same rows in the same
+order, of which the same labels count, of a width of its own. So the n-th row of either model is about the same token:
 
     prompt a b c      response d e EOS          student   a b c d e          mask 0 0 1 1 1
     teacher's prompt p q a b c                  teacher   p q a b c d e      mask 0 0 0 0 1 1 1
@@ -69,13 +69,13 @@ class Batch:
     lengths: Tensor  # [b] int64, real input positions; like the two below always on the host, which asks for them
     response_lengths: Tensor  # [b] int64, labels that count
     sample_ids: Tensor  # [b] int64
-    twin: "Batch | None" = None  # where the teacher reads another text
+    teacher_batch: "Batch | None" = None  # where the teacher reads another text
     samples: tuple[Sample, ...] = ()  # what the rows were made of, to whoever looks them up
 
     @property
     def for_teacher(self) -> "Batch":
         """The same rows as the teacher reads them: as many labels count, and they come in the same order."""
-        return self if self.twin is None else self.twin
+        return self if self.teacher_batch is None else self.teacher_batch
 
     @property
     def teacher(self) -> str:
@@ -108,19 +108,19 @@ class Batch:
         return torch.tensor([self.num_supervised, int(self.lengths.sum()), self.tokens.numel()])
 
     @property
-    def essence(self) -> tuple[Tensor, ...]:
-        """What all of it but a twin follows from (`framed`), on the host, ids in 32 bits: what travels between ranks."""
+    def packed(self) -> tuple[Tensor, ...]:
+        """What all of it but the teacher's batch follows from (`unpack`), on the host, ids in 32 bits: what travels between ranks."""
         return self.tokens.int().cpu(), self.labels.int().cpu(), self.lengths, self.response_lengths, self.sample_ids
 
     def to(self, device: torch.device | str) -> "Batch":
         """What models and losses compute with on `device`, which is not waited for."""
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ON_DEVICE}
-        return replace(self, **moved, twin=self.twin and self.twin.to(device))
+        return replace(self, **moved, teacher_batch=self.teacher_batch and self.teacher_batch.to(device))
 
 
 def collate(samples: Sequence[Sample], *, seq_length: int | None = None) -> Batch:
     """One Batch of all samples, as wide as the longest row, or exactly `seq_length`; where a sample has a prompt for the teacher, with a
-    twin that is as wide as that needs.
+    `teacher_batch` that is as wide as that needs.
 
     Raises ValueError where a row does not fit into `seq_length`.
     """
@@ -132,8 +132,8 @@ def collate(samples: Sequence[Sample], *, seq_length: int | None = None) -> Batc
     if all(sample.teacher_prompt is None for sample in samples):
         return replace(batch, samples=tuple(samples))
     as_read = [sample.for_teacher for sample in samples]
-    twin = padded(as_read, labels, max(sample.num_positions for sample in as_read))
-    return replace(batch, twin=twin, samples=tuple(samples))
+    teacher_batch = padded(as_read, labels, max(sample.num_positions for sample in as_read))
+    return replace(batch, teacher_batch=teacher_batch, samples=tuple(samples))
 
 
 def padded(samples: Sequence[Sample], labels: Sequence[int], width: int) -> Batch:
@@ -144,11 +144,11 @@ def padded(samples: Sequence[Sample], labels: Sequence[int], width: int) -> Batc
         row[: sample.num_positions + 1] = torch.tensor(sample.prompt + sample.response)
 
     sample_ids = torch.tensor([sample.sample_id for sample in samples])
-    return framed(ids[:, :-1], ids[:, 1:].contiguous(), lengths, torch.tensor(labels), sample_ids)
+    return unpack(ids[:, :-1], ids[:, 1:].contiguous(), lengths, torch.tensor(labels), sample_ids)
 
 
-def framed(tokens: Tensor, labels: Tensor, lengths: Tensor, response_lengths: Tensor, sample_ids: Tensor) -> Batch:
-    """A Batch from `Batch.essence`, whatever stands behind a row's end; the last `response_lengths` labels of a row count."""
+def unpack(tokens: Tensor, labels: Tensor, lengths: Tensor, response_lengths: Tensor, sample_ids: Tensor) -> Batch:
+    """A Batch from `Batch.packed`, whatever stands behind a row's end; the last `response_lengths` labels of a row count."""
     position_ids = torch.arange(tokens.shape[1]).expand(len(tokens), -1).contiguous()
     real = position_ids < lengths[:, None]
     loss_mask = real & (position_ids >= (lengths - response_lengths)[:, None])
@@ -174,7 +174,7 @@ def collate_unshifted(samples: Sequence[Sample]) -> Batch:
     read = ([replace(who, prompt=who.prompt[:size], response=who.response[:1]) for who, size in zip(part, sizes)]
             for part in (samples, [sample.for_teacher for sample in samples]))  # fmt: skip
     student, teacher = (replace(padded(part, sizes, max(sizes)), labels=labels) for part in read)
-    return replace(student, twin=teacher)
+    return replace(student, teacher_batch=teacher)
 
 
 def micro_batches(

@@ -45,7 +45,7 @@ def build_method(
     kind = METHODS[config.method]
     student.method_parts.update(kind.modules(student, teacher, config))
     if teacher is not None:
-        teacher.along(without_a_student)
+        teacher.on_teacher_ranks(without_a_student)
     distributed = config.parallel.use_distributed_optimizer
     optimizer = StudentOptimizer(student, config.training, total_iters=total_iters, distributed=distributed)
     return kind(MethodInputs(student, optimizer, teacher, tokenizer, ends, text), config, total_iters=total_iters)

@@ -121,7 +121,7 @@ class Method:
         with self.time("optimizer"):
             step = self.optimizer.step(iteration)
             if self.teacher:
-                self.teacher.follow(self.student)
+                self.teacher.after_step(self.student)
         return to_floats(means) | step | self.positions(batches)
 
     def cross_entropy_step(self, samples: Sequence[Sample], iteration: int) -> dict[str, float]:

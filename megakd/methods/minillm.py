@@ -76,7 +76,7 @@ class MiniLLM(Method):
 
     def begin_phase(self, samples, iteration):
         """Write the responses, and remember log q, r, w and the teacher's hidden states of every token."""
-        with self.time("rollout"), self.teacher.present():
+        with self.time("rollout"), self.teacher.on_device():
             teachers = [self.component(samples)] if self.settings.teacher_mixed_alpha else []
             self.rollouts = rollout(self.student, samples, self.config, self.ends, iteration, mix_with=teachers)
         self.numbered = [replace(sample, sample_id=number) for number, sample in enumerate(self.rollouts)]

@@ -30,7 +30,7 @@ class PromptKD(Method):
 
     def __init__(self, inputs, config, *, total_iters):
         super().__init__(inputs, config, total_iters=total_iters)
-        self.learner = self.teacher.sit(PromptLearner, config, prompt_ids(config, self.tokenizer), total_iters)
+        self.learner = self.teacher.attach(PromptLearner, config, prompt_ids(config, self.tokenizer), total_iters)
 
     def train(self, samples, iteration):
         with self.time("rollout"):

@@ -19,7 +19,7 @@ class SeqKD(KD):
 
     def __init__(self, inputs, config, *, total_iters):
         super().__init__(inputs, config, total_iters=total_iters)
-        self.teacher.sit(Writer, config, self.ends)
+        self.teacher.attach(Writer, config, self.ends)
         self.written = {}  # sample_id -> the teacher's answer, of all replicas
 
     def train(self, samples, iteration):

@@ -74,7 +74,7 @@ def form_groups(tp: int, pp: int, *, ranks: int | None = None) -> None:
     if parallel_state.model_parallel_is_initialized() and _shape == [shape]:
         return
     close_groups()
-    with as_if_there_were(shape[-1]):
+    with with_world_size(shape[-1]):
         parallel_state.initialize_model_parallel(tp, pp)
     _shape[:] = [shape]
 
@@ -83,7 +83,7 @@ _shape: list[tuple[int, int, int]] = []  # TP, PP and ranks of megatron's groups
 
 
 @contextmanager
-def as_if_there_were(ranks: int) -> Iterator[None]:
+def with_world_size(ranks: int) -> Iterator[None]:
     """megatron-core forms groups over all ranks of the job. Here it counts fewer, and all of them take part in forming each group."""
     counted, torch.distributed.get_world_size = torch.distributed.get_world_size, lambda group=None: ranks
     try:

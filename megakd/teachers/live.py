@@ -23,7 +23,7 @@ class LiveTeacher(Teacher):
 
     def __init__(self, model: HiddenStateGPTModel):
         self.model = model
-        self.seat: Any = None
+        self.attached: Any = None
 
     @property
     def layout(self) -> ParallelLayout:
@@ -37,24 +37,24 @@ class LiveTeacher(Teacher):
         return self._read(batches, to, soft_prompt=None)
 
     def read_prompted(self, batches: Sequence[Batch], *, to: ParallelLayout) -> list[HeadRows]:
-        return self._read(batches, to, self.seat.soft_prompt)
+        return self._read(batches, to, self.attached.soft_prompt)
 
-    def sit(self, kind: Callable, *arguments: Any) -> Any:
-        self.seat = kind(self.model, *arguments)
-        return self.seat
+    def attach(self, kind: Callable, *arguments: Any) -> Any:
+        self.attached = kind(self.model, *arguments)
+        return self.attached
 
     def learn(
         self, student: HiddenStateGPTModel, batches: Sequence[Batch], iteration: int, *, time: Stopwatch
     ) -> dict[str, float]:
         with time("teacher"):
             rows = LiveStudent(student).read(batches, to=student.layout)  # here the student is who is listened to
-        return self.seat.step(self.text(batches), rows, iteration, time=time)
+        return self.attached.step(self.text(batches), rows, iteration, time=time)
 
     def write(self, samples: Sequence[Sample]) -> list[Sample]:
-        return self.seat.write(samples)
+        return self.attached.write(samples)
 
     def state(self) -> dict[str, Tensor]:
-        return self.seat.state_tensors()
+        return self.attached.state_tensors()
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in self.state().items():

@@ -22,16 +22,16 @@ class MovingAverage(LiveTeacher):
         self.average = {name: weight.detach().float() for name, weight in model.named_parameters()}  # of float32 the weights themselves
 
     @torch.no_grad()
-    def follow(self, student: HiddenStateGPTModel) -> None:
+    def after_step(self, student: HiddenStateGPTModel) -> None:
         weights = dict(student.named_parameters())
         for name, average in self.average.items():
             average.lerp_(weights[name].float(), 1 - self.decay)
-        self.go_on()
+        self.after_load()
 
-    def learnt_weights(self) -> dict[str, Tensor]:
+    def weights_to_save(self) -> dict[str, Tensor]:
         return self.average
 
     @torch.no_grad()
-    def go_on(self) -> None:
+    def after_load(self) -> None:
         for name, weight in self.model.named_parameters():
             weight.copy_(self.average[name])

@@ -1,7 +1,7 @@
 """A frozen teacher's weights on the host between its passes, so that a GPU has room for the student's step (`--teacher-offload`).
 
 They never change: one copy lies in host memory (pinned beside a GPU, so that it comes at the bus's speed), another is on the device while
-the model is `present`. The output layer stays on the device: losses apply it after the pass.
+the model is `on_device`. The output layer stays on the device: losses apply it after the pass.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ class OffloadedTeacher(LiveTeacher):
         super().__init__(model)
         self.weights = HostWeights(model)
 
-    def present(self) -> AbstractContextManager[None]:
-        return self.weights.present()
+    def on_device(self) -> AbstractContextManager[None]:
+        return self.weights.on_device()
 
-    def sit(self, *arguments):
-        with self.present():
-            return super().sit(*arguments)
+    def attach(self, *arguments):
+        with self.on_device():
+            return super().attach(*arguments)
 
     def learn(self, *arguments, **options):
-        with self.present():
+        with self.on_device():
             return super().learn(*arguments, **options)
 
     def write(self, samples):
-        with self.present():
+        with self.on_device():
             return super().write(samples)
 
     def read_layers(self, *arguments, **options):
-        with self.present():
+        with self.on_device():
             return super().read_layers(*arguments, **options)
 
     def _read(self, *arguments, **options):
-        with self.present():
+        with self.on_device():
             return super()._read(*arguments, **options)
 
 
@@ -57,7 +57,7 @@ class HostWeights:
         self._put_away()
 
     @contextmanager
-    def present(self) -> Iterator[None]:
+    def on_device(self) -> Iterator[None]:
         """On the device for the block, and for blocks within it."""
         if not self.users:
             for param, host in self.kept:

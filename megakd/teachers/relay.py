@@ -1,15 +1,15 @@
 """What travels between two models of unequal layouts: token ids one way, hidden states of supervised positions back, output layers once.
 
 A source is read for a learner. In most passes the teacher is read and the student learns; in PromptKD's step (b) the student is read,
-and the soft prompt learns in the teacher's layout. Micro-batches are the student's: `(d, i)` is the i-th one of its d-th replica. A deal
-gives each to a replica of the teacher, and says which of them go through the pipelines together (a window).
+and the soft prompt learns in the teacher's layout. Micro-batches are the student's: `(d, i)` is the i-th one of its d-th replica. An
+assignment gives each to a replica of the teacher, and says which of them go through the pipelines together (a window).
 
     ids       b s · 8 bytes a micro-batch (tokens, labels), to all ranks (over gloo, between hosts' memories)
     rows      N · H bytes of the source's dtype, from its last stage to each tensor-parallel rank of the learner's last stage
     head      [V, H] of the source, cut for the learner's vocabulary shards: the teacher's once, the student's in each step (b)
 
 Why nobody waits for ever:
-  - What all ranks do together (`deal`, `cut_head`, `announce`) they do in the same order: that of the method, or of the requests.
+  - What all ranks do together (`assign`, `cut_head`, `announce`) they do in the same order: that of the method, or of the requests.
   - On ranks that both models share, a window's rows are exchanged in one grouped call, which each rank makes when its part of the source's
     pass is over. No rank of a pass waits for a learner.
   - On ranks of their own, rows go one way through a request: the source has all the ids it needs before it begins and waits for nobody
@@ -34,14 +34,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megakd.data.batch import Batch, framed
+from megakd.data.batch import Batch, unpack
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.runtime.parallel_layout import Grid, own_device
 from megakd.schedules import forward_only, supervised, supervised_hidden
 
 Key = tuple[int, int]  # (replica of the student, its micro-batch)
 WINDOW = 4  # micro-batches a stage: a pipeline of p stages then stands still for at most (p - 1) / 4p of a pass
-PATIENCE = datetime.timedelta(days=7)  # of a teacher's rank that waits for the next request; a rank that dies is noticed at once
+IDLE_TIMEOUT = datetime.timedelta(days=7)  # of a teacher's rank that waits for the next request; a rank that dies is noticed at once
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Deal:
+class Assignment:
     """One request's micro-batches, as the teacher reads them, known to all ranks; on the host."""
 
     batches: dict[Key, Batch]
@@ -95,7 +95,7 @@ class Relay:
     def __init__(self, student: Side, teacher: Side):
         self.student, self.teacher, self.device = student, teacher, own_device()
         self.group = dist.new_group()
-        self.host_group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.host_group = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
         self.shares_ranks = student.grid.first == teacher.grid.first
         self.sent: Counter[str] = Counter()  # bytes that this rank has given away, and the `tokens` that its replica asked about
 
@@ -112,7 +112,7 @@ class Relay:
         dist.broadcast_object_list(found, src=0, group=self.host_group)
         return found[0]
 
-    def told_by(self, side: Side, value: Any) -> Any:
+    def broadcast_from(self, side: Side, value: Any) -> Any:
         """The value that the side's first rank has, on every rank."""
         found = [value]
         dist.broadcast_object_list(found, src=side.grid.first, group=self.host_group)
@@ -124,20 +124,20 @@ class Relay:
         dist.all_gather_object(everyone, value if side.speaks else None, group=self.host_group)
         return [everyone[rank] for rank in side.grid.places[0, :, 0].tolist()]
 
-    def deal(self, batches: Sequence[Batch], *, in_windows: bool) -> Deal:
+    def assign(self, batches: Sequence[Batch], *, in_windows: bool) -> Assignment:
         """Every replica of the student brings its micro-batches, any number of them; the teacher's replicas get them in turn."""
-        essences = [batch.essence for batch in batches] if self.student.speaks else []
-        self.sent["ids"] += sum(tokens.nbytes + labels.nbytes for tokens, labels, *_ in essences)  # to each other rank
-        self.sent["tokens"] += sum(int(counted.sum()) for _, _, _, counted, _ in essences)
-        replicas = self.gather(self.student, essences)
-        dealt = {(d, i): framed(*essence) for d, replica in enumerate(replicas) for i, essence in enumerate(replica)}
+        packed = [batch.packed for batch in batches] if self.student.speaks else []
+        self.sent["ids"] += sum(tokens.nbytes + labels.nbytes for tokens, labels, *_ in packed)  # to each other rank
+        self.sent["tokens"] += sum(int(counted.sum()) for _, _, _, counted, _ in packed)
+        replicas = self.gather(self.student, packed)
+        dealt = {(d, i): unpack(*packed) for d, replica in enumerate(replicas) for i, packed in enumerate(replica)}
         order = sorted(dealt, key=lambda key: key[::-1])
         stages = max(self.student.grid.pp_size, self.teacher.grid.pp_size)
         size = WINDOW * stages if in_windows else max(map(len, replicas), default=0)
         count = -(-max(map(len, replicas)) // size) if size else 0
         windows = [[key for key in order if key[1] // size == w] for w in range(count)]
         reader = {key: place % self.teacher.grid.dp_size for place, key in enumerate(order)}
-        return Deal(dealt, windows, reader)
+        return Assignment(dealt, windows, reader)
 
     def cut_head(self, source: Side, learner: Side) -> Tensor | None:
         """The source's output layer on the learner's last stages, [V / tp, H] as the learner's vocabulary is cut; None elsewhere."""
@@ -155,90 +155,90 @@ class Relay:
 
     # ---- rows
 
-    def replica_of(self, side: Side, key: Key, deal: Deal) -> int:
+    def replica_of(self, side: Side, key: Key, plan: Assignment) -> int:
         """The side's replica that has the micro-batch."""
-        return deal.reader[key] if side is self.teacher else key[0]
+        return plan.reader[key] if side is self.teacher else key[0]
 
-    def mine(self, side: Side, keys: Sequence[Key], deal: Deal) -> list[Key]:
+    def mine(self, side: Side, keys: Sequence[Key], plan: Assignment) -> list[Key]:
         """Those that this rank's replica of the side has; none where it has no part in it."""
-        return [key for key in keys if side.model is not None and self.replica_of(side, key, deal) == side.replica]
+        return [key for key in keys if side.model is not None and self.replica_of(side, key, plan) == side.replica]
 
-    def ways(self, source: Side, learner: Side, key: Key, deal: Deal) -> Iterator[tuple[int, int]]:
+    def routes(self, source: Side, learner: Side, key: Key, plan: Assignment) -> Iterator[tuple[int, int]]:
         """(sender, receiver) of the micro-batch's rows: one for each tensor-parallel rank of the learner's last stage."""
-        by, to = (self.replica_of(side, key, deal) for side in (source, learner))
+        by, to = (self.replica_of(side, key, plan) for side in (source, learner))
         for tp_rank in range(learner.grid.tp_size):
             sender = source.grid.last_stage_rank(by, tp_rank % source.grid.tp_size)
             yield sender, learner.grid.last_stage_rank(to, tp_rank)
 
     def read(
-        self, source: Side, learner: Side, deal: Deal, texts: Mapping[Key, Batch], soft_prompt: Tensor | None = None
+        self, source: Side, learner: Side, plan: Assignment, texts: Mapping[Key, Batch], soft_prompt: Tensor | None = None
     ) -> Iterator[tuple[int, Iterator[Tensor]]]:
         """Of every window: how many micro-batches the learner's replica has, and on its last stage the source's hidden states [N, H] of
         each. `texts` is what the source reads of them. Where no learner is, the source's part is done when this returns."""
         if self.shares_ranks:
-            return self._exchanged(source, learner, deal, texts, soft_prompt)
+            return self._exchanged(source, learner, plan, texts, soft_prompt)
         if source.model is not None:
-            self._send(source, learner, deal, texts, soft_prompt)
+            self._send(source, learner, plan, texts, soft_prompt)
             return iter(())
-        stream = self._receive(source, learner, deal)
-        return ((count, islice(stream, count)) for count in [len(self.mine(learner, window, deal)) for window in deal.windows])
+        stream = self._receive(source, learner, plan)
+        return ((count, islice(stream, count)) for count in [len(self.mine(learner, window, plan)) for window in plan.windows])
 
-    def _exchanged(self, source, learner, deal, texts, soft_prompt):
-        for window in deal.windows:
-            found = self._exchange(source, learner, deal, window, texts, soft_prompt)
-            yield len(self.mine(learner, window, deal)), map(found.pop, list(found))
+    def _exchanged(self, source, learner, plan, texts, soft_prompt):
+        for window in plan.windows:
+            found = self._exchange(source, learner, plan, window, texts, soft_prompt)
+            yield len(self.mine(learner, window, plan)), map(found.pop, list(found))
 
-    def _exchange(self, source, learner, deal, window, texts, soft_prompt) -> dict[Key, Tensor]:
+    def _exchange(self, source, learner, plan, window, texts, soft_prompt) -> dict[Key, Tensor]:
         """A pass of the source, and the rows of what this rank's replica of the learner has, on its last stage."""
-        kept = self.mine(source, window, deal)
+        kept = self.mine(source, window, plan)
         hidden = supervised_hidden(source.model, [texts[key].to(self.device) for key in kept], soft_prompt)
         had = dict(zip(kept, hidden))  # on the source's last stage
-        wanted = self.mine(learner, window, deal) if learner.is_last_stage else []
-        found = {key: self._empty(source, deal, key) for key in wanted}
+        wanted = self.mine(learner, window, plan) if learner.is_last_stage else []
+        found = {key: self._empty(source, plan, key) for key in wanted}
         ops = Operations(self, "rows")
         for key in window:
-            for sender, receiver in self.ways(source, learner, key, deal):
+            for sender, receiver in self.routes(source, learner, key, plan):
                 ops.add(sender, receiver, had.get(key), found.get(key))
         ops.run()
         return found
 
-    def _send(self, source, learner, deal, texts, soft_prompt):
+    def _send(self, source, learner, plan, texts, soft_prompt):
         """While the source makes its pass; a micro-batch's rows are on their way before the next one's are made."""
-        keys = self.mine(source, deal.keys, deal)
+        keys = self.mine(source, plan.keys, plan)
         waiting, under_way = iter(keys), []
 
         def send(hidden: Tensor, batch: Batch) -> None:
             rows, key = supervised(hidden, batch).contiguous(), next(waiting)
-            settle(under_way)
-            for sender, receiver in self.ways(source, learner, key, deal):
+            wait_all(under_way)
+            for sender, receiver in self.routes(source, learner, key, plan):
                 if sender == dist.get_rank() and rows.numel():
                     self.sent["rows"] += rows.nbytes
                     under_way.append((dist.isend(rows, receiver, group=self.group), rows))
 
         forward_only(source.model, [texts[key].to(self.device) for key in keys], soft_prompt, keep=send)
-        settle(under_way)
+        wait_all(under_way)
 
-    def _receive(self, source, learner, deal) -> Iterator[Tensor]:
+    def _receive(self, source, learner, plan) -> Iterator[Tensor]:
         """The next micro-batch's rows come while one is learnt."""
-        keys = iter(self.mine(learner, deal.keys, deal) if learner.is_last_stage else [])
-        coming = self._ask_for(source, learner, deal, next(keys, None))
+        keys = iter(self.mine(learner, plan.keys, plan) if learner.is_last_stage else [])
+        coming = self._irecv(source, learner, plan, next(keys, None))
         while coming is not None:
             request, rows = coming
             if request is not None:
                 request.wait()
-            coming = self._ask_for(source, learner, deal, next(keys, None))
+            coming = self._irecv(source, learner, plan, next(keys, None))
             yield rows
             del rows
 
-    def _ask_for(self, source, learner, deal, key):
+    def _irecv(self, source, learner, plan, key):
         if key is None:
             return None
-        rows = self._empty(source, deal, key)
-        sender = next(by for by, to in self.ways(source, learner, key, deal) if to == dist.get_rank())
+        rows = self._empty(source, plan, key)
+        sender = next(by for by, to in self.routes(source, learner, key, plan) if to == dist.get_rank())
         return dist.irecv(rows, sender, group=self.group) if rows.numel() else None, rows
 
-    def _empty(self, source, deal, key) -> Tensor:
-        return torch.empty(deal.batches[key].num_supervised, source.hidden_size, dtype=source.dtype, device=self.device)
+    def _empty(self, source, plan, key) -> Tensor:
+        return torch.empty(plan.batches[key].num_supervised, source.hidden_size, dtype=source.dtype, device=self.device)
 
 
 class Operations:
@@ -274,7 +274,7 @@ def common_rows(source: Side, learner: Side) -> Iterator[tuple[int, int, slice, 
                 yield by, to, slice(lo - first, hi - first), slice(lo - other, hi - other)
 
 
-def settle(under_way: list) -> None:
+def wait_all(under_way: list) -> None:
     """Wait until what was sent has been taken."""
     for request, _rows in under_way:
         request.wait()

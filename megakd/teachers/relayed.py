@@ -21,7 +21,7 @@ from megakd.reporting.stopwatch import Stopwatch
 from megakd.runtime.parallel_layout import Grid, ParallelLayout
 from megakd.schedules import Windows
 from megakd.teachers.live import LiveTeacher
-from megakd.teachers.relay import Deal, Relay, Side
+from megakd.teachers.relay import Assignment, Relay, Side
 from megakd.teachers.teacher import Teacher
 
 DONE = None  # the last request
@@ -33,7 +33,7 @@ class RelayedTeacher(Teacher):
     def __init__(self, relay: Relay):
         self.relay = relay
         self.head_VpH = relay.cut_head(relay.teacher, relay.student)  # where the student's losses are taken
-        self.seat: Any = None
+        self.attached: Any = None
 
     @classmethod
     def between(
@@ -66,11 +66,11 @@ class RelayedTeacher(Teacher):
     def read_prompted(self, batches: Sequence[Batch], *, to: ParallelLayout | None = None) -> Windows:
         return self._read(batches, prompted=True)
 
-    def sit(self, kind: Callable, *arguments: Any) -> Any:
-        self.relay.announce(("sit", (kind, *arguments)))
+    def attach(self, kind: Callable, *arguments: Any) -> Any:
+        self.relay.announce(("attach", (kind, *arguments)))
         if (model := self.relay.teacher.model) is not None:
-            self.seat = kind(model, *arguments)
-        return self.seat
+            self.attached = kind(model, *arguments)
+        return self.attached
 
     def learn(
         self, student: HiddenStateGPTModel, batches: Sequence[Batch], iteration: int, *, time: Stopwatch
@@ -92,10 +92,10 @@ class RelayedTeacher(Teacher):
         self.relay.announce(("_restore", (tensors,)))
         self._restore(tensors)
 
-    def along(self, work: Callable, *arguments: Any) -> None:
-        self.relay.announce(("_along", (work, *arguments)))
+    def on_teacher_ranks(self, work: Callable, *arguments: Any) -> None:
+        self.relay.announce(("_on_teacher_ranks", (work, *arguments)))
 
-    def dismiss(self) -> None:
+    def shut_down(self) -> None:
         self.relay.announce(DONE)
 
     def serve(self) -> None:
@@ -109,24 +109,26 @@ class RelayedTeacher(Teacher):
     def _read(self, batches: Sequence[Batch], prompted: bool) -> Windows:
         relay = self.relay
         relay.announce(("_read", ((), prompted)))
-        deal = relay.deal([batch.for_teacher for batch in batches], in_windows=relay.shares_ranks)
-        soft_prompt = self.seat.soft_prompt if prompted and self.seat is not None else None
-        parts = relay.read(relay.teacher, relay.student, deal, deal.batches, soft_prompt)
+        plan = relay.assign([batch.for_teacher for batch in batches], in_windows=relay.shares_ranks)
+        soft_prompt = self.attached.soft_prompt if prompted and self.attached is not None else None
+        parts = relay.read(relay.teacher, relay.student, plan, plan.batches, soft_prompt)
         return as_rows(parts, self.head_VpH)
 
     def _learn(self, batches: Sequence[Batch], iteration: int) -> dict[str, float]:
-        """The student is read in its own layout, and what it says goes to where the teacher's learner sits."""
+        """The student is read in its own layout, and what it says goes to the teacher's ranks, where the learner is attached."""
         relay = self.relay
-        deal = relay.deal([batch.for_teacher for batch in batches], in_windows=True)
+        plan = relay.assign([batch.for_teacher for batch in batches], in_windows=True)
         head = relay.cut_head(relay.student, relay.teacher)
         own = {(relay.student.replica, i): batch for i, batch in enumerate(batches)}
-        parts = relay.read(relay.student, relay.teacher, deal, own)
-        metrics = self.seat.step(self._teachers(deal), as_rows(parts, head), iteration, time=Stopwatch()) if self.seat is not None else {}
-        return metrics if relay.shares_ranks else relay.told_by(relay.teacher, metrics)
+        parts = relay.read(relay.student, relay.teacher, plan, own)
+        metrics = {}
+        if self.attached is not None:
+            metrics = self.attached.step(self._teachers(plan), as_rows(parts, head), iteration, time=Stopwatch())
+        return metrics if relay.shares_ranks else relay.broadcast_from(relay.teacher, metrics)
 
-    def _teachers(self, deal: Deal) -> list[Batch]:
+    def _teachers(self, plan: Assignment) -> list[Batch]:
         """What this rank's replica of the teacher reads."""
-        return [deal.batches[key].to(self.relay.device) for key in self.relay.mine(self.relay.teacher, deal.keys, deal)]
+        return [plan.batches[key].to(self.relay.device) for key in self.relay.mine(self.relay.teacher, plan.keys, plan)]
 
     def _write(self, samples: Sequence[Sample]) -> list[Sample]:
         """The teacher's replicas share the prompts of all the student's, and answer in their own layout."""
@@ -134,21 +136,23 @@ class RelayedTeacher(Teacher):
         asked = relay.gather(relay.student, samples)
         places = [(d, i) for d, replica in enumerate(asked) for i in range(len(replica))]
         size, mine = relay.teacher.grid.dp_size, relay.teacher.replica
-        answers = [] if mine is None else self.seat.write([asked[d][i] for d, i in places[mine::size]])
+        answers = [] if mine is None else self.attached.write([asked[d][i] for d, i in places[mine::size]])
         written = relay.gather(relay.teacher, answers)
         found = {place: written[number % size][number // size] for number, place in enumerate(places)}
         return [found[relay.student.replica, i] for i in range(len(samples))]
 
     def _state(self) -> dict[str, Tensor]:
-        """Of what sits with the teacher, on every rank; where the ranks are shared, the tensors themselves."""
-        mine = {} if self.seat is None else self.seat.state_tensors()
-        return mine if self.relay.shares_ranks else self.relay.told_by(self.relay.teacher, {name: x.cpu() for name, x in mine.items()})
+        """Of what is attached to the teacher, on every rank; where the ranks are shared, the tensors themselves."""
+        mine = {} if self.attached is None else self.attached.state_tensors()
+        if self.relay.shares_ranks:
+            return mine
+        return self.relay.broadcast_from(self.relay.teacher, {name: x.cpu() for name, x in mine.items()})
 
     def _restore(self, tensors: dict[str, Tensor]) -> None:
-        for name, tensor in (self.seat.state_tensors() if self.seat is not None else {}).items():
+        for name, tensor in (self.attached.state_tensors() if self.attached is not None else {}).items():
             tensor.copy_(tensors[name])
 
-    def _along(self, work: Callable, *arguments: Any) -> None:
+    def _on_teacher_ranks(self, work: Callable, *arguments: Any) -> None:
         work(*arguments)
 
 

@@ -7,8 +7,8 @@ Row n of a micro-batch is the teacher's distribution at the n-th supervised posi
 response, whatever the teacher reads in front of it (`Batch.for_teacher`). A list, or Windows of a teacher whose rows travel. The learner
 is the student; in PromptKD's step (b) it is the soft prompt, and the student is what is read.
 
-What a method does where the teacher lives (answer prompts, train a soft prompt) sits beside it: `sit` makes it of the teacher's model,
-there. A teacher that is only ever read has no model, and lets nobody sit.
+What a method does where the teacher lives (answer prompts, train a soft prompt) is attached to it: `attach` makes it of the teacher's
+model, there. A teacher that is only ever read has no model, and nothing can be attached.
 """
 
 from __future__ import annotations
@@ -42,47 +42,47 @@ class Teacher:
         """The rows of every micro-batch: no gradient, no dropout. All of the learner's ranks ask, be it about nothing."""
         raise NotImplementedError
 
-    def sit(self, kind: Callable, *arguments: Any) -> Any:
+    def attach(self, kind: Callable, *arguments: Any) -> Any:
         """Make `kind(model, *arguments)` beside the teacher's model; returned where that is on this rank, else None."""
         raise NotImplementedError
 
     def read_prompted(self, batches: Sequence[Batch], *, to: ParallelLayout) -> Context:
-        """`read` behind the `soft_prompt` of what sits beside it."""
+        """`read` behind the `soft_prompt` of what is attached."""
         raise NotImplementedError
 
     def learn(
         self, student: HiddenStateGPTModel, batches: Sequence[Batch], iteration: int, *, time: Stopwatch
     ) -> dict[str, float]:
-        """What sits beside it makes a `step` on what the student says; what that logs, on every rank."""
+        """What is attached makes a `step` on what the student says; what that logs, on every rank."""
         raise NotImplementedError
 
     def write(self, samples: Sequence[Sample]) -> list[Sample]:
-        """The same with the answers that what sits beside it writes."""
+        """The same with the answers that what is attached writes."""
         raise NotImplementedError
 
     def state(self) -> dict[str, Tensor]:
-        """The `state_tensors` of what sits beside it, on every rank."""
+        """The `state_tensors` of what is attached, on every rank."""
         return {}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Fill them in place."""
 
-    def present(self) -> AbstractContextManager[None]:
+    def on_device(self) -> AbstractContextManager[None]:
         """Around a use of `model` that is none of the above: its weights are on the device."""
         return nullcontext()
 
-    def along(self, work: Callable, *arguments: Any) -> None:
+    def on_teacher_ranks(self, work: Callable, *arguments: Any) -> None:
         """Let ranks that are the teacher's alone call `work(*arguments)`: their part in what all ranks of the job do together."""
 
-    def dismiss(self) -> None:
+    def shut_down(self) -> None:
         """Let them go: nothing will be asked any more."""
 
-    def follow(self, student: HiddenStateGPTModel) -> None:
+    def after_step(self, student: HiddenStateGPTModel) -> None:
         """What it does when the student has made a step: nothing, unless it is made of the student."""
 
-    def learnt_weights(self) -> dict[str, Tensor]:
+    def weights_to_save(self) -> dict[str, Tensor]:
         """Shards of its model's weights by name, of which a checkpoint is the only copy: none of a teacher that stays as it was loaded."""
         return {}
 
-    def go_on(self) -> None:
-        """What it does when a checkpoint has filled its `learnt_weights`."""
+    def after_load(self) -> None:
+        """What it does when a checkpoint has filled its `weights_to_save`."""

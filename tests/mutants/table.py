@@ -310,7 +310,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (GENERATION + "decoder.py", "max(lengths[lo:hi])", "lengths[lo]"),
         (METHODS + "minillm.py", "prompts = [sample.for_teacher.prompt for sample in samples]", "prompts = [sample.prompt for sample in samples]"),
         (METHODS + "distillm.py", "teacher_prompt=known.teacher_prompt", "teacher_prompt=None"),
-        ("megakd/teachers/live.py", "self.seat.step(self.text(batches), rows", "self.seat.step(batches, rows"),
+        ("megakd/teachers/live.py", "self.attached.step(self.text(batches), rows", "self.attached.step(batches, rows"),
     ],
     of("test_hidden_matching", "hidden_states_of_a_teacher_that_reads_another_text_are_those_of_the_same_tokens[1-1]"): [
         (TEACHERS + "live.py", "batches, found = self.text(batches), {", "batches, found = batches, {"),
@@ -340,7 +340,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (TEACHERS + "moving_average.py", "1 - self.decay)", "self.decay)"),
         (TEACHERS + "moving_average.py", "weight.detach().float()", "weight.detach()"),
         (TEACHERS + "moving_average.py", "            weight.copy_(self.average[name])", "            pass"),
-        (METHODS + "base.py", "self.teacher.follow(self.student)", "pass"),
+        (METHODS + "base.py", "self.teacher.after_step(self.student)", "pass"),
     ],
     of("test_self_distillation", "a_run_cut_off_and_continued_logs_the_same_numbers"): [
         (TRAINER, "teacher=teacher_weights(method.teacher),", "teacher=None,"),
@@ -363,7 +363,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     "tests/test_data_batch.py": [
         (DATA + "batch.py", "(lengths - response_lengths)", "(lengths - response_lengths + 1)"),
         (DATA + "batch.py", "return len(self.response) - (not self.prompt)", "return len(self.response)"),
-        (DATA + "batch.py", "twin=self.twin and self.twin.to(device)", "twin=None"),
+        (DATA + "batch.py", "teacher_batch=self.teacher_batch and self.teacher_batch.to(device)", "teacher_batch=None"),
         (DATA + "batch.py", "ordered = sorted(samples, key=lambda sample: -sample.longest)", "ordered = sorted(samples, key=lambda sample: -sample.num_positions)"),
         (DATA + "batch.py", "most_tokens is None or size <= most_tokens", "most_tokens is None or size <= 2 * most_tokens"),
         (DATA + "batch.py", "MICRO_BATCH_COST, GPU_MICRO_BATCH_COST = 128", "MICRO_BATCH_COST, GPU_MICRO_BATCH_COST = 0"),
@@ -462,7 +462,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     ],
     of("test_relayed_teachers", "a_teacher_in_its_own_layout_teaches_the_same[kd-TP1 DP4 taught by TP2 PP2]"): [
         (TEACHERS + "relay.py", "slice(lo - other, hi - other)", "slice(0, hi - lo)"),
-        (TEACHERS + "relayed.py", "deal = relay.deal([batch.for_teacher for batch in batches], in_windows=relay.shares_ranks)", "deal = relay.deal(batches, in_windows=relay.shares_ranks)"),
+        (TEACHERS + "relayed.py", "plan = relay.assign([batch.for_teacher for batch in batches], in_windows=relay.shares_ranks)", "plan = relay.assign(batches, in_windows=relay.shares_ranks)"),
     ],
     of("test_relayed_teachers", "a_teacher_in_its_own_layout_teaches_the_same[promptkd-PP2 DP2 taught by TP2 DP2]"): [
         (SCHEDULES, "finish([model], sum(tokens), **options)", "finish([model], tokens[-1], **options)"),
@@ -472,8 +472,8 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (TEACHERS + "relay.py", "slice(lo - first, hi - first)", "slice(0, hi - lo)"),
     ],
     of("test_relayed_teachers", "a_teacher_in_its_own_layout_teaches_the_same[promptkd-DP2 taught by PP2 on its own ranks]"): [
-        (TEACHERS + "relayed.py", "soft_prompt = self.seat.soft_prompt if prompted", "soft_prompt = self.seat.soft_prompt if not prompted"),
-        (TEACHERS + "relayed.py", "deal = relay.deal([batch.for_teacher for batch in batches], in_windows=True)", "deal = relay.deal(batches, in_windows=True)"),
+        (TEACHERS + "relayed.py", "soft_prompt = self.attached.soft_prompt if prompted", "soft_prompt = self.attached.soft_prompt if not prompted"),
+        (TEACHERS + "relayed.py", "plan = relay.assign([batch.for_teacher for batch in batches], in_windows=True)", "plan = relay.assign(batches, in_windows=True)"),
         (TEACHERS + "relayed.py", "head = relay.cut_head(relay.student, relay.teacher)", "head = relay.student.model and relay.student.model.output_weight()"),
     ],
     of("test_relayed_teachers", "rows_are_kept_of_micro_batches_in_flight_whatever_the_global_batch"): [
@@ -483,7 +483,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (TEACHERS + "offloaded.py", "host.to(self.device, non_blocking=True, copy=True)", "host"),
         (TEACHERS + "offloaded.py", "for param in model.parameters() if param is not head]", "for param in model.parameters()]"),
         (TEACHERS + "offloaded.py", "            if not self.users:\n                self._put_away()", "            pass"),
-        (METHODS + "minillm.py", 'with self.time("rollout"), self.teacher.present():', 'with self.time("rollout"):'),
+        (METHODS + "minillm.py", 'with self.time("rollout"), self.teacher.on_device():', 'with self.time("rollout"):'),
     ],
     of("test_relayed_teachers", "a_run_with_a_teacher_on_its_own_rank_is_continued_to_the_bit_and_says_what_one_without_says"): [
         (TEACHERS + "relayed.py", "            tensor.copy_(tensors[name])", "            pass"),
