@@ -57,7 +57,7 @@ class Distilled:
 def distill(
     *,
     student: Model,
-    teacher: Model | None = None,
+    teacher: Model | Mapping[str, str | os.PathLike] | None = None,
     train_data: Data,
     valid_data: Data | None = None,
     save: str | os.PathLike,
@@ -71,7 +71,7 @@ def distill(
 
     Args:
         student, teacher: a folder, or a transformers model, which is only read; the method says whether there is a teacher,
-            which may be "self", the student as it begins.
+            which may be "self", the student as it begins, or several folders by name, with `teacher_field`.
         train_data, valid_data: a path in any form of docs/data.md, or mappings of fields: a list of dicts, one split of a dataset.
         save: folder of the run, as of the script.
         tokenizer: of models that are given as objects; default: the one of the folder that the model was loaded from.
@@ -83,6 +83,8 @@ def distill(
         TypeError: a keyword is no flag, or a model or data are of no kind that can be used.
     """
     check_keywords("distill", flags, Config().flat().keys() - {*CALLED, "show_data"}, called=CALLED)
+    if isinstance(teacher, Mapping):
+        teacher = tuple(f"{name}={os.fspath(path)}" for name, path in teacher.items())
     given = {"model": student, "teacher_model": teacher, "train_data": train_data, "valid_data": valid_data}
     inputs = Inputs(Path(save), given | {name: flags.pop(name) for name in DATA if name in flags}, tokenizer)
     config = config_of("distill", Config, {**inputs.paths(), "method": method, "save": save, **flags})
@@ -181,7 +183,9 @@ class Inputs:
         return self.save.expanduser() / "inputs"
 
     def _objects(self) -> dict[str, Any]:
-        found = {name: value for name, value in self.given.items() if not (value is None or isinstance(value, (str, os.PathLike)))}
+        named = lambda name, value: name == "teacher_model" and isinstance(value, tuple)
+        path = lambda value: value is None or isinstance(value, (str, os.PathLike))
+        found = {name: value for name, value in self.given.items() if not (path(value) or named(name, value))}
         for name, value in found.items():
             expected, kind = (PreTrainedModel, "a transformers model") if name in MODELS else (Iterable, "rows")
             if not isinstance(value, expected):

@@ -81,7 +81,7 @@ class ModelFolders:
         if self.taught_by is None:
             return None
         tokenizers = self.student.tokenizer, self.taught_by.tokenizer
-        positions = context_length(self.taught_by.config) - taken
+        positions = min(context_length(teacher.config) for teacher in self.teachers.values() or [self.store]) - taken
         return Conditioning.open(settings, *tokenizers, template=template, positions=positions, new_tokens=new_tokens)
 
     def check(self, parallel: LayoutConfig, teacher: TeacherLayoutConfig = AS_THE_STUDENT) -> None:

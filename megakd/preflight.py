@@ -13,7 +13,8 @@ from megakd.checkpointing.teacher_store import TeacherStore
 from megakd.config import Config, flag_name, from_yaml
 from megakd.errors import UserError, tell
 from megakd.loading import ModelFolders, check_context, grids_of
-from megakd.losses.own_divergence import find_divergence
+from megakd.losses.own_divergence import objective_of
+from megakd.models.hf_checkpoint import ADAPTER
 from megakd.models.lora import target_modules
 from megakd.models.weight_only import check_quantization
 from megakd.reporting.own_folder import OwnFolder
@@ -39,7 +40,7 @@ def check(config: Config, folders: ModelFolders) -> None:
     check_lengths(config, folders)
     check_hidden_layers(config, folders.student)
     check_adapter(config, folders.student)
-    find_divergence(config.distillation.kd_objective)
+    objective_of(config.distillation)
     check_quantization(config.teacher.teacher_quantize)
     if folders.store:
         check_store(config, folders.store)
@@ -129,8 +130,13 @@ def is_run(folder: Path) -> bool:
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a Hugging Face folder was written by megakd."""
+    """Whether a Hugging Face folder, of a model or of an adapter, was written by megakd."""
     return (folder / REPORT).is_file()
+
+
+def is_finished_export(folder: Path, *, adapter: bool) -> bool:
+    """Whether it is also of the kind that this run leaves: PEFT's folder of an adapter, or a whole model."""
+    return is_export(folder) and (folder / ADAPTER).is_file() == adapter
 
 
 def check_nothing_is_lost(folder: Path, *, has_checkpoint: bool) -> None:

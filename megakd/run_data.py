@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from megakd.checkpointing.teacher_store import TeacherStore
 from megakd.config import Config
 from megakd.data.batch import Sample
 from megakd.data.conditioning import Conditioning
@@ -37,7 +36,7 @@ class RunData:
     def open(cls, config: Config, folders: ModelFolders, layout: ParallelLayout) -> RunData:
         """
         Raises:
-            UserError: a file cannot be read, or does not hold what the method needs.
+            UserError: a file cannot be read, or does not hold what the method needs; a row is not in the teacher's store.
         """
         data, method, tokenizer = config.data, METHODS[config.method], folders.student.tokenizer
         conditioning = folders.conditioning(
@@ -56,15 +55,9 @@ class RunData:
         text = method.open_text(config, tokenizer, layout, conditioning)
         options = {"conditioning": conditioning, "no_response": HELD_OUT}
         valid = routed(open_responses(data.valid_data, tokenizer, data, **options), config) if data.valid_data else None
+        for rows in filter(None, (loader.dataset, valid)) if folders.store else ():
+            folders.store.check_texts(rows, where=rows.where)
         return cls(loader, text, valid)
-
-    def check_stored(self, store: TeacherStore) -> None:
-        """
-        Raises:
-            UserError: a row is not in the store.
-        """
-        for rows in (self.loader.dataset, self.valid or ()):
-            store.check_texts(rows, where=rows.where if rows else None)
 
     def show(self, count: int, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         """Print the first rows as they are read, on rank 0."""

@@ -34,7 +34,7 @@ from megakd.reporting.logger import RunLogger
 from megakd.reporting.own_folder import write_text
 from megakd.reporting.plots import plot_training
 from megakd.run_data import RunData
-from megakd.runtime.initialize import is_rank_zero, seed_everything
+from megakd.runtime.initialize import agreed, is_rank_zero, seed_everything
 from megakd.schedules import TOKENS
 from megakd.teachers.build import build_teacher
 from megakd.teachers.relayed import RelayedTeacher
@@ -63,11 +63,9 @@ def train(config: Config, *, callbacks: Callbacks = Callbacks(), write_inputs: C
     folders = open_folders(config)
     preflight.check(config, folders)
     places = start_apart(config.parallel, config.teacher_parallel, seed=config.training.seed)
+    data = agreed(lambda: places.student and RunData.open(config, folders, places.student))  # a teacher's own ranks learn of an error, too
     if places.student is None:
         return serve(config, folders, places)
-    data = RunData.open(config, folders, places.student)
-    if folders.store:
-        data.check_stored(folders.store)
     data.show(config.output.show_data or int(config.conditioning.adds_text), config, folders.student.tokenizer)
     if not config.output.show_data:
         Trainer(config, folders, data, places, callbacks).run()
@@ -266,8 +264,9 @@ class Trainer:
 
     def _finish(self) -> None:
         if is_rank_zero():
-            if self.resumed < self.total_iters or not preflight.is_export(self.folder / "hf"):
-                export_to_hf(self.checkpoints, self.folder / "hf", merge_adapter=self.config.lora.merge_lora)
+            lora, hf = self.config.lora, self.folder / "hf"
+            if self.resumed < self.total_iters or not preflight.is_finished_export(hf, adapter=lora.exports_adapter):
+                export_to_hf(self.checkpoints, hf, merge_adapter=lora.merge_lora)
             plot_training(self.folder)
             print(f"the student is {self.folder / 'hf'}; {self.folder} has its checkpoints, numbers and figures", flush=True)
         self.logger.close()

@@ -105,7 +105,9 @@ def test_a_divergence_of_the_users_own_is_one_file_and_no_line(checkout):
 
     named = logged("named", "alpha_beta", "--skew-alpha", 1, "--beta", 1)
     assert logged("own", "squared.py:squared") == pytest.approx(named, rel=1e-5), "alpha = beta = 1 is half the squared distance"
-    wrong = {"squared.py:cubed": "has no function cubed; write one", "absent.py:f": "No such file", "kl": "is unknown; use one of forward_kl"}
+    (checkout / "named.py").write_text("def total(log_q, log_p, total):\n    return total(log_q)\n\n\nthing = object()\n")
+    wrong = {"named.py:total": "loss/total is logged beside it", "named.py:thing": "has no function thing", "named.py:a:b": "is unknown; use one of"}
+    wrong |= {"squared.py:cubed": "has no function cubed; write one", "absent.py:f": "No such file", "kl": "is unknown; use one of forward_kl"}
     for objective, says in wrong.items():
         run = command(checkout, *kd, "--kd-objective", objective, "--save", "refused")
         assert run.returncode and says in run.stderr and "Traceback" not in run.stderr, run.stderr

@@ -156,6 +156,7 @@ CASES = {  # what is wrong: flags over the good ones (None takes one away), what
     "text without prompts to answer": ({"train-data": "{root}/text.jsonl", "on-policy-ratio": "0.5"}, r"text.jsonl line 1 has no prompt, .*give data with prompts, or"),
     "a mixture of one": ({"kd-objective": "jsd", "beta": "0"}, r"--beta 0.0 leaves jsd no mixture; use a number between 0 and 1"),
     "a policy with dropout": ({"method": "minillm", "attention-dropout": "0.1", "num-rollouts": "4"}, r"--attention-dropout 0.1: MiniLLM's student learns without dropout.*leave it out"),
+    "a policy with dropout in its adapters": ({"method": "minillm", "lora-rank": "2", "lora-dropout": "0.1", "num-rollouts": "4"}, r"--lora-dropout 0.1: MiniLLM's student learns without dropout.*leave it out"),
     "a student without a say": ({"method": "minillm", "teacher-mixed-alpha": "1", "num-rollouts": "4"}, r"--teacher-mixed-alpha 1 leaves the student no say .*below 1"),
     "a layer that the student does not have": ({"hidden-coef": "1", "hidden-layers": "3"}, r"--hidden-layers 3: --model \S+ has the layers 1 to 2; name some of them"),
     "a config that names code": ({"model": "{root}/remote-code"}, r"--model .*remote-code: config.json cannot be read .*; give"),

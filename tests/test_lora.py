@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import run_distributed
+from safetensors.torch import load_file
 from tasks import make_rows
 from test_trainer import command, numbers, run
 from tiny import tiny_folder
@@ -26,7 +27,6 @@ from megakd.generation.sampling import Sampling
 from megakd.loading import align_vocabularies, load_model
 from megakd.models.lora import ALL_LINEAR, adapt, initial_A, target_modules
 
-peft = pytest.importorskip("peft")
 LAYOUTS = {"TP1": (1, 1, False), "TP2": (2, 1, False), "PP2": (1, 2, False), "TP2 PP2 SP": (2, 2, True)}
 FAMILIES = {"gpt2": ALL_LINEAR, "opt": ALL_LINEAR, "llama": ALL_LINEAR, "qwen2": ("q_proj", "v_proj", "down_proj")}
 RANK, ALPHA, ITERATIONS, LR, SEED = 4, 6.0, 3, 1e-2, 5
@@ -63,6 +63,7 @@ def arguments(inputs: Path, family: str, layout: str, save: str, **more) -> list
 
 def oracle(inputs: Path, family: str):
     """(losses, gradient norms, adapters by PEFT's name, merged weights), by PEFT and torch in float64."""
+    peft = pytest.importorskip("peft")
     model = AutoModelForCausalLM.from_pretrained(inputs / family, dtype=torch.float64, attn_implementation="eager")
     targets = FAMILIES[family]
     settings = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets if targets == ALL_LINEAR else list(targets), task_type="CAUSAL_LM")
@@ -111,7 +112,7 @@ def test_a_run_equals_peft(inputs, oracles, family, layout):
     assert [row["loss/lm"] for row in logged] == pytest.approx(losses, rel=2e-6)
     assert [row["grad_norm"] for row in logged] == pytest.approx(norms, rel=2e-5)
     folder = inputs / save / "hf"
-    written = peft.utils.load_peft_weights(folder, device="cpu")
+    written = adapter_of(folder)
     assert set(written) == set(adapters)
     for name, exact in adapters.items():
         torch.testing.assert_close(written[name].double(), exact, rtol=1e-4, atol=2e-6)
@@ -122,16 +123,22 @@ def test_a_run_equals_peft(inputs, oracles, family, layout):
             torch.testing.assert_close(source.read(key, whole).double(), merged[key], rtol=1e-4, atol=2e-6)
 
 
-def test_peft_loads_the_folder_and_says_the_same(inputs, oracles):
+def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
+    """By PEFT's names."""
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_peft_loads_the_folder_and_says_the_same(inputs):
+    peft = pytest.importorskip("peft")
     run_distributed(run, 1, arguments(inputs, "llama", "TP1", "loaded"))
     base = AutoModelForCausalLM.from_pretrained(inputs / "llama")
     ids = torch.arange(2, 14)[None]
     with torch.no_grad():
         untouched = base(ids).logits.clone()
         adapted = peft.PeftModel.from_pretrained(base, inputs / "loaded" / "hf")(ids).logits
-    run_distributed(run, 1, arguments(inputs, "llama", "TP1", "whole", **{"merge-lora": True}))
+    run_distributed(run, 1, arguments(inputs, "llama", "TP1", "loaded", **{"merge-lora": True}))  # of the run that is finished
     with torch.no_grad():
-        merged = AutoModelForCausalLM.from_pretrained(inputs / "whole" / "hf")(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(inputs / "loaded" / "hf")(ids).logits
     torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4)
     assert (adapted - untouched).abs().max() > 1e-2
 
@@ -148,10 +155,21 @@ def test_a_checkpoint_holds_adapters_alone_and_continues_to_the_bit(inputs):
     count = lambda start: sum(math.prod(native.shape(key)) for key in native.keys if key.startswith(start))
     adapters = 2 * RANK * (64 + 192 + 64 + 64 + 64 + 256 + 256 + 64)  # layers, and what A and B of c_attn, c_proj, c_fc, c_proj read and write
     assert [count(start) for start in ("decoder.", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq.")] == [adapters] * 3
-    a, b = (peft.utils.load_peft_weights(inputs / name / "hf", device="cpu") for name in ("broken", "unbroken"))
+    a, b = (adapter_of(inputs / name / "hf") for name in ("broken", "unbroken"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     with pytest.raises(UserError, match="holds adapters, not a model; give the run's export"):
         ModelFolder.open(inputs / "unbroken" / "checkpoints")
+
+
+def test_dropout_is_on_what_an_adapter_reads_and_the_same_on_ranks_that_read_the_same(inputs):
+    runs = {"dry": ("TP1", 0.0), "wet": ("TP1", 0.5), "wet-on-two": ("TP2", 0.5)}
+    for name, (layout, dropout) in runs.items():  # c_attn alone, which is cut by its rows
+        words = arguments(inputs, "gpt2", layout, name, **{"lora-dropout": dropout, "lora-target-modules": "c_attn"})
+        run_distributed(run, LAYOUTS[layout][0], words)
+    dry, wet, cut = (numbers(inputs / name) for name in runs)
+    assert abs(dry[-1]["loss/lm"] - wet[-1]["loss/lm"]) > 1e-4
+    for one, other in zip(wet, cut, strict=True):
+        assert other == pytest.approx(one, rel=2e-4, abs=2e-6)
 
 
 def test_a_student_with_adapters_writes_and_learns_the_same_at_every_layout(inputs):
@@ -178,7 +196,7 @@ def test_the_adapted_model_writes_what_the_merged_one_writes(inputs):
         model = load_model(ModelFolder.open(folder), layout, **align_vocabularies([ModelFolder.open(folder).config.vocab_size], layout.tp_size))
         if adapted:
             adapt(model, LoRAConfig(lora_rank=RANK, lora_alpha=ALPHA, lora_target_modules=(ALL_LINEAR,)), seed=SEED)
-            source = peft.utils.load_peft_weights(inputs / "llama-TP1" / "hf", device="cpu")
+            source = adapter_of(inputs / "llama-TP1" / "hf")
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     if ".adapters." in name:

@@ -67,3 +67,15 @@ def test_a_model_is_compared_with_itself_primed(inputs, tmp_path):  # noqa: F811
 def test_priming_without_a_teacher_to_compare_with_is_told(capsys):
     parse(["--model", "m", "--data", "d", "--teacher-priming", "teacher"], EvaluateConfig)
     assert "--teacher-priming teacher has no effect without --teacher-model" in capsys.readouterr().err
+
+
+def test_a_store_takes_a_priming_and_refuses_what_asks_for_a_model(capsys):
+    words = ["--model", "m", "--data", "d", "--teacher-cache", "c", "--teacher-model", "t"]
+    parse([*words, "--teacher-priming", "teacher"], EvaluateConfig)
+    assert "no effect" not in capsys.readouterr().err
+    wrong = {"--exposure-bias": "--exposure-bias reads what was written, and --teacher-cache has the responses of the data alone",
+             "--teacher-tp=2": "--teacher-tensor-model-parallel-size 2 is of a model, and --teacher-cache loads none"}  # fmt: skip
+    for flag, line in wrong.items():
+        with pytest.raises(SystemExit):
+            parse([*words, flag], EvaluateConfig)
+        assert line in capsys.readouterr().err

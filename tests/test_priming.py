@@ -250,3 +250,8 @@ def test_a_row_is_shown_as_both_read_it_with_the_loss_marked(tmp_path, tokenizer
     assert same[-1] == "the teacher reads the same"
     assert "teacher" not in as_read(sample, tokenizer, **options | {"has_teacher": False})
     assert Config().output.show_data == 0
+
+
+def test_a_limit_of_the_teachers_prompt_without_one_is_told(tokenizer, noted):
+    assert Conditioning.open(ConditioningConfig(teacher_max_prompt_length=3), tokenizer, tokenizer, template="plain", positions=9) is None
+    assert noted.messages == ["--teacher-max-prompt-length has no effect: the teacher reads what the student does; --max-prompt-length limits both"]

@@ -188,6 +188,20 @@ def test_every_rank_hears_of_a_mistake_in_objects_and_objects_are_read_at_anothe
         assert losses[0] == pytest.approx(losses[1], rel=1e-5) and still_joined
 
 
+def test_a_teachers_own_rank_hears_of_a_row_that_cannot_be_used_and_the_next_call_finds_all(inputs):  # noqa: F811
+    flags = FLAGS | {"method": "kd", "teacher": inputs / "teacher", "teacher_ranks": 1, "eval_interval": None, "hidden_dropout": 0.0}
+    bad = inputs / "bad.jsonl"
+    bad.write_text((inputs / "train.jsonl").read_text() + '{"prompt": "x", "response": 7}\n')
+
+    def call(layout):
+        with pytest.raises(UserError, match=r"bad.jsonl line 33"):
+            megakd.distill(student=inputs / "student", train_data=bad, save=inputs / "bad-call", **flags)
+        return megakd.distill(student=inputs / "student", train_data=inputs / "train.jsonl", save=inputs / "good-call", **flags).metrics
+
+    mine, theirs = run_distributed(call, 2)
+    assert mine["loss/total"] == theirs["loss/total"]
+
+
 @alone
 def test_every_rank_hears_of_a_folder_that_cannot_be_written(inputs):  # noqa: F811
     """Rank 0 alone tries; a rank that went on would wait for it until the timeout."""

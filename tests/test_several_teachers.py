@@ -16,11 +16,14 @@ from test_methods import StateDictSource, method_inputs, run_config, samples
 from test_trainer import numbers
 from tiny import tiny_config, tiny_folder, tiny_model
 from train_tokenizer import train_tokenizer
+from transformers import AutoTokenizer
 
+import megakd
 from megakd import trainer
 from megakd.config import parse
 from megakd.data.batch import micro_batches
 from megakd.data.dataloader import split_across_dp
+from megakd.data.sft_dataset import SFTDataset
 from megakd.errors import UserError
 from megakd.loading import align_vocabularies, frozen
 from megakd.methods import METHODS
@@ -117,9 +120,13 @@ def test_a_run_with_two_teachers_is_the_same_on_replicas_and_evaluates_each_row_
         file.write_text("".join(line for line in (inputs / "valid.jsonl").open() if f'"{name}"' in line))
         flags = ["--train-iters", 1, "--teacher-model", inputs / name, "--teacher-field", "", "--valid-data", file]
         run_distributed(train, 1, command(inputs, f"only-{name}", *flags))
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "student")
+    rows = {name: SFTDataset(inputs / f"{name}.jsonl", tokenizer, max_length=32, max_prompt_length=24) for name in TEACHERS}
+    tokens = [sum(rows[name][i].num_labels for i in range(len(rows[name]))) for name in TEACHERS]
     parts = [numbers(inputs / f"only-{name}")[0]["valid/reverse_kl"] for name in TEACHERS]
     whole = numbers(inputs / "alone")[0]["valid/reverse_kl"]
-    assert min(parts) < whole < max(parts)
+    assert whole == pytest.approx(sum(n * part for n, part in zip(tokens, parts)) / sum(tokens), rel=1e-5)
+    assert abs(parts[0] - parts[1]) > 1e-3
 
 
 def refused(root, *more):
@@ -137,6 +144,21 @@ def test_a_row_without_a_teacher_is_refused_by_its_place(inputs, tmp_path):
         (tmp_path / "train.jsonl").write_text("\n".join([*rows[:4], line, *rows[5:]]) + "\n")
         message = refused(inputs, "--train-data", tmp_path / "train.jsonl")
         assert f"{tmp_path / 'train.jsonl'} line 5: {said}" in message and "--teacher-field names one of the teachers math, code" in message
+
+
+def test_a_primed_row_has_to_fit_the_teacher_with_the_fewest_positions(inputs, tmp_path):
+    long, words = tmp_path / "long", "think " * 12
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "code")
+    tiny_folder(long, "gpt2", layers=2, vocab_size=len(tokenizer) + 2, n_positions=256)
+    tokenizer.save_pretrained(long)
+    for models in ((f"math={long}", f"code={inputs / 'code'}"), (f"math={inputs / 'math'}", f"code={long}")):
+        assert "more than the 64 positions that it has for both" in refused(inputs, "--teacher-model", *models, "--teacher-priming", words)
+
+
+def test_a_field_that_is_no_name_is_told(inputs, tmp_path):
+    row = json.loads((inputs / "train.jsonl").read_text().splitlines()[0])
+    (tmp_path / "odd.jsonl").write_text(json.dumps(row | {"kind": ["math"]}) + "\n")
+    assert "line 1: field kind is" in refused(inputs, "--train-data", tmp_path / "odd.jsonl")
 
 
 def test_teachers_of_another_tokenizer_or_template_are_refused(inputs, tmp_path):
@@ -174,3 +196,16 @@ def test_what_several_teachers_cannot_do_is_one_line(words, line, capsys):
         parse((FLAGS + words).split())
     said = capsys.readouterr().err
     assert line in said and said.count("\n") == 1
+
+
+def test_from_python_teachers_are_a_mapping(inputs):
+    run_distributed(train, 1, command(inputs, "by-flags"))
+
+    def call(layout):
+        teachers = {name: inputs / name for name in TEACHERS}
+        flags = {"max_length": 32, "max_prompt_length": 24, "train_iters": 2, "micro_batch_size": 2, "global_batch_size": 8, "lr": 1e-2}
+        data = {"train_data": inputs / "train.jsonl", "valid_data": inputs / "valid.jsonl"}
+        megakd.distill(method="kd", student=inputs / "student", teacher=teachers, teacher_field="kind", save=inputs / "by-call", **data, **flags)
+
+    run_distributed(call, 1)
+    assert numbers(inputs / "by-call") == numbers(inputs / "by-flags")

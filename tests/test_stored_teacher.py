@@ -19,6 +19,7 @@ from train_tokenizer import train_tokenizer
 
 from megakd import trainer
 from megakd.checkpointing import teacher_store
+from megakd.checkpointing.model_folder import ModelFolder
 from megakd.checkpointing.teacher_store import TeacherStore, key_of
 from megakd.config import CacheConfig, EvaluateConfig, parse
 from megakd.data.batch import Sample
@@ -324,6 +325,7 @@ def test_a_store_is_of_the_text_that_the_teacher_reads(inputs):
         ("--method distillm --valid-data v", "--method distillm learns what the student writes"),
         ("--method kd --on-policy-ratio 0.5", "--method kd learns what the student writes"),
         ("--method kd --hidden-coef 1", "--hidden-coef matches the teacher's layers"),
+        ("--method kd --teacher-model self --teacher-ema 0.5", "--teacher-ema 0.5 moves a model"),
     ],
 )
 def test_what_targets_cannot_do_is_one_line(flags, line, capsys):
@@ -366,3 +368,16 @@ def test_a_store_goes_on_with_what_it_was_begun_with(inputs, flags, line):
 
     (said,) = run_distributed(check, 1, [*cache_command(inputs, "topk"), *flags])
     assert re.search(line, said), said
+
+
+def test_a_student_whose_weights_are_not_read_need_not_fit_the_layout(inputs, tmp_path, monkeypatch):
+    teacher = ModelFolder.open(inputs / "teacher", flag="--teacher-model")
+    student = tiny_folder(tmp_path / "student", "gpt2", layers=2, n_head=1, vocab_size=teacher.config.vocab_size)
+    for file in (inputs / "teacher").glob("tok*"):
+        shutil.copyfile(file, student / file.name)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = [*cache_command(inputs, "dense"), "--model", str(student), "--tp"]
+    caching.check(parse([*words, "2"], CacheConfig), teacher, ModelFolder.open(student))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match=r"--tensor-model-parallel-size 3 does not divide the .* of --teacher-model"):
+        caching.check(parse([*words, "3"], CacheConfig), teacher, ModelFolder.open(student))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -46,6 +47,13 @@ class DivergenceConfig:
     )
 
 
+    @property
+    def own_divergence(self) -> tuple[str, str] | None:
+        """File and function of a divergence of the user's own."""
+        found = re.fullmatch(r"(.+\.py):(\w+)", self.kd_objective)
+        return found and found.groups()
+
+
 @dataclass(frozen=True, kw_only=True)
 class HiddenMatchingConfig:
     """Hidden states beside distributions."""
@@ -65,7 +73,7 @@ class DistillationConfig(HiddenMatchingConfig, DivergenceConfig, RatioConfig):
 
     def validation_errors(self, config: Config) -> Iterator[str]:
         """What cannot be, one line each."""
-        if self.kd_objective not in OBJECTIVES and ".py:" not in self.kd_objective:
+        if self.kd_objective not in OBJECTIVES and not self.own_divergence:
             yield f"--kd-objective {self.kd_objective!r} is unknown; use one of {', '.join(OBJECTIVES)}, or FILE.py:FUNCTION"
         if self.kd_objective == "alpha_beta" and not self.skew_alpha * self.beta:
             yield "--kd-objective alpha_beta needs --skew-alpha and --beta above 0; use forward_kl for 1 and 0, reverse_kl for 0 and 1"

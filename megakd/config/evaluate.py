@@ -89,11 +89,15 @@ class EvaluateConfig(AnsweringConfig):
             yield "--exposure-bias needs --teacher-model; give the folder to compare with"
         if self.exposure_bias and (given := self.teacher_layout.flags_given(self.parallel)):
             yield f"--exposure-bias asks both models in one layout; leave it out, or {given}"
+        if self.exposure_bias and self.teacher_cache:
+            yield "--exposure-bias reads what was written, and --teacher-cache has the responses of the data alone; leave one of them out"
+        if self.teacher_cache and (given := self.teacher_layout.flags_given(self.parallel)):
+            yield f"{given} is of a model, and --teacher-cache loads none; leave it out"
         if self.exposure_bias_samples > len(self.seeds):
             yield f"--exposure-bias-samples {self.exposure_bias_samples} is more than the {len(self.seeds)} --seeds; add seeds"
 
     def unless(self):
         curves = dict.fromkeys(("exposure_bias_samples", "exposure_bias_skip_first"), (self.exposure_bias, "without --exposure-bias"))
-        of_teacher = {**vars(self.conditioning), **vars(self.teacher_layout)}
-        told = dict.fromkeys(of_teacher, (self.teacher_model, "without --teacher-model"))
+        told = dict.fromkeys(vars(self.teacher_layout), (self.teacher_model, "without --teacher-model"))
+        told |= dict.fromkeys(vars(self.conditioning), (self.teacher_model or self.teacher_cache, "without --teacher-model"))
         return super().unless() | curves | told | {"overwrite": (self.save, "without --save")}

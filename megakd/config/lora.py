@@ -29,6 +29,11 @@ class LoRAConfig:
         """0: no adapters, the weights themselves are trained."""
         return self.lora_rank or (DEFAULT_RANK if self.peft == "lora" else 0)
 
+    @property
+    def exports_adapter(self) -> bool:
+        """Whether a run leaves PEFT's folder, and no whole model."""
+        return bool(self.rank) and not self.merge_lora
+
     def validation_errors(self) -> Iterator[str]:
         """Flags that nothing would read."""
         if self.rank:

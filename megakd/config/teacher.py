@@ -77,3 +77,5 @@ class TeacherConfig:
             yield f"--teacher-quantize {self.teacher_quantize} is of a model, and scripts/cache_teacher.py has it too"
         if config.distillation.hidden_coef:
             yield "--hidden-coef matches the teacher's layers, and --teacher-cache has targets alone"
+        if config.models.teacher_ema is not None:
+            yield f"--teacher-ema {config.models.teacher_ema} moves a model, and --teacher-cache has targets alone"

@@ -53,6 +53,8 @@ class Conditioning:
         own_template = getattr(teacher, "chat_template", None)
         same_template = own_template in (None, getattr(student, "chat_template", None))
         if same_template and not settings.adds_text:
+            if settings.teacher_max_prompt_length is not None:
+                tell("--teacher-max-prompt-length has no effect: the teacher reads what the student does; --max-prompt-length limits both")
             return None
         if not same_template:
             tell("student and teacher have unlike chat templates: each reads a chat as its own writes it")

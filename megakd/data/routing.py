@@ -1,6 +1,5 @@
 """Which teacher a row learns from: the one that a field of it names."""
 
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
@@ -22,11 +21,10 @@ class RoutedData(Sequence[Sample]):
             raise UserError(f"{rows.where(0)} is token ids, and --teacher-field needs rows with fields; give the .jsonl of them")
         self.rows = rows
         self.teachers = [self._teacher(i, field, teachers) for i in range(len(rows))]
-        self.counts = Counter(self.teachers)
 
     def _teacher(self, index: int, field: str, teachers: Collection[str]) -> str:
         name = self.rows.fields(index).get(field)
-        if name not in teachers:
+        if not isinstance(name, str) or name not in teachers:
             has = f"field {field} is {shown(name)}" if name is not None else f"has no field {field}"
             raise UserError(f"{self.rows.where(index)}: {has}; --teacher-field names one of the teachers {', '.join(teachers)}")
         return name

@@ -48,8 +48,6 @@ class EvaluationSet(PromptDataset):
         self.rules, self.rouge_tokenizer = scores, metrics.rouge_tokenizer(scores.rouge_tokenizer_of(name), tokenizer)
         self._bos = tokenizer("")["input_ids"] if add_bos else []
         super().__init__(path, tokenizer, max_prompt_length=max_prompt_length, template=template, conditioning=conditioning)
-        self.rules = scores
-        self.rouge_tokenizer = metrics.rouge_tokenizer(scores.rouge_tokenizer_of(name), tokenizer)
 
     def _beginning(self) -> Sequence[int]:
         return self._bos

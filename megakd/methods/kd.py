@@ -7,7 +7,7 @@ KL(p‖q) on the data is word-level KD (Hinton et al. 2015, as in the MiniLLM an
 import random
 
 from megakd.losses.distillation import Divergence, kd_loss
-from megakd.losses.own_divergence import find_divergence
+from megakd.losses.own_divergence import objective_of
 from megakd.methods.base import Method
 from megakd.methods.hidden_matching import HiddenMatching, projections
 from megakd.methods.rollout import rollout
@@ -44,7 +44,7 @@ class KD(Method):
         settings = self.config.distillation
         if not (kd_ratio or settings.hidden_coef):
             return self.cross_entropy_step(samples, iteration)
-        divergence = Divergence(find_divergence(settings.kd_objective), settings.kd_temperature, settings.beta, settings.skew_alpha)
+        divergence = Divergence(objective_of(settings), settings.kd_temperature, settings.beta, settings.skew_alpha)
         batches = self.batches(samples)
 
         def loss(q, batch, p):

@@ -12,6 +12,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +72,8 @@ def form_groups(tp: int, pp: int, *, ranks: int | None = None) -> None:
     """The process groups of a TP × PP × DP grid over the first ranks, all by default. Those of an earlier call serve again where they are
     the same, else they are closed."""
     shape = (tp, pp, ranks or dist.get_world_size())
-    if parallel_state.model_parallel_is_initialized() and _shape == [shape]:
+    outside = dist.get_rank() >= shape[-1]  # where megatron has no groups to be asked about
+    if (outside or parallel_state.model_parallel_is_initialized()) and _shape == [shape]:
         return
     close_groups()
     with with_world_size(shape[-1]):
@@ -117,6 +119,7 @@ def join() -> None:
     """torch.distributed over nccl where there is a GPU, over gloo where there is none."""
     parallel_state.destroy_model_parallel()  # forget the groups of a world that has ended
     _layouts.clear()
+    _shape.clear()
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
     alone = os.environ["WORLD_SIZE"] == "1"  # talks to itself, without a port that another program may have taken meanwhile
@@ -193,6 +196,31 @@ def on_rank_zero(work: Callable[[], None]) -> None:
     dist.broadcast_object_list(found)
     if found[0]:
         raise found[0]
+
+
+def from_rank_zero(make: Callable[[], Any]) -> Any:
+    """What rank 0 makes, on every rank."""
+    found = [make() if is_rank_zero() else None]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def agreed(work: Callable[[], Any]) -> Any:
+    """Do it on every rank; what it returned here.
+
+    Raises:
+        UserError: `work` raised it on some rank; on all of them, so that none waits for another.
+    """
+    result, mine = None, None
+    try:
+        result = work()
+    except UserError as error:
+        mine = error
+    everyone: list[UserError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    if raised := next(filter(None, [mine, *everyone]), None):
+        raise raised
+    return result
 
 
 def is_rank_zero() -> bool:

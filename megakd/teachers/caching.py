@@ -36,13 +36,22 @@ from megakd.data.batch import Sample, micro_batches
 from megakd.data.conditioning import Conditioning
 from megakd.data.open_data import open_responses
 from megakd.errors import UserError, file_errors
-from megakd.loading import ModelFolders, align_vocabularies, check_context, frozen, load_model, start
+from megakd.loading import (
+    AS_THE_STUDENT,
+    align_vocabularies,
+    check_context,
+    check_tokenizers,
+    frozen,
+    grids_of,
+    load_model,
+    start,
+)
 from megakd.losses.token_loss import HeadRows
 from megakd.models.gpt_model import HiddenStateGPTModel
-from megakd.models.model_provider import context_length
+from megakd.models.model_provider import check_layout, context_length
 from megakd.models.weight_only import check_quantization
 from megakd.reporting.own_folder import OwnFolder
-from megakd.runtime.initialize import is_rank_zero, on_rank_zero, resolve_dtype
+from megakd.runtime.initialize import from_rank_zero, is_rank_zero, on_rank_zero, resolve_dtype
 from megakd.runtime.parallel_layout import ParallelLayout
 from megakd.teachers.live import LiveTeacher
 from megakd.teachers.quantised import quantised
@@ -70,7 +79,7 @@ def cache_teacher(config: CacheConfig) -> None:
     plan.check_begun()
     layout = start(config.parallel)
     on_rank_zero(lambda: plan.begin(teacher))
-    if missing := plan.missing():
+    if missing := from_rank_zero(plan.missing):  # before the first of the replicas has written any
         options = align_vocabularies([teacher.config.vocab_size], layout.tp_size) | {"dtype": resolve_dtype(config.dtype)}
         model = frozen(load_model(teacher, layout, hidden_dropout=0.0, attention_dropout=0.0, **options))
         Writer(plan, teacher_of(model, config, plan), config.micro_batch_size).write(missing)
@@ -94,7 +103,9 @@ def check(config: CacheConfig, teacher: ModelFolder, student: ModelFolder | None
         UserError: the first thing that does not fit.
     """
     check_quantization(config.teacher_quantize)
-    ModelFolders(student or teacher, {"": teacher}).check(config.parallel)
+    grid, _ = grids_of(config.parallel, AS_THE_STUDENT)
+    check_layout(teacher.config, grid.tp_size, grid.pp_size, flag=teacher.flag, name=str(teacher.path))
+    check_tokenizers(student or teacher, teacher)
     check_context(teacher, config.data.max_length, 0, f"--max-length {config.data.max_length}", "use --max-length {} or less")
     counted = vocab_size(teacher, student)
     if config.cache_kind == "topk" and config.top_k > counted:

@@ -446,7 +446,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     "tests/test_bad_inputs.py|tests/test_config.py": [
         (CONFIG + "train.py", "if self.method not in methods and given[name] != usual[name]:", "if False:"),
         (CONFIG + "train.py", "if training.min_lr > training.lr:", "if False:"),
-        (CONFIG + "methods/minillm.py", "if dropout := getattr(config.models, name):", "if False:"),
+        (CONFIG + "methods/minillm.py", "if dropout := getattr(flags, name):", "if False:"),
         (CONFIG + "methods/base.py", "for group in (type(self), *self.shares)", "for group in (type(self),)"),
         (CONFIG + "fields.py", 'return f"must be at most {most}" if value > most else None', "return None"),
         ("megakd/preflight.py", "if whole % (micro * dp):", "if False:"),
@@ -522,8 +522,8 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (TEACHERS + "caching.py", "torch.cat([found[i][name] for i in range(len(samples))])", "torch.cat([part[name] for part in found.values()])"),
     ],
     of("test_stored_teacher", "a_changed_row_or_response_is_refused_by_its_place", "a_changed_model_is_refused"): [
-        ("megakd/trainer.py", "        data.check_stored(folders.store)", "        pass"),
-        ("megakd/run_data.py", "for rows in (self.loader.dataset, self.valid or ()):", "for rows in (self.loader.dataset,):"),
+        ("megakd/run_data.py", "folders.store.check_texts(rows, where=rows.where)", "pass"),
+        ("megakd/run_data.py", "filter(None, (loader.dataset, valid))", "filter(None, (loader.dataset,))"),
     ],
     of("test_stored_teacher", "a_changed_model_is_refused"): [
         ("megakd/loading.py", "                store.check_teacher(path)", "                pass"),

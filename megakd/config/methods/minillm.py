@@ -48,8 +48,9 @@ class MiniLLMConfig(MethodConfig):
             yield (
                 f"--save-interval {save_interval} is no multiple of MiniLLM's phase of {phase} iterations, which is not saved; make it one"
             )
-        for name in ("hidden_dropout", "attention_dropout"):
-            if dropout := getattr(config.models, name):
+        dropouts = {"hidden_dropout": config.models, "attention_dropout": config.models, "lora_dropout": config.lora}
+        for name, flags in dropouts.items():
+            if dropout := getattr(flags, name):
                 yield f"{flag_name(name)} {dropout}: MiniLLM's student learns without dropout, as it wrote; leave it out"
         given = config.teacher_parallel.flags_given(config.parallel)
         if given and self.teacher_mixed_alpha:
