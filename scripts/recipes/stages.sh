@@ -19,3 +19,17 @@ stage() {  # NAME RESULT COMMAND...: once, and named when it fails
     fi
     echo "$name $((SECONDS - began))" >> "$out/logs/seconds.txt"
 }
+
+each() {  # FUNCTION NAMES...: the function for every name, $jobs of them at a time
+    local name pids=()
+    for name in "${@:2}"; do
+        if [[ ${jobs:-1} == 1 ]]; then
+            "$1" "$name"
+            continue
+        fi
+        while (($(jobs -rp | wc -l) >= jobs)); do sleep 0.2; done
+        "$1" "$name" &
+        pids+=($!)
+    done
+    for name in "${pids[@]}"; do wait "$name" || exit 1; done
+}
