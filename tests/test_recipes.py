@@ -112,7 +112,7 @@ for word in "$@"; do
     case $word in *.py) script=${{word##*/}} ;; esac
     previous=$word
 done
-case "$*" in {broken}) echo "out of memory"; exit 1 ;; esac
+case "$*" in {broken}) echo "out of memory"; exit 1 ;; *--best*) echo promptkd; echo kd; exit ;; esac
 case $script in
     pretrain_kd.py) mkdir -p $save/hf ;;
     evaluate.py) mkdir -p $save && touch $save/results.json ;;
@@ -123,14 +123,14 @@ esac
 """
 
 
-def run_with_fake_python(folder: Path, broken: str = "nothing", recipe: str = "paper.sh"):
-    """What a recipe's tiny scale said, and the commands it gave."""
+def run_with_fake_python(folder: Path, broken: str = "nothing", recipe: str = "paper.sh", words: tuple[str, ...] = ("tiny",), **environment):
+    """What a recipe said, by default of its tiny scale, and the commands it gave."""
     fake, calls = folder / "python", folder / "calls"
     fake.write_text(FAKE.format(calls=calls, broken=f"*{broken}*"))
     fake.chmod(0o755)
     calls.write_text("")
-    environment = os.environ | {"PYTHON": str(fake), "DATA": "data"}
-    done = subprocess.run(paper("tiny", folder / "out", recipe=recipe), capture_output=True, text=True, env=environment)
+    environment = os.environ | {"PYTHON": str(fake), "DATA": "data"} | environment
+    done = subprocess.run(paper(*words, folder / "out", recipe=recipe), capture_output=True, text=True, env=environment)
     return done, calls.read_text().splitlines()
 
 

@@ -21,7 +21,7 @@ stage() {  # NAME RESULT COMMAND...: once, and named when it fails
 }
 
 each() {  # FUNCTION NAMES...: the function for every name, $jobs of them at a time
-    local name pids=()
+    local name failed= pids=()
     for name in "${@:2}"; do
         if [[ ${jobs:-1} == 1 ]]; then
             "$1" "$name"
@@ -31,5 +31,6 @@ each() {  # FUNCTION NAMES...: the function for every name, $jobs of them at a t
         "$1" "$name" &
         pids+=($!)
     done
-    for name in "${pids[@]}"; do wait "$name" || exit 1; done
+    for name in "${pids[@]}"; do wait "$name" || failed=yes; done
+    if [[ -n $failed ]]; then exit 1; fi
 }
