@@ -51,7 +51,7 @@ distil() {  # METHOD-SEED: the healed student, for as many steps as every other
         sft) flags+=(--method sft) ;;
         kd) flags+=(--method kd --kd-ratio 0.5) ;;
         seqkd) flags+=(--method seqkd) ;;
-        minillm) flags+=(--method minillm) ;;
+        minillm) flags+=(--method minillm --ppo-epochs 2 --num-rollouts "$(setting num_rollouts)") ;;
         on_policy_kd) flags+=(--method kd --on-policy-ratio 1 --kd-ratio 1 --kd-objective reverse_kl) ;;
         promptkd) flags+=(--method promptkd --teacher-lr 1e-3) ;;
         promptkd_primed) flags+=(--method promptkd --teacher-lr 1e-3 --teacher-priming ground-truth) ;;
