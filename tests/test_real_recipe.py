@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,8 +54,10 @@ def test_every_command_of_a_scale_can_run_and_methods_differ_in_nothing_else(tmp
             config.check()
             (runs if name == "pretrain_kd.py" else scored)[Path(config.flat()["save"]).name] = config
     assert list(runs) == ["healed", *FIRST] and list(scored) == ["teacher", "healed", *FIRST]
-    common = {(run.models.model, run.training, run.data, run.models.dtype) for name, run in runs.items() if name != "healed"}
-    assert len(common) == 1
+    of_all = {name: replace(run.training, lr=0.0) for name, run in runs.items() if name != "healed"}
+    assert len({(runs[name].models.model, runs[name].data, runs[name].models.dtype, training) for name, training in of_all.items()}) == 1
+    rates = {runs[name].training.lr: 0 for name in of_all} | {run.promptkd.teacher_lr: 0 for run in runs.values() if run.method == "promptkd"}
+    assert [*rates] == [1e-4, 1e-5] and runs["minillm-10"].training.lr == 1e-4
     assert runs["promptkd_primed-10"].conditioning.teacher_priming == "ground-truth"
     assert {run.models.teacher_model for name, run in runs.items() if name not in ("healed", "sft-10")} == {str(tmp_path / "out" / "teacher")}
     assert runs["on_policy_kd-10"].distillation.kd_objective == "reverse_kl" and runs["on_policy_kd-10"].kd.on_policy_ratio == 1
@@ -71,7 +74,7 @@ def test_stages_go_once_the_best_again_with_another_seed_and_a_failure_is_named(
     done, calls = run_with_fake_python(tmp_path, **again)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "the table"
     trained = [call.split("--save ")[1].split()[0].rpartition("/")[2] for call in calls if "pretrain_kd.py" in call]
-    assert trained[-2:] == ["promptkd-20", "kd-20"] and {"seqkd-10"} <= {*trained} <= {*FIRST, "promptkd-20", "kd-20"}
+    assert {*trained[-2:]} == {"promptkd-20", "kd-20"} and {"seqkd-10"} <= {*trained} <= {*FIRST, "promptkd-20", "kd-20"}
     assert {call.split("--seed ")[1].split()[0] for call in calls if "-20 " in call and "pretrain_kd.py" in call} == {"20"}
     done, calls = run_with_fake_python(tmp_path, **again)
     assert [Path(call.split()[0]).name for call in calls] == ["report_real.py"] * 2, "the table alone is made anew"

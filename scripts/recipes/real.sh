@@ -45,16 +45,16 @@ train() {  # NAME MODEL FLAGS...
         --train-data "$out/data/train.jsonl" --valid-data "$out/data/valid.jsonl" --save "$out/$1" "${@:3}"
 }
 
-distil() {  # METHOD-SEED: the healed student, for as many steps as every other
+distil() {  # METHOD-SEED: the healed student, for as many steps as every other; who learns nothing but its own text, by shorter ones
     local method=${1%-*} flags=(--seed "${1##*-}")
     case $method in
         sft) flags+=(--method sft) ;;
         kd) flags+=(--method kd --kd-ratio 0.5) ;;
         seqkd) flags+=(--method seqkd) ;;
         minillm) flags+=(--method minillm --ppo-epochs 2 --num-rollouts "$(setting num_rollouts)") ;;
-        on_policy_kd) flags+=(--method kd --on-policy-ratio 1 --kd-ratio 1 --kd-objective reverse_kl) ;;
-        promptkd) flags+=(--method promptkd --teacher-lr 1e-3) ;;
-        promptkd_primed) flags+=(--method promptkd --teacher-lr 1e-3 --teacher-priming ground-truth) ;;
+        on_policy_kd) flags+=(--method kd --on-policy-ratio 1 --kd-ratio 1 --kd-objective reverse_kl --lr "$(setting on_policy_lr)") ;;
+        promptkd) flags+=(--method promptkd --lr "$(setting on_policy_lr)" --teacher-lr "$(setting prompt_lr)") ;;
+        promptkd_primed) flags+=(--method promptkd --lr "$(setting on_policy_lr)" --teacher-lr "$(setting prompt_lr)" --teacher-priming ground-truth) ;;
     esac
     if [[ $method != sft ]]; then flags+=(--teacher-model "$teacher"); fi
     train "$1" "$out/healed/hf" "${flags[@]}"
