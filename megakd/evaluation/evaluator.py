@@ -21,12 +21,12 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.checkpointing.description import versions
 from megakd.config import EvaluateConfig
-from megakd.data.text_dataset import response_text
 from megakd.evaluation.evaluation_set import EvaluationSet, open_sets
 from megakd.evaluation.exposure_bias import accumulated, exposure_bias, token_divergences
 from megakd.evaluation.held_out import held_out_losses
 from megakd.evaluation.report import Report, check_folder, notes, print_table
-from megakd.generation.answers import Writer, gather_by_index, hidden_ids, open_folders, sampling_of
+from megakd.evaluation.scoring import answer_texts, score_together
+from megakd.generation.answers import Writer, hidden_ids, open_folders, sampling_of
 from megakd.generation.progress import Progress
 from megakd.generation.sampling import Sampling
 from megakd.loading import frozen, start_apart
@@ -139,8 +139,8 @@ class Evaluator:
         """Means over the set of one pass of answers."""
         responses = self.responses(data, "student", self.scored[seed])
         said = [self.writers["student"].ends.without_end(tokens) for tokens in responses]
-        answers = [response_text(self.tokenizer, sample.prompt, tokens).strip() for sample, tokens in zip(data, said)]
-        rows = score_on_all_ranks(data, answers)
+        answers = answer_texts(self.tokenizer, data, said)
+        rows = score_together(data.score, answers, dist.group.WORLD)
         for row, tokens in zip(rows, said):
             row |= {"response_length": len(tokens), "hidden_tokens": sum(token in self.hidden for token in tokens)}
         self.report.add_answers(data, seed, answers, responses, rows)
@@ -162,13 +162,6 @@ class Evaluator:
         rows = token_divergences(self.model, self.teacher, samples, micro_batch_size=self.config.micro_batch_size)
         self.report.add_divergences(data, writer, seed, samples, rows)
         return rows
-
-
-def score_on_all_ranks(data: EvaluationSet, answers: Sequence[str]) -> list[dict[str, float]]:
-    """Scores of each answer. Rouge-L is plain Python, so every rank scores some."""
-    mine = {i: data.score(i, answers[i]) for i in range(dist.get_rank(), len(answers), dist.get_world_size())}
-    gathered = gather_by_index(mine, dist.group.WORLD)
-    return [gathered[i] for i in range(len(answers))]
 
 
 def over_seeds(seeds: Sequence[dict[str, float]]) -> dict[str, float]:
