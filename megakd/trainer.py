@@ -19,6 +19,8 @@ from megakd import preflight
 from megakd.checkpointing.best import NATIVE, BestStudent
 from megakd.checkpointing.export_hf import export_to_hf
 from megakd.checkpointing.native import read_latest, remove_older
+from megakd.checkpointing.soft_prompt_folder import FOLDER as SOFT_PROMPT
+from megakd.checkpointing.soft_prompt_folder import write_soft_prompt
 from megakd.checkpointing.training import TeacherWeights, load_checkpoint, load_nothing, save_checkpoint, save_nothing
 from megakd.config import Config
 from megakd.data.batch import Sample
@@ -287,8 +289,11 @@ class Trainer:
         dist.barrier()
 
     def _finish(self) -> None:
+        soft_prompt = self.method.soft_prompt()
         if is_rank_zero():
             lora, hf = self.config.lora, self.folder / "hf"
+            if soft_prompt is not None:
+                write_soft_prompt(self.folder / SOFT_PROMPT, soft_prompt, self.folders.taught_by)
             if self.resumed < self.total_iters or not preflight.is_finished_export(hf, adapter=lora.exports_adapter):
                 export_to_hf(self.checkpoints, hf, merge_adapter=lora.merge_lora)
             plot_training(self.folder)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from megakd.checkpointing.hf_view import HuggingFaceView
@@ -30,6 +31,12 @@ class ModelFolder:
     config: PretrainedConfig
     hf_folder: Path  # with config.json and the tokenizer
     source: Source
+    soft_prompt: Tensor | None = None  # [P, H], stands before every text
+
+    @property
+    def soft_prompt_len(self) -> int:
+        """Positions that the soft prompt takes."""
+        return 0 if self.soft_prompt is None else len(self.soft_prompt)
 
     @classmethod
     def open(cls, path: str | Path, *, flag: str = "--model") -> ModelFolder:

@@ -32,6 +32,7 @@ from megakd.generation.sampling import Sampling
 from megakd.loading import frozen, start_apart
 from megakd.runtime.initialize import is_rank_zero
 from megakd.runtime.parallel_layout import ParallelLayout
+from megakd.teachers.live import LiveStudent
 from megakd.teachers.relayed import in_its_layout
 from megakd.teachers.stored import StoredTeacher
 from megakd.teachers.teacher import Teacher
@@ -59,7 +60,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     layout = places.student
     report = Report(config.save if is_rank_zero() else "")
     student, models = folders.load_apart(places, config.dtype)
-    written = [Writer(model, folder.ends, config.responses.batch_size) for model, folder in zip((frozen(student), *models), folders)]
+    written = [Writer.of(folder, model, config.responses.batch_size) for model, folder in zip((frozen(student), *models), folders)]
     writers = dict(zip(("student", "teacher"), written))
     teacher = StoredTeacher(folders.store, student) if folders.store else None
     if models:
@@ -95,7 +96,7 @@ class Evaluator:
     ) -> None:
         self.config, self.sets, self.tokenizer, self.writers, self.report = config, sets, tokenizer, writers, report
         self.hidden = hidden_ids(tokenizer)
-        self.model = writers["student"].model
+        self.model, self.soft_prompt = writers["student"].model, writers["student"].soft_prompt
         self.teacher = teacher
         settings = config.responses
         seeds = config.seeds[:1] if settings.greedy else config.seeds  # a greedy answer is the same for every seed
@@ -123,7 +124,8 @@ class Evaluator:
 
     def losses(self, data: EvaluationSet) -> dict[str, float]:
         """On the gold responses."""
-        return held_out_losses(self.model, self.teacher, samples=list(data), micro_batch_size=self.config.micro_batch_size)
+        options = {"micro_batch_size": self.config.micro_batch_size, "soft_prompt": self.soft_prompt}
+        return held_out_losses(self.model, self.teacher, samples=list(data), **options)
 
     def responses(self, data: EvaluationSet, writer: str, sampling: Sampling) -> list[list[int]]:
         """One response a sample, in the order of the file, on every rank. None is written twice."""
@@ -159,7 +161,8 @@ class Evaluator:
         """KL(p‖q) at every token of what `writer` draws."""
         responses = self.responses(data, writer, self.drawn[seed])
         samples = [replace(sample, response=tuple(response)) for sample, response in zip(data.questions(), responses)]
-        rows = token_divergences(self.model, self.teacher, samples, micro_batch_size=self.config.micro_batch_size)
+        student = LiveStudent(self.model, self.soft_prompt)
+        rows = token_divergences(student, self.teacher, samples, micro_batch_size=self.config.micro_batch_size)
         self.report.add_divergences(data, writer, seed, samples, rows)
         return rows
 

@@ -398,6 +398,13 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (EVALUATION + "evaluator.py", "for row, tokens in zip(rows, said):", "for row, tokens in zip(rows, responses):"),
         (EVALUATION + "scoring.py", "range(group.rank(), len(answers), group.size())", "range(group.rank(), 1, group.size())"),
     ],
+    "tests/test_soft_prompt_files.py": [
+        ("megakd/generation/answers.py", '"soft_prompt": self.soft_prompt}', '"soft_prompt": None}'),
+        (EVALUATION + "evaluator.py", '"soft_prompt": self.soft_prompt}', '"soft_prompt": None}'),
+        (EVALUATION + "evaluator.py", "LiveStudent(self.model, self.soft_prompt)", "LiveStudent(self.model)"),
+        ("megakd/checkpointing/soft_prompt_folder.py", "if width != hidden:", "if False:"),
+        ("megakd/generation/answers.py", "bos + soft, said + also", "bos, said + also"),
+    ],
     "tests/test_best.py": [
         (EVALUATION + "held_out_answers.py", "greedy=greedy, seed=config.training.seed)", "greedy=True, seed=config.training.seed)"),
         (EVALUATION + "held_out_answers.py", "greedy=greedy, seed=config.training.seed)", "greedy=greedy, seed=0)"),
