@@ -398,6 +398,18 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (EVALUATION + "evaluator.py", "for row, tokens in zip(rows, said):", "for row, tokens in zip(rows, responses):"),
         (EVALUATION + "scoring.py", "range(group.rank(), len(answers), group.size())", "range(group.rank(), 1, group.size())"),
     ],
+    "tests/test_mp_files.py": [
+        ("megakd/models/mp_files.py", 'yield tensor.name, mapping.axis', 'yield tensor.name, 0'),
+        ("megakd/models/mp_files.py", "        found, first = [], 0\n", "        found, first = [], 1\n"),
+        ("megakd/models/mp_files.py", "first += size", "first += len(found)"),
+        ("megakd/checkpointing/import_hf.py", "write_hf_folder(model, folder, hf, source)", "write_hf_folder(model, folder, hf)"),
+        ("megakd/checkpointing/import_hf.py", "WindowedCheckpoint(model, mp_size=mp_size)", "WindowedCheckpoint(model)"),
+    ],
+    "tests/test_hub_cache.py": [
+        ("megakd/models/hub_cache.py", "path.exists() or path.is_absolute()", "path.is_absolute()"),
+        ("megakd/checkpointing/peft_folder.py", "beside if beside.is_dir() else local_folder", "beside if True else local_folder"),
+        ("megakd/checkpointing/fingerprint.py", 'folder = local_folder(folder, flag="--model")', "pass"),
+    ],
     "tests/test_soft_prompt_files.py": [
         ("megakd/generation/answers.py", '"soft_prompt": self.soft_prompt}', '"soft_prompt": None}'),
         (EVALUATION + "evaluator.py", '"soft_prompt": self.soft_prompt}', '"soft_prompt": None}'),
