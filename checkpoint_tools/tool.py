@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a clone works without installation
@@ -37,15 +37,15 @@ EPILOG = (
 
 
 class Parser(argparse.ArgumentParser):
-    """A wrong flag is one line; `spellings` are this tool's own aliases."""
+    """A wrong flag is one line; `spellings` are this tool's own aliases, `needed` the flags of UNNEEDED that it has use for."""
 
-    def __init__(self, description: str, spellings: dict[str, str]):
+    def __init__(self, description: str, spellings: dict[str, str], needed: Sequence[str] = ()):
         super().__init__(
             description=description, epilog=EPILOG, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
         )
         self.spellings = SPELLINGS | spellings
         self.unneeded = self.add_argument_group("accepted and not used")
-        for flag in UNNEEDED:
+        for flag in (flag for flag in UNNEEDED if flag not in needed):
             self.unneeded.add_argument(flag, help=argparse.SUPPRESS)
 
     def error(self, message: str):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from megakd.checkpointing.best import FOLDER as BEST
 from megakd.checkpointing.export_hf import REPORT
 from megakd.checkpointing.model_folder import ModelFolder
 from megakd.checkpointing.native import LATEST, NativeCheckpoint, read_latest
@@ -24,6 +25,7 @@ MAY_CHANGE = {  # between a run and its resumption: the layout, and what is only
     "micro_batch_tokens", "rollout_batch_size", "recompute",
     "teacher_tensor_model_parallel_size", "teacher_pipeline_model_parallel_size", "teacher_ranks", "teacher_offload",
     "save", "save_interval", "eval_interval", "eval_iters", "log_interval", "save_rollouts", "show_data", "merge_lora",
+    "eval_answers", "eval_decoding", "keep_best", "keep_last", "exact_match_rule", "gsm8k_rule", "rouge_tokenizer",
 }  # fmt: skip
 
 
@@ -117,8 +119,9 @@ def check_run_folder(config: Config) -> None:
     own_folder(config).check(is_older=is_run)
     latest = read_latest(folder / "checkpoints", flag="--save")
     check_nothing_is_lost(folder, has_checkpoint=latest is not None)
-    if latest is not None:
+    if latest is not None or is_export(folder / BEST):  # what an attempt without a checkpoint has kept is beaten by the same run alone
         check_same_settings(config, from_yaml(saved) if saved.is_file() else config)
+    if latest is not None:
         NativeCheckpoint(folder / "checkpoints", flag="--save")  # a damaged one is told before the models are loaded
 
 
@@ -145,8 +148,9 @@ def check_nothing_is_lost(folder: Path, *, has_checkpoint: bool) -> None:
     Raises:
         UserError: it would.
     """
-    if (folder / "hf").exists() and not is_export(folder / "hf"):
-        raise UserError(f"--save {folder}: what its hf/ holds is no export of a run; move it away, or give another --save")
+    for name in ("hf", BEST):
+        if (folder / name).exists() and not is_export(folder / name):
+            raise UserError(f"--save {folder}: what its {name}/ holds is no export of a run; move it away, or give another --save")
     if has_checkpoint:
         return
     if found := sorted((folder / "checkpoints").glob("iter_*")):

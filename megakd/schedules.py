@@ -93,14 +93,19 @@ def forward_backward(
 
 
 def evaluate_loss(
-    model: torch.nn.Module, batches: Sequence[Batch], loss_function: LossFunction, names: Sequence[str], context: Context = ()
+    model: torch.nn.Module,
+    batches: Sequence[Batch],
+    loss_function: LossFunction,
+    names: Sequence[str],
+    context: Context = (),
+    soft_prompt: Tensor | None = None,
 ) -> Tensor:
     """Sums of the `names` that the loss logs and, last, the token count, over this rank's micro-batches, on every stage.
 
     No dropout, no gradient.
     """
     with torch.no_grad(), evaluation_mode(model):
-        sums = _run_loss(model, batches, loss_function, context, None, forward_only=True)
+        sums = _run_loss(model, batches, loss_function, context, soft_prompt, forward_only=True)
     return model.layout.broadcast_from_last_stage(as_vector(sums, (*names, TOKENS), model.layout))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,14 +16,18 @@ import torch.distributed as dist
 import yaml
 
 from megakd import preflight
+from megakd.checkpointing.best import NATIVE, BestStudent
 from megakd.checkpointing.export_hf import export_to_hf
-from megakd.checkpointing.native import read_latest
+from megakd.checkpointing.native import read_latest, remove_older
+from megakd.checkpointing.soft_prompt_folder import FOLDER as SOFT_PROMPT
+from megakd.checkpointing.soft_prompt_folder import write_soft_prompt
 from megakd.checkpointing.training import TeacherWeights, load_checkpoint, load_nothing, save_checkpoint, save_nothing
 from megakd.config import Config
 from megakd.data.batch import Sample
 from megakd.data.dataloader import DataLoader
 from megakd.errors import UserError, tell
 from megakd.evaluation.held_out import held_out_losses
+from megakd.evaluation.held_out_answers import HeldOutAnswers
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
 from megakd.loading import ModelFolders, Places, start_apart
@@ -64,11 +69,12 @@ def train(config: Config, *, callbacks: Callbacks = Callbacks(), write_inputs: C
     preflight.check(config, folders)
     places = start_apart(config.parallel, config.teacher_parallel, seed=config.training.seed)
     data = agreed(lambda: places.student and RunData.open(config, folders, places.student))  # a teacher's own ranks learn of an error, too
+    answers = agreed(lambda: data and open_answers(config, folders, data))
     if places.student is None:
         return serve(config, folders, places)
     data.show(config.output.show_data or int(config.conditioning.adds_text), config, folders.student.tokenizer)
     if not config.output.show_data:
-        Trainer(config, folders, data, places, callbacks).run()
+        Trainer(config, folders, data, places, callbacks, answers).run()
 
 
 def serve(config: Config, folders: ModelFolders, places: Places) -> None:
@@ -88,8 +94,17 @@ def model_options(config: Config) -> dict[str, Any]:
 class Trainer:
     """One run on this rank."""
 
-    def __init__(self, config: Config, folders: ModelFolders, data: RunData, places: Places, callbacks: Callbacks):
+    def __init__(
+        self,
+        config: Config,
+        folders: ModelFolders,
+        data: RunData,
+        places: Places,
+        callbacks: Callbacks,
+        answers: HeldOutAnswers | None = None,
+    ):
         self.config, self.folders, self.data, self.places, self.callbacks = config, folders, data, places, callbacks
+        self.answers = answers
         self.layout = layout = places.student
         self.folder = Path(config.output.save)
         self.checkpoints = self.folder / "checkpoints"
@@ -100,7 +115,7 @@ class Trainer:
             tell(remark)
         self.method = self._build_method()
         self.iteration = self.resumed = self._resume()
-        self._begin_folder()
+        self.best = self._begin_folder()
         self.logger = RunLogger(
             self.folder,
             total_iterations=self.total_iters,
@@ -172,13 +187,16 @@ class Trainer:
         method.restore(saved)
         return iteration
 
-    def _begin_folder(self) -> None:
-        """Marked before anything is written into it. What a run without a checkpoint has left is replaced."""
+    def _begin_folder(self) -> BestStudent | None:
+        """Marked before anything is written into it. What a run without a checkpoint has left is replaced; but its best student stays."""
         if is_rank_zero():
+            shutil.rmtree(self.folder / NATIVE, ignore_errors=True)
             preflight.own_folder(self.config).claim()
             write_text(self.folder / "config.yaml", yaml.safe_dump(self.config.flat(), sort_keys=False))
             if self.iteration == 0:
                 (self.folder / "rollouts.jsonl").unlink(missing_ok=True)
+        selection = self.config.selection
+        return BestStudent(self.folder, selection.metric, lower_is_better=selection.lower_is_better) if selection.metric else None
 
     def _open_rollouts(self) -> JsonLines | None:
         if not (self.config.output.save_rollouts and is_rank_zero()):
@@ -218,17 +236,17 @@ class Trainer:
         if self.data.valid is None:
             return
         with self.method.time("evaluation"):
-            metrics = valid_losses(self.method, self._valid_samples())
+            metrics = valid_losses(self.method, valid_samples(self.config, self.data.valid))
+            if self.answers:
+                rows = self.config.generation.rollout_batch_size
+                metrics |= self.answers.scores(self.method.student, self.ends, batch_size=rows)
             self._show_samples()
         self.method.on_evaluation(metrics)
         metrics |= self.method.time.take()
         self.logger.log(self.iteration, metrics)
+        if self.best and self.iteration and self.best.beaten_by(metrics):
+            self._export_best()
         self.callbacks.on_evaluation(self.iteration, metrics)
-
-    def _valid_samples(self) -> list[Sample]:
-        iters = self.config.output.eval_iters
-        count = min(len(self.data.valid), iters * self.config.training.global_batch_size) if iters else len(self.data.valid)
-        return [self.data.valid[i] for i in range(count)]
 
     def _show_samples(self) -> None:
         shown = [self.data.valid[i] for i in range(min(SAMPLES_SHOWN, len(self.data.valid))) if self.data.valid[i].prompt]
@@ -247,24 +265,35 @@ class Trainer:
     # ---- what is left behind
 
     def _save(self) -> None:
-        extra_tensors = self.method.extra_tensors()
-        self.teacher.on_teacher_ranks(save_nothing, self.checkpoints, self.iteration)
-        save_checkpoint(
+        self._save_into(
             self.checkpoints,
-            self.iteration,
-            model=self.method.student,
             optimizer=self.method.optimizer.optimizer,
-            source=self.folders.student,
-            ends=self.ends,
-            extra_tensors=extra_tensors,
-            run_config=self.folder / "config.yaml",
+            extra_tensors=self.method.extra_tensors(),
             teacher_layout=self.teacher.layout,
             teacher=teacher_weights(self.method.teacher),
         )
+        if self.config.output.keep_last and is_rank_zero():
+            remove_older(self.checkpoints, self.config.output.keep_last)
+
+    def _save_into(self, root: Path, **what: Any) -> None:
+        self.teacher.on_teacher_ranks(save_nothing, root, self.iteration)
+        run_config, method = self.folder / "config.yaml", self.method
+        options = {"model": method.student, "source": self.folders.student, "ends": self.ends, "run_config": run_config, **what}
+        save_checkpoint(root, self.iteration, **options)
+
+    def _export_best(self) -> None:
+        self._save_into(self.folder / NATIVE)
+        if is_rank_zero():
+            self.best.export(merge_adapter=self.config.lora.merge_lora)
+        self.teacher.on_teacher_ranks(dist.barrier)
+        dist.barrier()
 
     def _finish(self) -> None:
+        soft_prompt = self.method.soft_prompt()
         if is_rank_zero():
             lora, hf = self.config.lora, self.folder / "hf"
+            if soft_prompt is not None:
+                write_soft_prompt(self.folder / SOFT_PROMPT, soft_prompt, self.folders.taught_by)
             if self.resumed < self.total_iters or not preflight.is_finished_export(hf, adapter=lora.exports_adapter):
                 export_to_hf(self.checkpoints, hf, merge_adapter=lora.merge_lora)
             plot_training(self.folder)
@@ -283,6 +312,20 @@ def open_folders(config: Config) -> ModelFolders:
     if not config.needs_teacher:
         return ModelFolders.open(config.models.model)
     return ModelFolders.open(config.models.model, config.models.teachers, config.teacher.teacher_cache)
+
+
+def open_answers(config: Config, folders: ModelFolders, data: RunData) -> HeldOutAnswers | None:
+    """Which prompts the student answers at every evaluation, if any."""
+    if data.valid is None:
+        return None
+    return HeldOutAnswers.open(config, data.valid, valid_samples(config, data.valid), folders.student.tokenizer)
+
+
+def valid_samples(config: Config, rows: Sequence[Sample]) -> list[Sample]:
+    """What an evaluation reads of --valid-data: all of it, or --eval-iters global batches."""
+    iters = config.output.eval_iters
+    count = min(len(rows), iters * config.training.global_batch_size) if iters else len(rows)
+    return [rows[i] for i in range(count)]
 
 
 def teacher_weights(teacher: Teacher | None) -> TeacherWeights | None:
@@ -333,6 +376,8 @@ def remarks(config: Config, loader: DataLoader, total_iters: int) -> Iterator[st
     if warmup > total_iters:
         reached = config.training.lr * total_iters / warmup
         yield f"--lr-warmup-iters {warmup} is more than the run's {total_iters} iterations: its learning rate ends at {reached:.1e}"
+    if config.selection.keep_best and config.output.eval_interval is None and not config.page.learns_from_evaluations:
+        yield f"--keep-best {config.selection.keep_best} without --eval-interval has the last iteration alone to choose from"
     if rows % batch and total_iters >= loader.iterations_per_epoch:
         yield (
             f"--global-batch-size {batch} does not divide the {rows} rows of the data: {rows % batch} of them, others each time, "

@@ -18,6 +18,7 @@ from megakd.evaluation.evaluator import evaluate
 from megakd.evaluation.exposure_bias import token_divergences
 from megakd.evaluation.held_out import held_out_losses
 from megakd.methods import METHODS
+from megakd.teachers.live import LiveStudent
 
 
 def measured(layout, parallel):
@@ -25,7 +26,7 @@ def measured(layout, parallel):
     parts = method_inputs(layout, config, PAIRS["gpt2"])
     method = METHODS["kd"](parts, config, total_iters=1)
     losses = held_out_losses(method.student, method.teacher, samples=primed_batch(0), micro_batch_size=3)
-    curves = token_divergences(method.student, method.teacher, primed_batch(0), micro_batch_size=3)
+    curves = token_divergences(LiveStudent(method.student), method.teacher, primed_batch(0), micro_batch_size=3)
     return losses, [curve.tolist() for curve in curves]
 
 

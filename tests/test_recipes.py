@@ -52,7 +52,7 @@ def test_every_stage_has_settings_that_can_run_on_the_ranks_of_the_scale(scale):
     for stage in STAGES:
         config = from_yaml(folder / f"{stage}.yaml")
         teacher = ["--teacher-model", "t"] if config.needs_teacher else []
-        from_flags(["--model", "m", *teacher, "--train-data", "d", "--save", "s"], config).check()
+        from_flags(["--model", "m", *teacher, "--train-data", "d", "--valid-data", "v", "--save", "s"], config).check()
         replicas, rest = divmod(ranks, config.parallel.tensor_model_parallel_size)
         assert (config.method, rest) == (METHODS.get(stage, stage), 0)
         assert config.training.global_batch_size % (config.training.micro_batch_size * replicas) == 0, stage
@@ -68,6 +68,8 @@ def test_the_papers_scales_have_the_papers_batches_lengths_and_learning_rates(sc
         assert (training.global_batch_size, PLAN.iterations(config), training.lr) == wanted, stage
         assert (data.max_length, data.max_prompt_length, training.clip_grad, training.seed) == (512, 256, 1.0, 10)
         assert training.lr_warmup_iters == (100 if stage in ("minillm", "promptkd") else 0)
+        chosen = config.selection
+        assert (chosen.metric, chosen.eval_answers, chosen.eval_decoding) == ("valid/rouge_l", True, "sample"), stage
         assert training.weight_decay == (1e-6 if stage == "minillm" else 1e-2)
     assert (config.promptkd.prompt_len, config.promptkd.base_coef, config.promptkd.teacher_lr) == (7, 1.0, training.lr)
     evaluation = from_yaml(ROOT / "configs" / scale / "evaluate.yaml", EvaluateConfig)
@@ -114,7 +116,7 @@ for word in "$@"; do
 done
 case "$*" in {broken}) echo "out of memory"; exit 1 ;; *--best*) echo promptkd; echo kd; exit ;; esac
 case $script in
-    pretrain_kd.py) mkdir -p $save/hf ;;
+    pretrain_kd.py) mkdir -p $save/hf $save/best ;;
     evaluate.py) mkdir -p $save && touch $save/results.json ;;
     analyze_attention.py) mkdir -p $save && touch $save/attention.json ;;
     report*.py) mkdir -p $save/report && echo "the table" > $save/report/table.md ;;
@@ -157,8 +159,16 @@ def test_every_method_begins_where_the_paper_lets_it_begin(tmp_path):
         assert f"--model {out}/data/student" in by_stage[stage]
     for stage in ("minillm", "promptkd"):
         assert f"--model {out}/initial_student" in by_stage[stage]
-    taught = {stage for stage, call in by_stage.items() if f"--teacher-model {out}/sft_teacher/hf" in call}
+    taught = {stage for stage, call in by_stage.items() if f"--teacher-model {out}/sft_teacher/best" in call}
     assert taught == {"kd", "seqkd", "minillm", "promptkd"}
+    scored = {call.split("--model ")[1].split()[0] for call in calls if "evaluate.py" in call}
+    assert scored == {f"{out}/{stage}/best" for stage in STAGES}
+
+
+def test_a_model_put_in_the_place_of_a_stage_is_taken(tmp_path):
+    (tmp_path / "out" / "sft_teacher" / "hf").mkdir(parents=True)
+    _, calls = run_with_fake_python(tmp_path)
+    assert [call for call in calls if f"--teacher-model {tmp_path}/out/sft_teacher/hf" in call and "kd.yaml" in call]
 
 
 def test_an_unknown_scale_and_missing_data_are_told(tmp_path):

@@ -197,7 +197,7 @@ def test_an_evaluation_is_as_long_as_the_flag_says(monkeypatch):
     for iters, rows in ((2, 6), (None, 20), (50, 20)):
         bare = bare_trainer(eval_iters=iters)
         bare.data = SimpleNamespace(valid=[Sample(i, (1, 2), (3, 0)) for i in range(20)])
-        assert [s.sample_id for s in bare._valid_samples()] == list(range(rows))
+        assert [s.sample_id for s in trainer.valid_samples(bare.config, bare.data.valid)] == list(range(rows))
     asked, bare.iteration = [], 0
     bare.method, bare.logger = SimpleNamespace(student=None), SimpleNamespace(log_samples=lambda *rows: asked.append(rows))
     bare.ends, bare.tokenizer = EndIds(stop=(0,), taught=0), SimpleNamespace(decode=lambda ids, **_: str(list(ids)))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,10 +44,12 @@ def export_to_hf(
     verify: bool = True,
     force: bool = True,
     merge_adapter: bool = False,
+    said: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
     """Write the Hugging Face folder `save` from one iteration of `load`; optimizer state is not read.
 
     `force` replaces an earlier export, and nothing else. Of adapters PEFT's folder is written, or with `merge_adapter` the whole model.
+    `said` is written into megakd_export.json beside what that says itself.
 
     Raises:
         UserError: the checkpoint cannot be read or `save` is in use; nothing was written.
@@ -54,7 +58,8 @@ def export_to_hf(
     check_target(save, force=force, ours=lambda path: (path / REPORT).is_file(), what="an export of megakd")
     with published(save) as folder:
         if native.description.adapter and not merge_adapter:
-            write_report(folder, native, [], [write_adapter(native, folder)], how="not checked: the adapters as the checkpoint has them")
+            how = "not checked: the adapters as the checkpoint has them"
+            write_report(folder, native, [], [write_adapter(native, folder)], how=how, said=said)
             return save
         names = HuggingFaceView(native).names
         view = ModelFolder.of_adapter(stored_adapter(native), "--load").source if native.description.adapter else HuggingFaceView(native)
@@ -65,7 +70,7 @@ def export_to_hf(
         if verify:
             _verify(native, view, WindowedCheckpoint(folder), plans)
         how = "every tensor read back and compared with the checkpoint, bit for bit" if verify else "not checked: --no-verify"
-        write_report(folder, native, plans, files, how=how)
+        write_report(folder, native, plans, files, how=how, said=said)
     return save
 
 
@@ -125,9 +130,12 @@ def parameter_blocks(native: NativeCheckpoint, written: Source, parameter: Param
         yield parameter.mapping.read(written, lo, hi), stored if parameter.layer is None else stored[0]
 
 
-def write_report(folder: Path, native: NativeCheckpoint, plans: list[TensorPlan], files: list[Path], *, how: str) -> None:
+def write_report(
+    folder: Path, native: NativeCheckpoint, plans: list[TensorPlan], files: list[Path], *, how: str, said: Mapping[str, Any]
+) -> None:
     """megakd_export.json: where the weights come from and `how` they were checked."""
     report = {
+        **said,
         "checkpoint": native.folder.name,
         "iteration": native.description.iteration,
         "layout": native.description.layout,

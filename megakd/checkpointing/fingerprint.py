@@ -13,16 +13,19 @@ from pathlib import Path
 from megakd.checkpointing.export_hf import REPORT
 from megakd.checkpointing.native import find_iteration, is_native
 from megakd.errors import file_errors
+from megakd.models.hub_cache import local_folder
 
 PIECES, PIECE_BYTES = 64, 1 << 16
 OF_A_MODEL = (".json", ".safetensors", ".bin", ".model", ".txt", ".tiktoken", ".jinja")
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Of a Hugging Face folder what from_pretrained may read, of a native checkpoint its iteration."""
+    """Of a Hugging Face folder what may be read of it, of a native checkpoint its iteration."""
+    folder = local_folder(folder, flag="--model")
     if is_native(folder):
         return all_files(find_iteration(folder, flag="--model"))
-    return [file for file in all_files(folder, "*") if file.suffix in OF_A_MODEL and file.name != REPORT]
+    files = [file for file in all_files(folder, "*") if file.suffix in OF_A_MODEL and file.name != REPORT]
+    return files + (all_files(folder, "mp*/*.bin") if folder.is_dir() else [])
 
 
 def all_files(path: Path, pattern: str = "**/*") -> list[Path]:

@@ -44,8 +44,9 @@ def copy_hf_files(source: Path, target: Path) -> None:
         copy(path, target / path.name)
 
 
-def write_hf_folder(source: Path, checkpoint_folder: Path, config: PretrainedConfig) -> None:
-    """Make `huggingface/` from a Hugging Face folder, or from another checkpoint's `huggingface/`, whose opened config is `config`."""
+def write_hf_folder(source: Path, checkpoint_folder: Path, config: PretrainedConfig, weights: HFCheckpoint | None = None) -> None:
+    """Make `huggingface/` from a Hugging Face folder, or from another checkpoint's `huggingface/`, whose opened config is `config`;
+    `weights` are the folder's, where it is already known which those are."""
     target = checkpoint_folder / FOLDER
     copy_hf_files(source, target)
     settle_config(target / CONFIG, config)
@@ -53,7 +54,7 @@ def write_hf_folder(source: Path, checkpoint_folder: Path, config: PretrainedCon
         shutil.copyfile(source / SKIPPED_ROWS, target / SKIPPED_ROWS)
         return
     if skipped := family_of(config).skipped_rows:
-        checkpoint = HFCheckpoint(source)
+        checkpoint = weights or HFCheckpoint(source)
         rows = {name: checkpoint.read(name, (slice(0, count), slice(None))).clone() for name, count in skipped.items()}
         save_file(rows, target / SKIPPED_ROWS)
 

@@ -19,6 +19,7 @@ from megakd.checkpointing.torch_dist_writer import TorchDistWriter
 from megakd.checkpointing.verify import check_equal, progress
 from megakd.errors import UserError, tell
 from megakd.models.hf_checkpoint import DTYPES
+from megakd.models.hub_cache import local_folder
 from megakd.models.inspection import HEAD, inspect
 from megakd.models.model_provider import check_layout, not_finite, padded_vocab_size
 
@@ -34,13 +35,22 @@ class PlannedParameter:
     dtype: torch.dtype
 
 
-def hf_to_native(model: Path, save: Path, *, tp: int, pp: int, verify: bool = True, force: bool = False) -> Path:
+def hf_to_native(
+    model: Path, save: Path, *, tp: int, pp: int, verify: bool = True, force: bool = False, mp_size: int = 0, model_type: str = ""
+) -> Path:
     """Write iteration 0 of checkpoint `save` and return its folder.
+
+    Args:
+        mp_size: N, where the weights are to be those of MODEL/mpN.
+        model_type: what config.json is expected to say.
 
     Raises:
         UserError: the model cannot be read, TP or PP does not divide it, or `save` is in use; nothing was written.
     """
-    source = WindowedCheckpoint(model)
+    model = local_folder(model, flag="--model")
+    source = WindowedCheckpoint(model, mp_size=mp_size)
+    if model_type not in ("", source.config.model_type):
+        raise UserError(f"--model-type {model_type}: config.json of --model {model} says {source.config.model_type}; leave it out")
     left_out, hf = inspect(source), source.config
     check_layout(hf, tp, pp, name=str(model))
     check_target(save, force=force, ours=is_native, what="native checkpoints")
@@ -48,7 +58,7 @@ def hf_to_native(model: Path, save: Path, *, tp: int, pp: int, verify: bool = Tr
     plan = plan_import(source, width)
     with published(iteration_folder(save, 0)) as folder:
         _write_parameters(folder, source, plan, grid)
-        write_hf_folder(model, folder, hf)
+        write_hf_folder(model, folder, hf, source)
         Description(iteration=0, vocab_size=hf.vocab_size, padded_vocab_size=width, layout=layout_dict(tp, pp)).write(folder)
         if verify:
             verify_import(NativeCheckpoint(folder), source, left_out)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from megakd.checkpointing.hf_view import HuggingFaceView
@@ -15,7 +16,8 @@ from megakd.data.end_ids import EndIds, end_ids
 from megakd.data.tokenizer import load_tokenizer
 from megakd.errors import UserError
 from megakd.models.gpt_model import HiddenStateGPTModel
-from megakd.models.hf_checkpoint import ADAPTER, INDEX, PYTORCH_INDEX, PYTORCH_SINGLE, SINGLE, HFCheckpoint
+from megakd.models.hf_checkpoint import ADAPTER, WEIGHTS, HFCheckpoint
+from megakd.models.hub_cache import local_folder
 from megakd.models.inspection import inspect
 from megakd.models.model_provider import load_weights
 from megakd.models.param_mapping import Source
@@ -30,6 +32,12 @@ class ModelFolder:
     config: PretrainedConfig
     hf_folder: Path  # with config.json and the tokenizer
     source: Source
+    soft_prompt: Tensor | None = None  # [P, H], stands before every text
+
+    @property
+    def soft_prompt_len(self) -> int:
+        """Positions that the soft prompt takes."""
+        return 0 if self.soft_prompt is None else len(self.soft_prompt)
 
     @classmethod
     def open(cls, path: str | Path, *, flag: str = "--model") -> ModelFolder:
@@ -37,8 +45,8 @@ class ModelFolder:
         Raises:
             UserError: neither a Hugging Face folder nor a native checkpoint, a damaged one, or a model that is not supported.
         """
-        path = Path(path)
-        if (path / ADAPTER).is_file() and not any((path / weights).is_file() for weights in (SINGLE, INDEX, PYTORCH_SINGLE, PYTORCH_INDEX)):
+        path = local_folder(path, flag=flag)
+        if (path / ADAPTER).is_file() and not any((path / weights).is_file() for weights in WEIGHTS):
             return cls.of_adapter(PeftAdapter.read(path, flag=flag), flag)
         if is_native(path):
             native = NativeCheckpoint(path, flag=flag)

@@ -6,6 +6,7 @@ ROOT/iter_0000100/   torch_dist files, megakd_checkpoint.json, huggingface/, run
 
 from __future__ import annotations
 
+import shutil
 from functools import cached_property
 from pathlib import Path
 
@@ -98,6 +99,16 @@ class NativeCheckpoint:
 def iteration_folder(root: Path, iteration: int) -> Path:
     """ROOT/iter_0000100, Megatron-LM's name."""
     return root / f"iter_{iteration:07d}"
+
+
+def remove_older(root: Path, kept: int) -> None:
+    """All but the newest iterations, so many up to the latest; each under a hidden name first, for half of one looks like a whole one."""
+    latest = read_latest(root)
+    found = sorted(path for path in root.glob("iter_*") if path <= iteration_folder(root, latest))
+    for path in found[:-kept]:
+        path.rename(path.with_name(f".{path.name}.removed"))
+    for path in root.glob(".iter_*.removed"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def is_native(path: Path) -> bool:

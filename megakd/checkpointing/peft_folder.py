@@ -19,6 +19,7 @@ from megakd.checkpointing.native import NativeCheckpoint
 from megakd.errors import UserError, file_errors, read_json
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.hf_checkpoint import ADAPTER, DTYPES
+from megakd.models.hub_cache import local_folder
 from megakd.models.lora import hf_rows, leaf, linear_mappings, modules_of, target_modules
 from megakd.models.param_mapping import Source
 
@@ -117,9 +118,16 @@ class PeftAdapter:
 
     @property
     def base(self) -> Path:
-        """The base model's folder: as named, or beside the adapter."""
+        """The base model's folder: as named, beside the adapter, or in the hub's cache.
+
+        Raises:
+            UserError: it is named as on the hub, and the cache lacks it.
+        """
         named = Path(str(self.config.get("base_model_name_or_path") or ""))
-        return named if named.is_dir() or named.is_absolute() else self.folder.parent / named
+        if named.is_dir() or named.is_absolute():
+            return named
+        beside = self.folder.parent / named
+        return beside if beside.is_dir() else local_folder(named, flag=f"base_model_name_or_path of {self.folder}:")
 
     @property
     def scale(self) -> float:

@@ -11,7 +11,7 @@ from megakd.config.benchmark import BenchmarkConfig
 from megakd.config.cache import CacheConfig
 from megakd.config.conditioning import ConditioningConfig
 from megakd.config.distillation import DistillationConfig
-from megakd.config.evaluate import EvaluateConfig, ScoreConfig
+from megakd.config.evaluate import EvaluateConfig
 from megakd.config.fields import alike, flag_name
 from megakd.config.generate import GenerateConfig
 from megakd.config.lora import LoRAConfig
@@ -25,6 +25,7 @@ from megakd.config.models import SELF, ModelConfig
 from megakd.config.parallel import LayoutConfig, ParallelConfig, TeacherLayoutConfig, TeacherParallelConfig
 from megakd.config.parse import AnyConfig, from_flags, from_values, from_yaml, parse
 from megakd.config.sampling import GenerationConfig, ResponseConfig, SamplingConfig
+from megakd.config.scores import ScoreConfig, SelectionConfig
 from megakd.config.teacher import TeacherConfig
 from megakd.config.train import METHODS, Config, DataConfig, OutputConfig
 from megakd.config.training import TrainingConfig
@@ -34,6 +35,6 @@ __all__ = [
     "ConditioningConfig", "Config", "DataConfig", "DistiLLMConfig", "DistillationConfig", "EvaluateConfig", "GenerateConfig",
     "GenerationConfig", "KDConfig", "LayoutConfig", "LoRAConfig", "MethodConfig", "MiniLLMConfig", "ModelConfig",
     "OutputConfig", "ParallelConfig", "PromptKDConfig", "ResponseConfig", "ResponsePrimingConfig", "SamplingConfig",
-    "ScoreConfig", "TeacherConfig", "TeacherLayoutConfig", "TeacherParallelConfig", "TrainingConfig", "alike", "flag_name",
-    "from_flags", "from_values", "from_yaml", "parse",
+    "ScoreConfig", "SelectionConfig", "TeacherConfig", "TeacherLayoutConfig", "TeacherParallelConfig", "TrainingConfig",
+    "alike", "flag_name", "from_flags", "from_values", "from_yaml", "parse",
 ]  # fmt: skip

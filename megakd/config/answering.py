@@ -18,6 +18,7 @@ class AnsweringConfig(BaseConfig):
     model: Annotated[str, alias("--model-name-or-path", "--model-path")] = flag(
         "", "folder or native checkpoint that answers", path=True
     )
+    soft_prompt: str = flag("", "PEFT's folder of a prompt, as promptkd leaves it: stands before every prompt of --model", path=True)
     dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "weights and activations; auto: bf16 on a GPU, fp32 on a CPU")
     responses: Group[ResponseConfig] = ResponseConfig()
     parallel: Group[LayoutConfig] = LayoutConfig()

@@ -2,47 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from megakd.config.answering import AnsweringConfig
 from megakd.config.conditioning import ConditioningConfig
 from megakd.config.fields import POSITIVE, SEED, Group, alias, flag
 from megakd.config.parallel import TeacherLayoutConfig
+from megakd.config.scores import ScoreConfig
 from megakd.config.teacher import CACHE_HELP
-
-ROUGE_TOKENIZERS = ("default", "unicode", "model")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreConfig:
-    """By which rules answers are scored."""
-
-    exact_match_rule: Literal["strict", "papers"] = flag(
-        "strict", "strict: equal but for case, spacing and a last full stop; papers: without any punctuation, 3.5 is 35"
-    )
-    gsm8k_rule: Literal["robust", "papers", "both"] = flag(
-        "robust", "robust: the number stated last, else the last number; papers: strict and flexible of Goyal et al. 2024; or both"
-    )
-    rouge_tokenizer: tuple[str, ...] = flag(
-        ("default",), "of Rouge-L: default (the papers', a-z and digits alone), unicode (words of every script) or model; also set=unicode"
-    )
-
-    def rouge_tokenizer_of(self, name: str) -> str:
-        """The one named for a data set, or for all."""
-        return self.rouge_tokenizers.get(name, self.rouge_tokenizers.get("", "default"))
-
-    @property
-    def rouge_tokenizers(self) -> dict[str, str]:
-        """By data set; under "" the one of all others."""
-        return {name: kind for name, _, kind in (word.rpartition("=") for word in self.rouge_tokenizer)}
-
-    def validation_errors(self) -> Iterator[str]:
-        """What is no tokenizer."""
-        for word, kind in zip(self.rouge_tokenizer, self.rouge_tokenizers.values()):
-            if kind not in ROUGE_TOKENIZERS:
-                yield f"--rouge-tokenizer {word}: use one of {', '.join(ROUGE_TOKENIZERS)}, for one data set as in name=unicode"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,7 @@ from megakd.config.methods.sft import SFTConfig
 from megakd.config.models import ModelConfig
 from megakd.config.parallel import ParallelConfig, TeacherParallelConfig
 from megakd.config.sampling import GenerationConfig
+from megakd.config.scores import ScoreConfig, SelectionConfig
 from megakd.config.teacher import TeacherConfig
 from megakd.config.training import TrainingConfig
 
@@ -56,6 +57,7 @@ class OutputConfig:
     save_interval: Annotated[int | None, alias("--save-steps")] = flag(
         None, "iterations between checkpoints; default: only the last", range=POSITIVE
     )
+    keep_last: int | None = flag(None, "of the checkpoints keep so many, the newest; default: all", range=POSITIVE)
     eval_interval: Annotated[int | None, alias("--eval-steps")] = flag(
         None,
         "iterations between evaluations; default: before and after, distillm: every epoch, ten a run at least",
@@ -102,6 +104,8 @@ class Config(BaseConfig):
     response_priming: Group[ResponsePrimingConfig] = ResponsePrimingConfig()
     generation: Group[GenerationConfig] = GenerationConfig()
     output: Group[OutputConfig] = OutputConfig()
+    selection: Group[SelectionConfig] = SelectionConfig()
+    scores: Group[ScoreConfig] = ScoreConfig()
 
     @property
     def page(self) -> MethodConfig:
@@ -127,6 +131,8 @@ class Config(BaseConfig):
         yield from self.lora.validation_errors()
         yield from self.distillation.validation_errors(self)
         yield from self.teacher_parallel.validation_errors(self)
+        yield from self.selection.validation_errors(self)
+        yield from self.scores.validation_errors()
         yield from self.page.validation_errors(self)
 
     def _missing(self) -> Iterator[str]:
@@ -180,6 +186,7 @@ class Config(BaseConfig):
             "min_lr": (training.lr_decay_style != "constant", "with --lr-decay-style constant"),
             **dict.fromkeys(("eval_interval", "eval_iters"), held_out),
             **self.distillation.unless(),
+            **self.selection.unless(self),
             **self.page.unless(self),
         }
 

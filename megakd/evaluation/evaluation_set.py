@@ -18,6 +18,7 @@ from megakd.data.sft_dataset import check_responses
 from megakd.data.text_dataset import encode_responses
 from megakd.errors import UserError
 from megakd.evaluation import gsm8k, metrics
+from megakd.evaluation.scoring import scores_of
 
 USUAL_RULES = ScoreConfig()
 
@@ -67,11 +68,7 @@ class EvaluationSet(PromptDataset):
 
     def score(self, index: int, answer: str) -> dict[str, float]:
         """Each metric of one answer, 0 to 100."""
-        references = self.references(index)
-        return {
-            "rouge_l": metrics.rouge_l(answer, references, self.rouge_tokenizer),
-            "exact_match": metrics.exact_match(answer, references, self.rules.exact_match_rule),
-        }
+        return scores_of(answer, self.references(index), self.rules, self.rouge_tokenizer)
 
     def unseen(self) -> dict[str, float]:
         """What Rouge-L does not see of the right answers: rows without any word of its, and the share of letters in per cent."""

@@ -21,17 +21,18 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.checkpointing.description import versions
 from megakd.config import EvaluateConfig
-from megakd.data.text_dataset import response_text
 from megakd.evaluation.evaluation_set import EvaluationSet, open_sets
 from megakd.evaluation.exposure_bias import accumulated, exposure_bias, token_divergences
 from megakd.evaluation.held_out import held_out_losses
 from megakd.evaluation.report import Report, check_folder, notes, print_table
-from megakd.generation.answers import Writer, gather_by_index, hidden_ids, open_folders, sampling_of
+from megakd.evaluation.scoring import answer_texts, score_together
+from megakd.generation.answers import Writer, hidden_ids, open_folders, sampling_of
 from megakd.generation.progress import Progress
 from megakd.generation.sampling import Sampling
 from megakd.loading import frozen, start_apart
 from megakd.runtime.initialize import is_rank_zero
 from megakd.runtime.parallel_layout import ParallelLayout
+from megakd.teachers.live import LiveStudent
 from megakd.teachers.relayed import in_its_layout
 from megakd.teachers.stored import StoredTeacher
 from megakd.teachers.teacher import Teacher
@@ -59,7 +60,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     layout = places.student
     report = Report(config.save if is_rank_zero() else "")
     student, models = folders.load_apart(places, config.dtype)
-    written = [Writer(model, folder.ends, config.responses.batch_size) for model, folder in zip((frozen(student), *models), folders)]
+    written = [Writer.of(folder, model, config.responses.batch_size) for model, folder in zip((frozen(student), *models), folders)]
     writers = dict(zip(("student", "teacher"), written))
     teacher = StoredTeacher(folders.store, student) if folders.store else None
     if models:
@@ -95,7 +96,7 @@ class Evaluator:
     ) -> None:
         self.config, self.sets, self.tokenizer, self.writers, self.report = config, sets, tokenizer, writers, report
         self.hidden = hidden_ids(tokenizer)
-        self.model = writers["student"].model
+        self.model, self.soft_prompt = writers["student"].model, writers["student"].soft_prompt
         self.teacher = teacher
         settings = config.responses
         seeds = config.seeds[:1] if settings.greedy else config.seeds  # a greedy answer is the same for every seed
@@ -123,7 +124,8 @@ class Evaluator:
 
     def losses(self, data: EvaluationSet) -> dict[str, float]:
         """On the gold responses."""
-        return held_out_losses(self.model, self.teacher, samples=list(data), micro_batch_size=self.config.micro_batch_size)
+        options = {"micro_batch_size": self.config.micro_batch_size, "soft_prompt": self.soft_prompt}
+        return held_out_losses(self.model, self.teacher, samples=list(data), **options)
 
     def responses(self, data: EvaluationSet, writer: str, sampling: Sampling) -> list[list[int]]:
         """One response a sample, in the order of the file, on every rank. None is written twice."""
@@ -139,8 +141,8 @@ class Evaluator:
         """Means over the set of one pass of answers."""
         responses = self.responses(data, "student", self.scored[seed])
         said = [self.writers["student"].ends.without_end(tokens) for tokens in responses]
-        answers = [response_text(self.tokenizer, sample.prompt, tokens).strip() for sample, tokens in zip(data, said)]
-        rows = score_on_all_ranks(data, answers)
+        answers = answer_texts(self.tokenizer, data, said)
+        rows = score_together(data.score, answers, dist.group.WORLD)
         for row, tokens in zip(rows, said):
             row |= {"response_length": len(tokens), "hidden_tokens": sum(token in self.hidden for token in tokens)}
         self.report.add_answers(data, seed, answers, responses, rows)
@@ -159,16 +161,10 @@ class Evaluator:
         """KL(p‖q) at every token of what `writer` draws."""
         responses = self.responses(data, writer, self.drawn[seed])
         samples = [replace(sample, response=tuple(response)) for sample, response in zip(data.questions(), responses)]
-        rows = token_divergences(self.model, self.teacher, samples, micro_batch_size=self.config.micro_batch_size)
+        student = LiveStudent(self.model, self.soft_prompt)
+        rows = token_divergences(student, self.teacher, samples, micro_batch_size=self.config.micro_batch_size)
         self.report.add_divergences(data, writer, seed, samples, rows)
         return rows
-
-
-def score_on_all_ranks(data: EvaluationSet, answers: Sequence[str]) -> list[dict[str, float]]:
-    """Scores of each answer. Rouge-L is plain Python, so every rank scores some."""
-    mine = {i: data.score(i, answers[i]) for i in range(dist.get_rank(), len(answers), dist.get_world_size())}
-    gathered = gather_by_index(mine, dist.group.WORLD)
-    return [gathered[i] for i in range(len(answers))]
 
 
 def over_seeds(seeds: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -25,7 +25,6 @@ from megakd.data.dataloader import split_across_dp
 from megakd.evaluation.held_out import passes
 from megakd.generation.answers import gather_by_index
 from megakd.losses.distillation import Divergence
-from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.teachers.live import LiveStudent
 from megakd.teachers.teacher import Teacher
 
@@ -33,24 +32,24 @@ ROUNDING = 1e-7  # nats per token: a KL below this is rounding, and a ratio of t
 
 
 def token_divergences(
-    model: HiddenStateGPTModel, teacher: Teacher, samples: Sequence[Sample], *, micro_batch_size: int
+    student: LiveStudent, teacher: Teacher, samples: Sequence[Sample], *, micro_batch_size: int
 ) -> list[np.ndarray]:
     """KL(p‖q) at every token of each sample's response, float64, in the order of `samples`, on every rank."""
-    layout = model.layout
+    layout = student.layout
     numbered = [replace(sample, sample_id=i) for i, sample in enumerate(samples)]
     mine: dict[int, np.ndarray] = {}
     for part in passes(split_across_dp(numbered, layout.dp_size)[layout.dp_rank], micro_batch_size):
-        mine |= replica_divergences(model, teacher, micro_batches(part, micro_batch_size, device=layout.device))
+        mine |= replica_divergences(student, teacher, micro_batches(part, micro_batch_size, device=layout.device))
     gathered = gather_by_index(mine, layout.dp_group)
     return [gathered[i] for i in range(len(samples))]
 
 
 def replica_divergences(
-    model: HiddenStateGPTModel, teacher: Teacher, batches: Sequence[Batch]
+    student: LiveStudent, teacher: Teacher, batches: Sequence[Batch]
 ) -> dict[int, np.ndarray]:
     """The same by sample id for one replica's batches, on each of its ranks."""
-    layout = model.layout
-    pairs = zip(*(who.read(batches, to=layout) for who in (LiveStudent(model), teacher)))  # the last stage alone has any
+    model, layout = student.model, student.layout
+    pairs = zip(*(who.read(batches, to=layout) for who in (student, teacher)))  # the last stage alone has any
     vocabulary, kl = VocabShard(model.real_vocab_size, tp_group=layout.tp_group), Divergence("forward_kl")
     total = sum(batch.num_supervised for batch in batches)
     values = torch.zeros(total, dtype=torch.double, device=layout.device)

@@ -144,11 +144,15 @@ def gold_number(answer: str, where: str = "answer") -> Fraction:
     Raises:
         UserError: there is none; the message begins with `where`.
     """
-    _, marker, end = answer.rpartition(GOLD)
-    found = quantities(plain(end))
-    if not (marker and found):
+    if (gold := find_gold(answer)) is None:
         raise UserError(f"{where} has no number after {GOLD}; --gsm8k needs answers that end in `{GOLD} 18`")
-    return found[0]
+    return gold
+
+
+def find_gold(answer: str) -> Fraction | None:
+    """The same, None where there is none."""
+    _, marker, end = answer.rpartition(GOLD)
+    return _first(quantities(plain(end))) if marker else None
 
 
 def score(reply: str, gold: Fraction, rule: str = "robust") -> dict[str, float]:

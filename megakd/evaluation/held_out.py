@@ -33,9 +33,11 @@ def held_out_losses(
     micro_batch_tokens: int | None = None,
     samples_per_pass: int | None = None,
     divergences: Sequence[str] = ("reverse_kl", "forward_kl"),
+    soft_prompt: torch.Tensor | None = None,
 ) -> dict[str, float]:
     """The means by name, and the number of `tokens`, on every rank. Without a teacher only `lm_loss`.
 
+    soft_prompt: [P, H], before every text of the model.
     samples_per_pass: on each replica; default: as many as fill MICRO_BATCHES_PER_PASS.
     """
     layout, divergences = model.layout, tuple(divergences) if teacher else ()
@@ -44,7 +46,7 @@ def held_out_losses(
     shares = split_across_dp(samples, layout.dp_size)
     for part in passes(shares[layout.dp_rank], micro_batch_size, samples_per_pass, longest=max(map(len, shares))):
         batches = micro_batches(part, micro_batch_size, most_tokens=micro_batch_tokens, device=layout.device)
-        sums += sums_of(model, teacher, batches, divergences, names)
+        sums += sums_of(model, teacher, batches, divergences, names, soft_prompt)
     return {name: float(value) for name, value in token_means(sums, names, layout).items()}
 
 
@@ -59,7 +61,12 @@ def passes(
 
 
 def sums_of(
-    model: HiddenStateGPTModel, teacher: Teacher | None, batches: Sequence[Batch], divergences: Sequence[str], names: Sequence[str]
+    model: HiddenStateGPTModel,
+    teacher: Teacher | None,
+    batches: Sequence[Batch],
+    divergences: Sequence[str],
+    names: Sequence[str],
+    soft_prompt: torch.Tensor | None,
 ) -> torch.Tensor:
     """Sums of the names and, last, the token count, on every stage."""
     vocabulary = VocabShard(model.real_vocab_size, tp_group=model.layout.tp_group)
@@ -72,4 +79,5 @@ def sums_of(
             logs |= bias
         return TokenLoss(lm, logs)
 
-    return evaluate_loss(model, batches, loss, names, teacher.read(batches, to=model.layout) if teacher else ())
+    context = teacher.read(batches, to=model.layout) if teacher else ()
+    return evaluate_loss(model, batches, loss, names, context, soft_prompt)

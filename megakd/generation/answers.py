@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from megakd.checkpointing.model_folder import ModelFolder
+from megakd.checkpointing.soft_prompt_folder import SoftPromptFolder
 from megakd.config import AnsweringConfig, ResponseConfig
 from megakd.data.batch import Sample
 from megakd.data.dataloader import split_across_dp
@@ -30,13 +33,28 @@ def open_folders(config: AnsweringConfig, teacher_model: str = "", teacher_cache
         UserError: a folder, the layout, the tokenizers or the lengths do not fit.
     """
     folders = ModelFolders.open(config.model, {"": teacher_model} if teacher_model else {}, teacher_cache)
+    if config.soft_prompt:
+        folders = replace(folders, student=behind(config.soft_prompt, folders.student))
     folders.check(config.parallel, getattr(config, "teacher_layout", AS_THE_STUDENT))
     prompt, response = config.responses.max_prompt_length, config.responses.max_new_tokens
     bos = int(getattr(config, "add_bos", False))
     said = f"--max-prompt-length {prompt}{' + 1 of --add-bos' if bos else ''} + --max-new-tokens {response}"
     for folder in folders:
-        check_context(folder, prompt + response, bos, said, "lower their sum to {}")
+        soft = folder.soft_prompt_len
+        also = f" behind the {soft} vectors of --soft-prompt" if soft else ""
+        check_context(folder, prompt + response, bos + soft, said + also, "lower their sum to {}")
     return folders
+
+
+def behind(soft_prompt: str, model: ModelFolder) -> ModelFolder:
+    """The same model with what stands before every text.
+
+    Raises:
+        UserError: there is no soft prompt, or it is another model's.
+    """
+    found = SoftPromptFolder.read(soft_prompt)
+    found.check(model)
+    return replace(model, soft_prompt=found.vectors)
 
 
 def sampling_of(settings: ResponseConfig, seed: int) -> Sampling:
@@ -60,6 +78,13 @@ class Writer:
     model: HiddenStateGPTModel
     ends: EndIds
     batch_size: int
+    soft_prompt: Tensor | None = None  # [P, H], before every prompt
+
+    @classmethod
+    def of(cls, folder: ModelFolder, model: HiddenStateGPTModel, batch_size: int) -> Writer:
+        """The `model` that was loaded of `folder`."""
+        soft_prompt = None if folder.soft_prompt is None else folder.soft_prompt.to(model.layout.device)
+        return cls(model, folder.ends, batch_size, soft_prompt)
 
     @property
     def chunk_size(self) -> int:
@@ -77,7 +102,8 @@ class Writer:
         numbered = [Sample(i, sample.prompt, ()) for i, sample in enumerate(samples)]  # sample ids may begin anywhere
         mine = [sample.sample_id for sample in split_across_dp(numbered, layout.dp_size)[layout.dp_rank]]
         prompts, ids = [samples[i].prompt for i in mine], [samples[i].sample_id for i in mine]
-        responses = generate(self.model, prompts, ids, sampling, eos_id=self.ends.stop, batch_size=self.batch_size)
+        options = {"eos_id": self.ends.stop, "batch_size": self.batch_size, "soft_prompt": self.soft_prompt}
+        responses = generate(self.model, prompts, ids, sampling, **options)
         gathered = gather_by_index(dict(zip(mine, responses)), layout.dp_group)
         return [gathered[i] for i in range(len(samples))]
 

@@ -16,5 +16,6 @@ def checksums(config: GenerateConfig) -> dict[str, str]:
     """
     template = Path(config.responses.prompt_template)
     named = {"model": model_files(Path(config.model)), "data": all_files(Path(config.data))}
+    named |= {"soft_prompt": all_files(Path(config.soft_prompt))} if config.soft_prompt else {}
     named |= {"prompt_template": [template]} if template.is_file() else {}
     return {name: checksum(files, whole=name != "model") for name, files in named.items()}

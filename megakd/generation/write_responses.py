@@ -43,7 +43,7 @@ def write_responses(config: GenerateConfig) -> None:
     prompts = Prompts(config.data, tokenizer, ends, config.responses)
     file = ResponseFile(config)
     (model,) = folders.load(start(config.parallel), config.dtype)
-    writer = Writer(frozen(model), ends, config.responses.batch_size)
+    writer = Writer.of(folders.student, frozen(model), config.responses.batch_size)
     done = file.continue_at(writer.chunk_size, len(prompts))
     progress, hiding = Progress(len(prompts) - done), 0
     for chunk in writer.answer(list(prompts)[done:], sampling_of(config.responses, config.seed)):

@@ -92,6 +92,9 @@ class Method:
         """What the method itself learns, alike on all ranks: saved with a checkpoint."""
         return {}
 
+    def soft_prompt(self) -> torch.Tensor | None:
+        """What the method has trained in front of the teacher, [prompt positions, H], on every rank: a run leaves it beside the student."""
+
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         """Fill them in place with what a checkpoint holds."""
         for name, tensor in self.extra_tensors().items():

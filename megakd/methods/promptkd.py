@@ -49,6 +49,9 @@ class PromptKD(Method):
     def extra_tensors(self):
         return self.teacher.state()
 
+    def soft_prompt(self):
+        return self.teacher.state()["vectors"]
+
     def restore(self, tensors):
         self.teacher.restore(tensors)
 

@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from megakd.errors import UserError, file_errors, refuse_lfs_pointer
+from megakd.errors import UserError, file_errors, refuse_lfs_pointer, tell
 from megakd.models.hf_config import CONFIG, load_hf_config, read_hf_json
+from megakd.models.mp_files import JoinedTensor, joined_tensors, mp_sizes
 from megakd.models.pytorch_file import tensors_of
 from megakd.models.quantized import (
     MOVED,
@@ -32,6 +33,7 @@ from megakd.models.quantized import (
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PYTORCH_INDEX, PYTORCH_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
+WEIGHTS = (SINGLE, INDEX, PYTORCH_SINGLE, PYTORCH_INDEX)  # in the order in which transformers looks for them
 ADAPTER = "adapter_config.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -45,6 +47,12 @@ class StoredTensor:
     name: str
     shape: tuple[int, ...]
     dtype: str
+    pieces: JoinedTensor | None = None  # where it lies in several files
+
+    @classmethod
+    def of_pieces(cls, tensor: JoinedTensor) -> StoredTensor:
+        """What an mpN folder holds."""
+        return cls(tensor.file, tensor.name, tensor.shape, NAMES.get(tensor.dtype, str(tensor.dtype)), tensor)
 
 
 class HFCheckpoint:
@@ -54,10 +62,15 @@ class HFCheckpoint:
         UserError: no such folder, no config.json, a missing, truncated or unsafe file.
     """
 
-    def __init__(self, folder: str | Path, *, flag: str = "--model"):
+    def __init__(self, folder: str | Path, *, flag: str = "--model", mp_size: int = 0):
+        """`mp_size` N: the weights are those of FOLDER/mpN; 0: they are found."""
         self.folder, self.flag = Path(folder), flag
         _check_folder(self.folder, f"{flag} {folder}")
-        self.tensors = {name: stored for file in self._files() for name, stored in read_header(file).items()}
+        if size := mp_size or self._only_pieces():
+            joined = joined_tensors(self.folder, size, self.config, flag=flag)
+            self.tensors = {name: StoredTensor.of_pieces(tensor) for name, tensor in joined.items()}
+        else:
+            self.tensors = {name: stored for file in self._files() for name, stored in read_header(file).items()}
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -118,6 +131,15 @@ class HFCheckpoint:
             )
         return self.tensors[self.stored_name(name)]
 
+    def _only_pieces(self) -> int:
+        """The N of mpN where the folder has no other weights."""
+        sizes = mp_sizes(self.folder)
+        if not sizes or any((self.folder / name).is_file() for name in WEIGHTS):
+            return 0
+        if len(sizes) > 1:
+            tell(f"{self.flag} {self.folder} holds {' and '.join(f'mp{size}' for size in sizes)}; mp{sizes[0]} is read")
+        return sizes[0]
+
     def _files(self) -> list[Path]:
         """As transformers looks for them: one file is taken before an index, which an earlier save may have left, and safetensors first."""
         for single, index in ((SINGLE, INDEX), (PYTORCH_SINGLE, PYTORCH_INDEX)):
@@ -129,6 +151,8 @@ class HFCheckpoint:
 
 
 def _read(stored: StoredTensor, index: tuple[slice, ...] | None = None) -> Tensor:
+    if stored.pieces:
+        return stored.pieces.read(index)
     if is_pytorch(stored.file):
         tensor = tensors_of(stored.file)[stored.name]
         return tensor if index is None else tensor[index]
@@ -157,6 +181,8 @@ def _check_folder(folder: Path, name: str) -> None:
         return
     if (folder / ADAPTER).is_file():
         raise UserError(f"{name}: {_an_adapter(folder)}")
+    if mp_sizes(folder.parent) and (folder.parent / CONFIG).is_file():
+        raise UserError(f"{name}: pieces of the model whose config.json is beside them; give {folder.parent}")
     of_a_run = [folder / part for part in ("hf", "checkpoints") if (folder / part).is_dir()]
     of_the_hub = [config.parent for config in sorted(folder.glob("snapshots/*/config.json"))]
     inside = " or ".join(str(path) for path in of_a_run + of_the_hub)

@@ -89,7 +89,14 @@ class LiveTeacher(Teacher):
 
 
 class LiveStudent(LiveTeacher):
-    """The student in the teacher's place, to be learnt from: it reads its own text."""
+    """The student in the teacher's place, to be learnt from: it reads its own text, behind a soft prompt where one is given."""
+
+    def __init__(self, model: HiddenStateGPTModel, soft_prompt: Tensor | None = None):
+        super().__init__(model)
+        self.soft_prompt = soft_prompt
+
+    def read(self, batches: Sequence[Batch], *, to: ParallelLayout) -> list[HeadRows]:
+        return self._read(batches, to, self.soft_prompt)
 
     def text(self, batches: Sequence[Batch]) -> list[Batch]:
         return list(batches)

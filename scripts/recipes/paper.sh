@@ -45,21 +45,25 @@ train() {  # NAME FLAGS...
         --train-data "$DATA/dolly/train.jsonl" --valid-data "$DATA/dolly/dev.jsonl" --save "$out/$1" "${@:2}"
 }
 
+student_of() {  # NAME: of a run the student with the best held-out Rouge-L, as in the papers; of a folder put in its place, what it has
+    if [[ -e $out/$1/best ]]; then echo "$out/$1/best"; else echo "$out/$1/hf"; fi
+}
+
 evaluate() {  # NAME
-    local compared=(--teacher-model "$out/sft_teacher/hf")
+    local compared=(--teacher-model "$(student_of sft_teacher)")
     if [[ $1 == sft_teacher ]]; then compared=(--no-exposure-bias); fi
     stage "evaluate_$1" "$out/evaluation/$1/results.json" "${launch[@]}" "$root/scripts/evaluate.py" --config "$configs/evaluate.yaml" \
-        --model "$out/$1/hf" "${compared[@]}" --data "$out"/data/test/*.jsonl --save "$out/evaluation/$1"
+        --model "$(student_of "$1")" "${compared[@]}" --data "$out"/data/test/*.jsonl --save "$out/evaluation/$1"
 }
 
 stage data "$out/data" "$python" "$recipes/prepare.py" --configs "$configs" --data "$DATA" --out "$out/data"
 train sft_teacher --model "$teacher"
 train sft_student --model "$student"
 stage initial_student "$out/initial_student" "$python" "$recipes/initial_student.py" --run "$out/sft_student" --save "$out/initial_student"
-train kd --model "$student" --teacher-model "$out/sft_teacher/hf"
-train seqkd --model "$student" --teacher-model "$out/sft_teacher/hf"
-train minillm --model "$out/initial_student" --teacher-model "$out/sft_teacher/hf" ${LM_DATA:+--lm-data "$LM_DATA"}
-train promptkd --model "$out/initial_student" --teacher-model "$out/sft_teacher/hf"
+train kd --model "$student" --teacher-model "$(student_of sft_teacher)"
+train seqkd --model "$student" --teacher-model "$(student_of sft_teacher)"
+train minillm --model "$out/initial_student" --teacher-model "$(student_of sft_teacher)" ${LM_DATA:+--lm-data "$LM_DATA"}
+train promptkd --model "$out/initial_student" --teacher-model "$(student_of sft_teacher)"
 for name in "${models[@]}"; do
     evaluate "$name"
 done

@@ -268,7 +268,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     of("test_trainer", "evaluations_and_saves_are_due_when_the_flags_say", "an_evaluation_is_as_long_as_the_flag_says"): [
         (TRAINER, "return self.iteration == self.total_iters or bool", "return bool"),
         (TRAINER, "bool(interval and self.iteration % interval == 0)", "bool(interval)"),
-        (TRAINER, "iters * self.config.training.global_batch_size) if iters", "iters) if iters"),
+        (TRAINER, "iters * config.training.global_batch_size) if iters", "iters) if iters"),
         (TRAINER, "Sampling(max_new_tokens=self.config.max_new_tokens, greedy=True)", "Sampling(max_new_tokens=self.config.max_new_tokens)"),
     ],
     of("test_runtime", "ranks_share_the_cores_they_may_use_unless_told_otherwise"): [
@@ -396,7 +396,36 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     of("test_evaluation", "scores_are_those_of_the_saved_answers"): [
         (EVALUATION + "evaluator.py", '{"response_length": len(tokens), ', '{"response_length": len(tokens) + 1, '),
         (EVALUATION + "evaluator.py", "for row, tokens in zip(rows, said):", "for row, tokens in zip(rows, responses):"),
-        (EVALUATION + "evaluator.py", "range(dist.get_rank(), len(answers), dist.get_world_size())", "range(dist.get_rank(), 1, dist.get_world_size())"),
+        (EVALUATION + "scoring.py", "range(group.rank(), len(answers), group.size())", "range(group.rank(), 1, group.size())"),
+    ],
+    "tests/test_mp_files.py": [
+        ("megakd/models/mp_files.py", 'yield tensor.name, mapping.axis', 'yield tensor.name, 0'),
+        ("megakd/models/mp_files.py", "        found, first = [], 0\n", "        found, first = [], 1\n"),
+        ("megakd/models/mp_files.py", "first += size", "first += len(found)"),
+        ("megakd/checkpointing/import_hf.py", "write_hf_folder(model, folder, hf, source)", "write_hf_folder(model, folder, hf)"),
+        ("megakd/checkpointing/import_hf.py", "WindowedCheckpoint(model, mp_size=mp_size)", "WindowedCheckpoint(model)"),
+    ],
+    "tests/test_hub_cache.py": [
+        ("megakd/models/hub_cache.py", "path.exists() or path.is_absolute()", "path.is_absolute()"),
+        ("megakd/checkpointing/peft_folder.py", "beside if beside.is_dir() else local_folder", "beside if True else local_folder"),
+        ("megakd/checkpointing/fingerprint.py", 'folder = local_folder(folder, flag="--model")', "pass"),
+    ],
+    "tests/test_soft_prompt_files.py": [
+        ("megakd/generation/answers.py", '"soft_prompt": self.soft_prompt}', '"soft_prompt": None}'),
+        (EVALUATION + "evaluator.py", '"soft_prompt": self.soft_prompt}', '"soft_prompt": None}'),
+        (EVALUATION + "evaluator.py", "LiveStudent(self.model, self.soft_prompt)", "LiveStudent(self.model)"),
+        ("megakd/checkpointing/soft_prompt_folder.py", "if width != hidden:", "if False:"),
+        ("megakd/generation/answers.py", "bos + soft, said + also", "bos, said + also"),
+    ],
+    "tests/test_best.py": [
+        (EVALUATION + "held_out_answers.py", "greedy=greedy, seed=config.training.seed)", "greedy=True, seed=config.training.seed)"),
+        (EVALUATION + "held_out_answers.py", "greedy=greedy, seed=config.training.seed)", "greedy=greedy, seed=0)"),
+        (EVALUATION + "held_out_answers.py", "said = [ends.without_end(response) for response in responses]", "said = responses"),
+        ("megakd/checkpointing/best.py", "self.sign = -1 if lower_is_better else 1", "self.sign = 1"),
+        ("megakd/checkpointing/best.py", "self.sign * value <= self.sign * self.value", "self.sign * value < self.sign * self.value"),
+        ("megakd/checkpointing/best.py", 'kept["value"] if kept.get("metric") == metric else None', "None"),
+        ("megakd/checkpointing/native.py", "for path in found[:-kept]:", "for path in found[: 1 - kept or None]:"),
+        ("megakd/preflight.py", "if latest is not None or is_export(folder / BEST):", "if latest is not None:"),
     ],
     of("test_evaluation", "a_response_that_has_ended_adds_nothing_and_samples_are_averaged", "exposure_bias_has_the_spread_of_its_ratio_and_none_where_it_is_undefined"): [
         (EVALUATION + "exposure_bias.py", "padded.cumsum(1).mean(0)", "padded.cumsum(1).sum(0)"),
