@@ -37,6 +37,8 @@ VARIANTS = {
     "llama, one key/value head": {"family": "llama", "num_key_value_heads": 1},
     "llama, biases": {"family": "llama", "attention_bias": True, "mlp_bias": True},
     "qwen2": {"family": "qwen2"},
+    "qwen3": {"family": "qwen3", "attention_bias": True},
+    "qwen3, tied": {"family": "qwen3", "tie_word_embeddings": True, "num_key_value_heads": 1},
     "mistral": {"family": "mistral", "sliding_window": 32},
 }
 TOKENIZER = {"tokenizer.json": "{}", "tokenizer_config.json": '{"model_max_length": 64}', "chat_template.jinja": "{{ messages }}"}

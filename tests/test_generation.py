@@ -27,6 +27,7 @@ VARIANTS = {
     "llama": {"family": "llama"},
     "llama, one key/value head": {"family": "llama", "num_key_value_heads": 1, "layers": 3},
     "qwen2": {"family": "qwen2", "layers": 2},
+    "qwen3": {"family": "qwen3", "layers": 2, "num_key_value_heads": 1},
     "mistral": {"family": "mistral", "layers": 2, "sliding_window": 32},
 }
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]  # tp, pp

@@ -27,6 +27,8 @@ VARIANTS = {
     "llama, own head size": {"family": "llama", "head_dim": 32},
     "qwen2": {"family": "qwen2"},
     "qwen2, tied": {"family": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"family": "qwen3"},
+    "qwen3, tied, biases, one key/value head": {"family": "qwen3", "tie_word_embeddings": True, "attention_bias": True, "num_key_value_heads": 1},
     "mistral": {"family": "mistral", "sliding_window": 32},
     "llama, biases": {"family": "llama", "attention_bias": True, "mlp_bias": True},
 }
@@ -138,7 +140,7 @@ def test_models_that_cannot_be_run_say_why():
         family_of(tiny_config("llama", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "qwen2", "qwen3", "mistral"])
 def test_a_student_made_of_a_teachers_layers_holds_their_weights(family, tmp_path, monkeypatch):
     teacher = tiny_folder(tmp_path / "teacher", family)
     script = Path(__file__).parents[1] / "scripts" / "make_student.py"

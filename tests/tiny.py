@@ -5,7 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, OPTConfig, PretrainedConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 from transformers.utils import logging
 
 logging.disable_progress_bar()
@@ -38,7 +47,8 @@ def tiny_config(family: str, *, layers: int = 4, hidden: int = 64, vocab_size: i
         }
         return OPTConfig(**{"vocab_size": vocab_size, **SPECIALS, **fields, **overrides})
     fields |= {"intermediate_size": 112, "num_key_value_heads": 2, "tie_word_embeddings": False}
-    kind = {"llama": LlamaConfig, "qwen2": Qwen2Config, "mistral": MistralConfig}[family]
+    fields |= {"head_dim": 32} if family == "qwen3" else {}  # as its own models: not hidden_size / heads
+    kind = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "mistral": MistralConfig}[family]
     return kind(**{"vocab_size": vocab_size, **SPECIALS, **fields, **overrides})
 
 

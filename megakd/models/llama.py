@@ -50,9 +50,17 @@ def _gated_mlp(kind: str) -> GatedMLP:
     return GatedMLP(gate=HFTensor(f"model.layers.*.mlp.gate_proj.{kind}"), up=HFTensor(f"model.layers.*.mlp.up_proj.{kind}"))
 
 
-def table(hf: LlamaConfig, padded_vocab_size: int, *, bias: bool | None = None, qkv_bias: bool | None = None) -> Table:
+def table(
+    hf: PretrainedConfig,
+    padded_vocab_size: int,
+    *,
+    attention_bias: bool | None = None,
+    qkv_bias: bool | None = None,
+    mlp_bias: bool | None = None,
+) -> Table:
     """Families that are Llama but for their biases say which they have; Llama's config says it itself."""
-    attention_bias, mlp_bias = (hf.attention_bias, hf.mlp_bias) if bias is None else (bias, bias)
+    attention_bias = hf.attention_bias if attention_bias is None else attention_bias
+    mlp_bias = hf.mlp_bias if mlp_bias is None else mlp_bias
     qkv_kinds = ("weight", "bias") if (attention_bias if qkv_bias is None else qkv_bias) else ("weight",)
     words = HFTensor("model.embed_tokens.weight")
     head = words if hf.tie_word_embeddings else HFTensor("lm_head.weight")

@@ -9,7 +9,7 @@ from transformers import MistralConfig
 from megakd.models import llama
 from megakd.models.family import Family
 
-TABLE = partial(llama.table, bias=False)
+TABLE = partial(llama.table, attention_bias=False, mlp_bias=False)
 CONFIG = partial(llama.transformer_config, bias=False)
 
 

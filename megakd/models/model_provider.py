@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megakd.errors import UserError
-from megakd.models import gpt2, llama, mistral, opt, qwen2
+from megakd.models import gpt2, llama, mistral, opt, qwen2, qwen3
 from megakd.models.decoding import check_layers
 from megakd.models.family import Family
 from megakd.models.gpt_model import METHOD_PARTS, HiddenStateGPTModel
@@ -21,7 +21,7 @@ from megakd.models.layer_specs import block_spec
 from megakd.models.param_mapping import HFTensor, Mapping, Source, Table
 from megakd.runtime.parallel_layout import ParallelLayout
 
-FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (gpt2, opt, llama, qwen2, mistral)}
+FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (gpt2, opt, llama, qwen2, qwen3, mistral)}
 VOCABULARY_MULTIPLE = (
     64  # rows of the output layer per rank: keeps its matrix products aligned (50,257 becomes 50,304 at TP 1 and 2)
 )

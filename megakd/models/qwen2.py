@@ -20,5 +20,5 @@ def transformer_config(hf: Qwen2Config) -> dict:
     return llama.transformer_config(hf, bias=False) | {"add_qkv_bias": True}
 
 
-TABLE = partial(llama.table, bias=False, qkv_bias=True)
+TABLE = partial(llama.table, attention_bias=False, qkv_bias=True, mlp_bias=False)
 FAMILY = Family("qwen2", unsupported, transformer_config, llama.model_arguments, TABLE, skipped_rows={})

@@ -24,6 +24,8 @@ def megatron_shape(name: str, family: Family, hf: PretrainedConfig, vocab_size: 
         "linear_fc1": (2 * ffn if config.get("gated_linear_unit") else ffn, hidden),
         "linear_fc2": (hidden, ffn),
         "output_layer": (vocab_size, hidden),
+        "q_layernorm": (size,),
+        "k_layernorm": (size,),
     }
     module, kind = name.split(".")[-2:]
     shape = weights.get(module, (hidden,))  # a norm

@@ -42,6 +42,9 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (CHECKPOINTS + "peft_folder.py", "torch.empty_like(B).index_copy_(0, rows, B)", "B"),
         (CHECKPOINTS + "peft_folder.py", "delta.t() if transposed else delta", "delta.t()"),
     ],
+    "tests/test_families.py::test_iterations_equal_float64_transformers": [
+        (MODELS + "qwen3.py", '{"qk_layernorm": True}', '{"qk_layernorm": False}'),
+    ],
     "tests/test_pytorch_files.py": [
         (MODELS + "pytorch_file.py", "mmap=True, weights_only=True", "mmap=True, weights_only=False"),
         (MODELS + "pytorch_file.py", "mmap=True, weights_only=True", "mmap=False, weights_only=True"),
