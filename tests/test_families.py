@@ -13,6 +13,10 @@ PAIRS = {  # student, teacher, as in stories.PAIRS
         {"family": "qwen3", "layers": 2, "num_key_value_heads": 1, "pad_token_id": 1},
         {"family": "qwen3", "layers": 3, "hidden": 96, "tie_word_embeddings": True},
     ),
+    "smollm3 of a mistral": (
+        {"family": "smollm3", "layers": 2, "no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 5, "pad_token_id": 1},
+        {"family": "mistral", "layers": 2, "sliding_window": 4},
+    ),
 }
 LAYOUTS = {"TP1": (1, 1, False, 4), "TP2": (2, 1, False, 4), "PP2": (1, 2, False, 2), "TP2 PP2 SP": (2, 2, True, 2)}
 

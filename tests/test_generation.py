@@ -28,7 +28,8 @@ VARIANTS = {
     "llama, one key/value head": {"family": "llama", "num_key_value_heads": 1, "layers": 3},
     "qwen2": {"family": "qwen2", "layers": 2},
     "qwen3": {"family": "qwen3", "layers": 2, "num_key_value_heads": 1},
-    "mistral": {"family": "mistral", "layers": 2, "sliding_window": 32},
+    "mistral": {"family": "mistral", "layers": 2, "sliding_window": 6},
+    "smollm3": {"family": "smollm3", "layers": 3, "no_rope_layers": [1, 0, 0], "use_sliding_window": True, "sliding_window": 4, "num_key_value_heads": 1},
 }
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]  # tp, pp
 LENGTHS = (5, 17, 9, 12, 3, 8, 8)

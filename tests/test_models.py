@@ -29,7 +29,12 @@ VARIANTS = {
     "qwen2, tied": {"family": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"family": "qwen3"},
     "qwen3, tied, biases, one key/value head": {"family": "qwen3", "tie_word_embeddings": True, "attention_bias": True, "num_key_value_heads": 1},
-    "mistral": {"family": "mistral", "sliding_window": 32},
+    "mistral": {"family": "mistral", "sliding_window": 5},
+    "qwen2, late layers slide": {"family": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "smollm3": {"family": "smollm3", "no_rope_layer_interval": 2},
+    "smollm3 that slides, one key/value head": {
+        "family": "smollm3", "no_rope_layers": [1, 0, 0, 1], "use_sliding_window": True, "sliding_window": 6, "num_key_value_heads": 1, "mlp_bias": True,
+    },
     "llama, biases": {"family": "llama", "attention_bias": True, "mlp_bias": True},
 }
 LAYOUTS = [
@@ -103,15 +108,18 @@ def test_llama3_rope_scaling_equals_transformers(tmp_path):
 def test_flash_attn_is_called_in_its_own_shapes_and_gives_what_sdpa_gives(monkeypatch):
     """Its kernels need a GPU; its signature does not: [b, s, n, d], fewer key/value heads allowed, causal."""
 
-    def flash_attn_func(q, k, v, dropout_p, softmax_scale, causal):
+    def flash_attn_func(q, k, v, dropout_p, softmax_scale, causal, window_size):
         repeat = q.shape[2] // k.shape[2]
         q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)))
-        return F.scaled_dot_product_attention(q, k, v, None, dropout_p, causal, scale=softmax_scale).transpose(1, 2)
+        left, right = window_size  # keys i - left to i + right of query i, -1: no bound
+        seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril(0 if causal else right).triu(-left if left >= 0 else -q.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, seen, dropout_p, scale=softmax_scale).transpose(1, 2)
 
     monkeypatch.setattr(attention, "flash_attn_func", flash_attn_func)
     query, key, value = torch.randn(7, 2, 4, 8), torch.randn(7, 2, 2, 8), torch.randn(7, 2, 2, 8)
-    ours, theirs = (attend(query, key, value, 0.0, None) for attend in (attention.flash_attention, attention.sdpa_attention))
-    torch.testing.assert_close(ours, theirs)
+    for window in (None, 1, 3, 7, 9):
+        ours, theirs = (attend(query, key, value, 0.0, None, window) for attend in (attention.flash_attention, attention.sdpa_attention))
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_layout_that_does_not_divide_the_model_is_refused_with_the_sizes_that_do():
@@ -136,11 +144,15 @@ def test_models_that_cannot_be_run_say_why():
         family_of(tiny_config("opt", word_embed_proj_dim=32))
     with pytest.raises(ValueError, match="do_layer_norm_before is false"):
         family_of(tiny_config("opt", do_layer_norm_before=False))
+    with pytest.raises(ValueError, match="layer_types names 'chunked_attention', which is not one of full_attention, sliding_attention"):
+        family_of(tiny_config("qwen3", layers=1, layer_types=["chunked_attention"]))
+    with pytest.raises(ValueError, match="no_rope_layers speaks of 2 of 4 layers"):
+        family_of(tiny_config("smollm3", no_rope_layers=[1, 0], layer_types=["full_attention"] * 4))
     with pytest.raises(ValueError, match="'yarn' is not one of"):
         family_of(tiny_config("llama", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "smollm3"])
 def test_a_student_made_of_a_teachers_layers_holds_their_weights(family, tmp_path, monkeypatch):
     teacher = tiny_folder(tmp_path / "teacher", family)
     script = Path(__file__).parents[1] / "scripts" / "make_student.py"

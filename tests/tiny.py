@@ -14,11 +14,13 @@ from transformers import (
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 from transformers.utils import logging
 
 logging.disable_progress_bar()
 
+LLAMAS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "mistral": MistralConfig, "smollm3": SmolLM3Config}
 VOCABULARY = 97  # prime: every tensor-parallel size needs padding
 SPECIALS = {"bos_token_id": 0, "eos_token_id": 0}
 
@@ -47,9 +49,8 @@ def tiny_config(family: str, *, layers: int = 4, hidden: int = 64, vocab_size: i
         }
         return OPTConfig(**{"vocab_size": vocab_size, **SPECIALS, **fields, **overrides})
     fields |= {"intermediate_size": 112, "num_key_value_heads": 2, "tie_word_embeddings": False}
-    fields |= {"head_dim": 32} if family == "qwen3" else {}  # as its own models: not hidden_size / heads
-    kind = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "mistral": MistralConfig}[family]
-    return kind(**{"vocab_size": vocab_size, **SPECIALS, **fields, **overrides})
+    fields |= {"qwen3": {"head_dim": 32}, "smollm3": {"pad_token_id": None}}.get(family, {})  # Qwen3's is not hidden_size / heads
+    return LLAMAS[family](**{"vocab_size": vocab_size, **SPECIALS, **fields, **overrides})
 
 
 def tiny_model(config: PretrainedConfig, *, seed: int = 7):

@@ -8,6 +8,7 @@ The output layer is applied by the loss (megakd_kernels.fused_linear_*), in piec
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import megakd_kernels
 import torch
@@ -16,8 +17,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
 from torch import Tensor
 
-from megakd.models.attention import rotary_table
 from megakd.models.kv_cache import CacheStep
+from megakd.models.rope import Rope
 from megakd.runtime.parallel_layout import ParallelLayout
 
 METHOD_PARTS = "method_parts."  # what begins the names of parameters that are no part of the model
@@ -38,6 +39,7 @@ class HiddenStateGPTModel(GPTModel):
         real_vocab_size: int,
         padded_vocab_size: int,
         padding_idx: int | None = None,
+        ropes: Sequence[Rope] = (),
         **kwargs,
     ):
         super().__init__(
@@ -51,7 +53,7 @@ class HiddenStateGPTModel(GPTModel):
             pg_collection=layout.groups,
             **kwargs,
         )
-        self.layout, self.real_vocab_size, self.padding_idx = layout, real_vocab_size, padding_idx
+        self.layout, self.real_vocab_size, self.padding_idx, self.ropes = layout, real_vocab_size, padding_idx, ropes
         self.method_parts = torch.nn.ModuleDict()
         self.adapted = None  # the LoRAConfig of its adapters, beside which its own weights are frozen
 
@@ -93,18 +95,16 @@ class HiddenStateGPTModel(GPTModel):
         parts = self.tp_group.size() if self.config.sequence_parallel else 1
         return math.ceil(positions / parts), rows, self.config.hidden_size
 
-    def rotary_table(self, positions: int) -> Tensor | None:
-        """[2, positions, 1, d], for `attention.rotate`; None for a model with learned positions."""
-        if self.position_embedding_type != "rope":
-            return None
-        return rotary_table(self.rotary_pos_emb.inv_freq, positions, self.config.params_dtype)
+    def rotary_tables(self, positions: int) -> Tensor | None:
+        """[kinds of layers, 2, positions, 1, d], for `rope.rotate`; None for a model with learned positions."""
+        return torch.stack([rope.table(positions, self.config.params_dtype) for rope in self.ropes]) if self.ropes else None
 
     def _rotary(self, embedded: Tensor | None) -> Tensor | None:
-        """That of positions 0, 1, ... of every row, [2, S, 1, 1, d]; embedded None: on later stages."""
+        """Those of positions 0, 1, ... of every row, [kinds, 2, S, 1, 1, d]; embedded None: on later stages."""
         received = self.decoder.input_tensor if embedded is None else embedded
         parts = self.tp_group.size() if self.config.sequence_parallel else 1
-        table = self.rotary_table(received.shape[0] * parts)
-        return table if table is None else table[:, :, None]
+        tables = self.rotary_tables(received.shape[0] * parts)
+        return tables if tables is None else tables[:, :, :, None]
 
     def _embed(self, tokens_BS: Tensor, position_ids_BS: Tensor, soft_prompt_PH: Tensor | None, decodes: bool) -> Tensor:
         """[P + S, B, H], this rank's part of it under sequence parallelism."""

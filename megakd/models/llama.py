@@ -8,6 +8,7 @@ from transformers import LlamaConfig, PretrainedConfig
 from megakd.models.family import Family, linear, norm
 from megakd.models.param_mapping import QKV, GatedMLP, HFTensor, Table, Vocabulary
 
+LAYER_TYPES = ("full_attention", "sliding_attention")
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -17,6 +18,8 @@ def unsupported(hf: PretrainedConfig) -> str | None:
         return f"hidden_act {hf.hidden_act!r} is not 'silu'; use a model of the family's own activation"
     if (kind := hf.rope_parameters.get("rope_type", "default")) not in ROPE_TYPES:
         return f"rope_type {kind!r} is not one of {', '.join(ROPE_TYPES)}; use a model whose context was not extended that way"
+    if strange := set(getattr(hf, "layer_types", None) or ()) - set(LAYER_TYPES):
+        return f"layer_types names {min(strange)!r}, which is not one of {', '.join(LAYER_TYPES)}; use a model of the family's own layers"
     return None
 
 
@@ -34,6 +37,14 @@ def transformer_config(hf: LlamaConfig, *, bias: bool | None = None) -> dict:
         "hidden_dropout": 0.0,
         "attention_dropout": hf.attention_dropout,
     }
+
+
+def sliding(hf: PretrainedConfig) -> dict:
+    """Fields of a TransformerConfig some of whose layers, or all, attend to a window; Hugging Face counts the token itself in it."""
+    if not hf.sliding_window:
+        return {}
+    kinds = getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
+    return {"window_size": (hf.sliding_window - 1, 0), "window_attn_skip_freq": [int(kind == "sliding_attention") for kind in kinds]}
 
 
 def model_arguments(hf: LlamaConfig) -> dict:

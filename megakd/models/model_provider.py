@@ -10,18 +10,18 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megakd.errors import UserError
-from megakd.models import gpt2, llama, mistral, opt, qwen2, qwen3
+from megakd.models import gpt2, llama, mistral, opt, qwen2, qwen3, smollm3
 from megakd.models.decoding import check_layers
 from megakd.models.family import Family
 from megakd.models.gpt_model import METHOD_PARTS, HiddenStateGPTModel
 from megakd.models.layer_specs import block_spec
 from megakd.models.param_mapping import HFTensor, Mapping, Source, Table
+from megakd.models.rope import ropes_of
 from megakd.runtime.parallel_layout import ParallelLayout
 
-FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (gpt2, opt, llama, qwen2, qwen3, mistral)}
+FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (gpt2, opt, llama, qwen2, qwen3, mistral, smollm3)}
 VOCABULARY_MULTIPLE = (
     64  # rows of the output layer per rank: keeps its matrix products aligned (50,257 becomes 50,304 at TP 1 and 2)
 )
@@ -106,7 +106,7 @@ def build_model(
         overrides: TransformerConfig fields (dropout, recompute).
     """
     family = family_of(hf)
-    config = transformer_config(hf, family, layout, dtype, sequence_parallel, overrides)
+    config, arguments = transformer_config(hf, family, layout, dtype, sequence_parallel, overrides), family.model_arguments(hf)
     model = HiddenStateGPTModel(
         config,
         block_spec(family.layer_spec(hf), config, layout.pp_rank),
@@ -114,12 +114,11 @@ def build_model(
         real_vocab_size=real_vocab_size or hf.vocab_size,
         padded_vocab_size=padded_vocab_size,
         padding_idx=family.padding_idx(hf),
+        ropes=ropes_of(hf) if arguments["position_embedding_type"] == "rope" else (),
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
-        **family.model_arguments(hf),
+        **arguments,
     ).to(device=torch.cuda.current_device(), dtype=dtype)
     check_layers(model)
-    if hasattr(model, "rotary_pos_emb"):
-        model.rotary_pos_emb.inv_freq = rotary_frequencies(hf)
     model.hf_config = hf
     take_biases_away(model, family.table(hf, padded_vocab_size))
     return model
@@ -157,13 +156,6 @@ def transformer_config(
         **uneven_split(hf.num_hidden_layers, layout.pp_size),
     }
     return TransformerConfig(**common | family.transformer_config(hf) | overrides)
-
-
-def rotary_frequencies(hf: PretrainedConfig) -> torch.Tensor:
-    """transformers' own inverse frequencies, scaling included, in float32."""
-    rotary = LlamaRotaryEmbedding(hf)
-    assert rotary.attention_scaling == 1.0, "the accepted rope types do not scale attention"
-    return rotary.inv_freq.detach().clone().float().to(torch.cuda.current_device())
 
 
 def parameter_mappings(model: HiddenStateGPTModel) -> Iterator[tuple[torch.nn.Parameter, Mapping]]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from megatron.core.transformer.spec_utils import ModuleSpec
 from transformers import Qwen3Config
 
-from megakd.models import llama, qwen2
+from megakd.models import llama
 from megakd.models.family import Family, norm
 from megakd.models.layer_specs import Norm, with_attention
 from megakd.models.param_mapping import Table
 
 
 def transformer_config(hf: Qwen3Config) -> dict:
-    return llama.transformer_config(hf, bias=hf.attention_bias) | {"qk_layernorm": True}  # so their gradients are summed over heads' ranks
+    qk_norms = {"qk_layernorm": True}  # so that their gradients are summed over heads' ranks
+    return llama.transformer_config(hf, bias=hf.attention_bias) | llama.sliding(hf) | qk_norms
 
 
 def layer_spec(hf: Qwen3Config) -> ModuleSpec:
@@ -29,4 +30,4 @@ def table(hf: Qwen3Config, padded_vocab_size: int) -> Table:
     }
 
 
-FAMILY = Family("qwen3", qwen2.unsupported, transformer_config, llama.model_arguments, table, skipped_rows={}, layer_spec=layer_spec)
+FAMILY = Family("qwen3", llama.unsupported, transformer_config, llama.model_arguments, table, skipped_rows={}, layer_spec=layer_spec)

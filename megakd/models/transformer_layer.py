@@ -11,8 +11,8 @@ from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tens
 from megatron.core.transformer import attention, transformer_layer
 from torch import Tensor, nn
 
-from megakd.models.attention import rotate
 from megakd.models.kv_cache import CacheStep
+from megakd.models.rope import rotate
 
 WithBias = tuple[Tensor, Tensor | None]  # megatron's linear layers leave it to the layer to add their bias
 
@@ -40,19 +40,24 @@ class TransformerLayer(transformer_layer.TransformerLayer):
 
 
 class SelfAttention(attention.SelfAttention):
-    """A rotary table turns queries and keys, core attention has the cache."""
+    """A rotary table turns queries and keys, but in layers that have no positions; core attention has the cache.
+
+    Where there are two tables, the last is that of the layers that slide.
+    """
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        unknown = [name for name in ("attention_output_gate", "no_rope_freq", "rotary_interleaved") if getattr(config, name)]
+        unknown = [name for name in ("attention_output_gate", "rotary_interleaved") if getattr(config, name)]
         assert not unknown and not self.checkpoint_core_attention, f"{unknown or 'selective recomputation'} is not built"
         self.sharers = max(1, self.tp_group.size() // config.num_query_groups)  # ranks that share one key/value head
         self.shared_group, self.member = divmod(self.tp_group.rank(), self.sharers)
+        self.turns = not (config.no_rope_freq and config.no_rope_freq[self.layer_number - 1])
+        self.table = 0 if self.core_attention.window is None else -1
 
     def forward(self, hidden_states: Tensor, rotary_pos_emb: Tensor | None, inference_context: CacheStep | None) -> WithBias:
         query, key, value = self.get_query_key_value_tensors(hidden_states)
-        if rotary_pos_emb is not None:
-            query, key = rotate(query, key, rotary_pos_emb)
+        if rotary_pos_emb is not None and self.turns:
+            query, key = rotate(query, key, rotary_pos_emb[self.table])
         return self.linear_proj(self.core_attention(query, key, value, inference_context=inference_context))
 
     def get_query_key_value_tensors(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
