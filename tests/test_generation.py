@@ -27,7 +27,10 @@ VARIANTS = {
     "llama": {"family": "llama"},
     "llama, one key/value head": {"family": "llama", "num_key_value_heads": 1, "layers": 3},
     "qwen2": {"family": "qwen2", "layers": 2},
-    "qwen3": {"family": "qwen3", "layers": 2, "num_key_value_heads": 1},
+    "qwen3": {
+        "family": "qwen3", "layers": 2, "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 8},
+    },
     "mistral": {"family": "mistral", "layers": 2, "sliding_window": 6},
     "smollm3": {"family": "smollm3", "layers": 3, "no_rope_layers": [1, 0, 0], "use_sliding_window": True, "sliding_window": 4, "num_key_value_heads": 1},
 }

@@ -15,7 +15,15 @@ from transformers import AutoModelForCausalLM
 
 from megakd.models import attention
 from megakd.models.hf_checkpoint import HFCheckpoint
-from megakd.models.model_provider import build_model, check_layout, family_of, load_weights, padded_vocab_size, uneven_split
+from megakd.models.model_provider import (
+    build_model,
+    check_layout,
+    context_length,
+    family_of,
+    load_weights,
+    padded_vocab_size,
+    uneven_split,
+)
 from megakd.schedules import forward_only
 
 VARIANTS = {
@@ -97,12 +105,34 @@ def test_logits_equal_transformers(folders, tp, pp, dp, sequence_parallel):
         assert all(value <= 2e-6 for value in worst.values()), worst
 
 
-def test_llama3_rope_scaling_equals_transformers(tmp_path):
-    scaling = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    scaling |= {"original_max_position_embeddings": 16}
-    folder = tiny_folder(tmp_path / "m", "llama", rope_parameters=scaling)
-    (worst,) = run_distributed(logits_of_every_variant, 1, {"llama3": folder}, False)
-    assert worst["llama3"] <= 2e-6
+ROPES = {
+    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+    "yarn": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8},
+    "yarn, by hand": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "attention_factor": 1.7, "beta_fast": 2.0, "beta_slow": 0.5, "truncate": False,
+    },
+    "yarn, mscale": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "mscale": 1.2, "mscale_all_dim": 0.5},
+    "linear": {"rope_type": "linear", "factor": 2.5},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.7},
+}  # fmt: skip
+
+
+def test_scaled_ropes_equal_transformers_beyond_the_original_context(tmp_path):
+    families = ["llama", "qwen2", "qwen3", "mistral", "smollm3", "llama"]
+    folders = {
+        kind: tiny_folder(tmp_path / kind, family, layers=2, rope_parameters={"rope_theta": 500.0, **scaling})
+        for family, (kind, scaling) in zip(families, ROPES.items(), strict=True)
+    }
+    (worst,) = run_distributed(logits_of_every_variant, 1, folders, False)
+    assert worst.keys() == folders.keys() and all(value <= 2e-6 for value in worst.values()), worst
+
+
+def test_yarn_stretches_the_context_and_dynamic_does_not():
+    length = lambda **scaling: context_length(tiny_config("qwen3", rope_parameters={"rope_theta": 1e4, **scaling}))
+    assert length(rope_type="yarn", factor=4.0, original_max_position_embeddings=64) == 256
+    assert length(rope_type="yarn", factor=2.0, original_max_position_embeddings=16) == 64
+    assert length(rope_type="yarn", factor=4.0) == 256, "the original context is then max_position_embeddings"
+    assert length(rope_type="dynamic", factor=4.0) == 64 == length(rope_type="linear", factor=4.0)
 
 
 def test_flash_attn_is_called_in_its_own_shapes_and_gives_what_sdpa_gives(monkeypatch):
@@ -148,8 +178,9 @@ def test_models_that_cannot_be_run_say_why():
         family_of(tiny_config("qwen3", layers=1, layer_types=["chunked_attention"]))
     with pytest.raises(ValueError, match="no_rope_layers speaks of 2 of 4 layers"):
         family_of(tiny_config("smollm3", no_rope_layers=[1, 0], layer_types=["full_attention"] * 4))
-    with pytest.raises(ValueError, match="'yarn' is not one of"):
-        family_of(tiny_config("llama", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}))
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    with pytest.raises(ValueError, match="'longrope' is not one of"):
+        family_of(tiny_config("llama", rope_parameters=longrope))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "smollm3"])

@@ -15,7 +15,10 @@ SIZES = (  # of all families
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "intermediate_size", "ffn_dim", "n_inner", "max_position_embeddings", "sliding_window",
 )  # fmt: skip
-ROPE = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE = (
+    "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
+    "attention_factor",
+)  # fmt: skip
 LAYERS, MOST_LAYERS = ("num_hidden_layers", "n_layer"), 100_000  # transformers makes a list of them
 WAY_OUT = "give a folder that save_pretrained wrote"
 

@@ -115,6 +115,11 @@ def _remarks(checkpoint: HFCheckpoint, left: list[str]) -> Iterator[str]:
         yield f"no part of a {hf.model_type} model{_why(hf, left)}; left out: {', '.join(left[:NAMED])}{more}"
     if (checkpoint.folder / ADAPTER).is_file():
         yield f"{ADAPTER} lies beside whole weights; the adapter is not applied (peft's merge_and_unload() merges one)"
+    if (getattr(hf, "rope_parameters", None) or {}).get("rope_type") == "dynamic":
+        yield (
+            f"rope_type 'dynamic' changes its frequencies in rows of more than {hf.max_position_embeddings} tokens "
+            "(max_position_embeddings), which is as far as it is read here"
+        )
     if not checkpoint.scales and (said := quantization(hf)):
         yield f"config.json says quantised by {method_of(said)}, but the weights are plain numbers; used as they are"
 

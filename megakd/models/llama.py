@@ -1,4 +1,4 @@
-"""Llama: rotary positions (llama-3 scaling too), RMSNorm, gated SiLU, grouped key/value heads, tied or untied head."""
+"""Llama: rotary positions, scaled or not, RMSNorm, gated SiLU, grouped key/value heads, tied or untied head."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from transformers import LlamaConfig, PretrainedConfig
 
 from megakd.models.family import Family, linear, norm
 from megakd.models.param_mapping import QKV, GatedMLP, HFTensor, Table, Vocabulary
+from megakd.models.rope import stretched_context
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
-ROPE_TYPES = ("default", "linear", "llama3")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
 def unsupported(hf: PretrainedConfig) -> str | None:
@@ -48,7 +49,7 @@ def sliding(hf: PretrainedConfig) -> dict:
 
 
 def model_arguments(hf: LlamaConfig) -> dict:
-    return {"position_embedding_type": "rope", "max_sequence_length": hf.max_position_embeddings}
+    return {"position_embedding_type": "rope", "max_sequence_length": stretched_context(hf)}
 
 
 def _qkv(hf: LlamaConfig, kind: str) -> QKV:

@@ -34,6 +34,18 @@ def ropes_of(hf: PretrainedConfig) -> list[Rope]:
     return [Rope(rotary.inv_freq.detach().clone().float().to(torch.cuda.current_device()), rotary.attention_scaling)]
 
 
+def stretched_context(hf: PretrainedConfig) -> int:
+    """Positions that a model can be given: max_position_embeddings, but where yarn stretches a shorter context beyond it.
+
+    dynamic stretches further still, by frequencies that change with the length of the row; what a cache holds was turned by those of
+    a shorter one, so that is where it ends.
+    """
+    scaling = hf.rope_parameters
+    if scaling.get("rope_type") != "yarn" or not scaling.get("factor"):
+        return hf.max_position_embeddings
+    return max(hf.max_position_embeddings, int(scaling["factor"] * scaling["original_max_position_embeddings"]))
+
+
 def rotate(query_sbnd: Tensor, key_sbgd: Tensor, rotary_2sb1d: Tensor) -> tuple[Tensor, Tensor]:
     """Rotary position embedding; channel i turns with channel i + d/2. Of the table, b may be 1: the same positions in every row."""
     x = torch.cat([query_sbnd, key_sbgd], 2)

@@ -300,7 +300,8 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (MODELS + "param_mapping.py", "return [(tp_rank * step, (tp_rank + 1) * step)]", "return [(0, step)]"),
         (MODELS + "model_provider.py", "layer + offset)", "layer)"),
     ],
-    of("test_models", "llama3_rope_scaling_equals_transformers"): [
+    of("test_models", "scaled_ropes_equal_transformers_beyond_the_original_context"): [
+        (MODELS + "rope.py", "rotary.attention_scaling)", "1.0)"),
         (MODELS + "rope.py", "[Rope(rotary.inv_freq.detach()", "[Rope(2 * rotary.inv_freq.detach()"),
     ],
     "tests/test_data_loader.py": [
