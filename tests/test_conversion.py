@@ -32,6 +32,8 @@ VARIANTS = {
     "gpt2": {"family": "gpt2"},
     "gpt2, own head": {"family": "gpt2", "tie_word_embeddings": False},
     "opt": {"family": "opt"},
+    "opt-350m": {"family": "opt", "word_embed_proj_dim": 32, "do_layer_norm_before": False},
+    "galactica": {"family": "opt", "enable_bias": False, "layer_norm_elementwise_affine": False, "activation_function": "gelu"},
     "llama": {"family": "llama"},
     "llama, tied": {"family": "llama", "tie_word_embeddings": True},
     "llama, one key/value head": {"family": "llama", "num_key_value_heads": 1},

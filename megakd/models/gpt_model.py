@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor
 
 from megakd.models.kv_cache import CacheStep
+from megakd.models.narrow_words import narrow_words
 from megakd.models.rope import Rope
 from megakd.runtime.parallel_layout import ParallelLayout
 
@@ -40,6 +41,7 @@ class HiddenStateGPTModel(GPTModel):
         padded_vocab_size: int,
         padding_idx: int | None = None,
         ropes: Sequence[Rope] = (),
+        embedding_size: int | None = None,
         **kwargs,
     ):
         super().__init__(
@@ -54,6 +56,10 @@ class HiddenStateGPTModel(GPTModel):
             **kwargs,
         )
         self.layout, self.real_vocab_size, self.padding_idx, self.ropes = layout, real_vocab_size, padding_idx, ropes
+        self.embedding_size = embedding_size or config.hidden_size  # what the output layer reads, too
+        self.project_in = self.project_out = None
+        if self.embedding_size != config.hidden_size:
+            narrow_words(self, self.embedding_size)
         self.method_parts = torch.nn.ModuleDict()
         self.adapted = None  # the LoRAConfig of its adapters, beside which its own weights are frozen
 
@@ -67,6 +73,7 @@ class HiddenStateGPTModel(GPTModel):
         step: CacheStep | None = None,
     ) -> Tensor:
         """Hidden states of the S real positions, [S, B, H], whole on every TP rank of the last stage; else the next stage's input.
+        With narrow words the last stage's are as wide as these, [S, B, E].
 
         Decoding (`step`) says where columns stand: it passes position ids and rotary table of all P + S columns, and gets hidden
         states of as many.
@@ -81,12 +88,14 @@ class HiddenStateGPTModel(GPTModel):
             rotary_pos_emb=rotary if decodes else self._rotary(embedded),
             inference_context=step,
         )
-        if not self.post_process or decodes:
+        if not self.post_process:
             return hidden
-        if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=self.tp_group)
-        first = 0 if soft_prompt_PH is None else soft_prompt_PH.shape[0]
-        return hidden[first : first + tokens_BS.shape[1]]
+        if not decodes:
+            if self.config.sequence_parallel:
+                hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=self.tp_group)
+            first = 0 if soft_prompt_PH is None else soft_prompt_PH.shape[0]
+            hidden = hidden[first : first + tokens_BS.shape[1]]
+        return hidden if self.project_out is None else self.project_out(hidden)
 
     def p2p_shape(self, tokens_BS: Tensor, soft_prompt_PH: Tensor | None = None) -> tuple[int, int, int]:
         """[P + S, B, H] that goes from stage to stage, this rank's part of it under sequence parallelism."""
@@ -108,12 +117,15 @@ class HiddenStateGPTModel(GPTModel):
 
     def _embed(self, tokens_BS: Tensor, position_ids_BS: Tensor, soft_prompt_PH: Tensor | None, decodes: bool) -> Tensor:
         """[P + S, B, H], this rank's part of it under sequence parallelism."""
-        if soft_prompt_PH is None or decodes:
+        if soft_prompt_PH is None or decodes or self.project_in is not None:
             x = self._word_embeddings(tokens_BS)
             if soft_prompt_PH is not None:
                 x = torch.cat([soft_prompt_PH.to(x.dtype).expand(len(x), -1, -1), x], 1)
+            if self.project_in is not None:
+                x = self.project_in(x)
             if self.embedding.add_position_embedding:
-                x = x + self.embedding.position_embeddings(position_ids_BS)
+                gives_all = decodes or soft_prompt_PH is None
+                x = x + self.embedding.position_embeddings(position_ids_BS if gives_all else torch.arange(x.shape[1], device=x.device))
         else:
             x = self._embed_behind(soft_prompt_PH, tokens_BS)
         x = self.embedding.embedding_dropout(x.transpose(0, 1).contiguous())

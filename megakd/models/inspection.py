@@ -18,7 +18,7 @@ from megakd.models.family import Family
 from megakd.models.hf_checkpoint import ADAPTER, DTYPES, HFCheckpoint
 from megakd.models.model_provider import family_of
 from megakd.models.quantized import ACTIVATION_SCALES, code_dtypes, method_of, quantization
-from megakd.models.shapes import hf_shapes
+from megakd.models.shapes import head_size, hf_shapes
 
 HEAD = "lm_head.weight"
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # of older transformers, which computes them now
@@ -92,7 +92,7 @@ def _problem(checkpoint: HFCheckpoint, name: str, shape: tuple[int, ...]) -> str
         return f"tensor {name!r} is missing; the folder is incomplete or not what its config.json says"
     if checkpoint.shape(name) != shape:
         stored, hf = checkpoint.shape(name), checkpoint.config
-        rows_alone = shape == (hf.vocab_size, hf.hidden_size) and stored[1:] == shape[1:]
+        rows_alone = shape == (hf.vocab_size, head_size(family_of(hf), hf)) and stored[1:] == shape[1:]
         way_out = "set vocab_size to what the weights have" if rows_alone else "give the config.json that the weights were saved with"
         return f"{name} has shape {stored}, but config.json asks for {shape}; {way_out}"
     if checkpoint.dtype(name) not in DTYPES:

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from megakd.models.attention import SDPACoreAttention
 from megakd.models.linear import ColumnLinear, RowLinear
-from megakd.models.transformer_layer import SelfAttention, TransformerLayer
+from megakd.models.transformer_layer import NormsBehind, NormsBehindSubmodules, SelfAttention, TransformerLayer
 
 
 class Norm:
@@ -50,6 +50,11 @@ LAYER = ModuleSpec(
 )
 
 
+def with_norms_behind(kind: type[NormsBehind], **submodules) -> ModuleSpec:
+    """LAYER as a layer of this kind, with these submodules."""
+    return replace(LAYER, module=kind, submodules=NormsBehindSubmodules(**vars(LAYER.submodules) | submodules))
+
+
 def with_attention(**submodules) -> ModuleSpec:
     """LAYER with these submodules in its self-attention, beside the common ones or instead."""
     attention = LAYER.submodules.self_attention
@@ -57,6 +62,7 @@ def with_attention(**submodules) -> ModuleSpec:
     return replace(LAYER, submodules=replace(LAYER.submodules, self_attention=attention))
 
 
-def block_spec(layer: ModuleSpec, config: TransformerConfig, pp_rank: int) -> TransformerBlockSubmodules:
+def block_spec(layer: ModuleSpec, config: TransformerConfig, pp_rank: int, *, final_norm: bool) -> TransformerBlockSubmodules:
     """This stage's layers and the final norm. A bare layer spec would give the final norm megatron's own, which refuses SP."""
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, pp_rank=pp_rank), layer_norm=Norm)
+    layers = [layer] * get_num_layers_to_build(config, pp_rank=pp_rank)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm if final_norm else None)

@@ -109,7 +109,7 @@ def build_model(
     config, arguments = transformer_config(hf, family, layout, dtype, sequence_parallel, overrides), family.model_arguments(hf)
     model = HiddenStateGPTModel(
         config,
-        block_spec(family.layer_spec(hf), config, layout.pp_rank),
+        block_spec(family.layer_spec(hf), config, layout.pp_rank, final_norm=family.final_norm(hf)),
         layout=layout,
         real_vocab_size=real_vocab_size or hf.vocab_size,
         padded_vocab_size=padded_vocab_size,
@@ -120,16 +120,16 @@ def build_model(
     ).to(device=torch.cuda.current_device(), dtype=dtype)
     check_layers(model)
     model.hf_config = hf
-    take_biases_away(model, family.table(hf, padded_vocab_size))
+    take_away(model, family.table(hf, padded_vocab_size))
     return model
 
 
-def take_biases_away(model: HiddenStateGPTModel, table: Table) -> None:
-    """Those that the table does not name: megatron has one flag for the biases of attention's output and of the feed-forward."""
+def take_away(model: HiddenStateGPTModel, table: Table) -> None:
+    """Biases, and weights of norms, that the table does not name: megatron has one flag for all biases, and none for such norms."""
     for name, _ in list(model.named_parameters()):
         if layer_pattern(name)[0] not in table:
             module, _, kind = name.rpartition(".")
-            assert kind == "bias", f"{name} is in no table"
+            assert kind == "bias" or module.endswith("norm"), f"{name} is in no table"
             model.get_submodule(module).register_parameter(kind, None)
 
 

@@ -52,5 +52,5 @@ def word_embeddings(model: HiddenStateGPTModel, token_ids: list[int]) -> Tensor:
     if model.pre_process:
         found = model.embedding.word_embeddings(torch.tensor([token_ids], device=device))[0].float().contiguous()
     else:
-        found = torch.empty(len(token_ids), model.config.hidden_size, device=device)
+        found = torch.empty(len(token_ids), model.embedding_size, device=device)
     return model.layout.broadcast_from_first_stage(found)

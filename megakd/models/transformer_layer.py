@@ -6,9 +6,13 @@ selective recomputation, its own CUDA graphs): in a small model that decodes a f
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer import attention, transformer_layer
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor, nn
 
 from megakd.models.kv_cache import CacheStep
@@ -26,17 +30,61 @@ class TransformerLayer(transformer_layer.TransformerLayer):
         self, hidden_states: Tensor, rotary_pos_emb: Tensor | None = None, inference_context: CacheStep | None = None, **_
     ) -> tuple[Tensor, None]:
         x = hidden_states
-        x = self._add(x, self.self_attention(self.input_layernorm(x), rotary_pos_emb, inference_context))
-        x = self._add(x, self.mlp(self.pre_mlp_layernorm(x)))
+        x = self.behind_attention(x, self.self_attention(self.input_layernorm(x), rotary_pos_emb, inference_context))
+        x = self.behind_mlp(x, self.mlp(self.pre_mlp_layernorm(x)))
         return x, None
 
-    def _add(self, residual: Tensor, output_with_bias: WithBias) -> Tensor:
+    def behind_attention(self, residual: Tensor, output_with_bias: WithBias) -> Tensor:
+        """What the layer goes on with behind attention."""
+        return self.add(residual, output_with_bias)
+
+    def behind_mlp(self, residual: Tensor, output_with_bias: WithBias) -> Tensor:
+        """What the layer hands on behind its MLP."""
+        return self.add(residual, output_with_bias)
+
+    def add(self, residual: Tensor, output_with_bias: WithBias) -> Tensor:
+        """Residual, output and its bias; in training with dropout."""
         output, bias = output_with_bias
         if bias is not None:
             output = output + bias
         if self.training:
             output = F.dropout(output, self.hidden_dropout)
         return residual + output
+
+
+@dataclass
+class NormsBehindSubmodules(transformer_layer.TransformerLayerSubmodules):
+    """With those that stand behind attention and behind the MLP."""
+
+    post_self_attn_layernorm: ModuleSpec | type = IdentityOp
+    post_mlp_layernorm: ModuleSpec | type = IdentityOp
+
+
+class NormsBehind(TransformerLayer):
+    """A layer that has such norms; `behind` says what they are given."""
+
+    def __init__(self, config, submodules: NormsBehindSubmodules, **kwargs):
+        super().__init__(config, submodules, **kwargs)
+        sizes = {"hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
+        self.post_self_attn_layernorm = build_module(submodules.post_self_attn_layernorm, config=config, **sizes)
+        self.post_mlp_layernorm = build_module(submodules.post_mlp_layernorm, config=config, **sizes)
+
+    def behind_attention(self, residual, output_with_bias):
+        return self.behind(residual, output_with_bias, self.post_self_attn_layernorm)
+
+    def behind_mlp(self, residual, output_with_bias):
+        return self.behind(residual, output_with_bias, self.post_mlp_layernorm)
+
+    def behind(self, residual: Tensor, output_with_bias: WithBias, norm: nn.Module) -> Tensor:
+        """Residual and output, joined and normed."""
+        raise NotImplementedError
+
+
+class PostNormLayer(NormsBehind):
+    """norm(x + attention(x)), then norm(x + mlp(x)), as in the first transformer (Vaswani et al. 2017, arXiv 1706.03762)."""
+
+    def behind(self, residual, output_with_bias, norm):
+        return norm(self.add(residual, output_with_bias))
 
 
 class SelfAttention(attention.SelfAttention):

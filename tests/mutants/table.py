@@ -44,12 +44,19 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "tests/test_families.py::test_iterations_equal_float64_transformers": [
         (MODELS + "qwen3.py", '{"qk_layernorm": True}', '{"qk_layernorm": False}'),
+        (MODELS + "gpt_model.py", "torch.arange(x.shape[1], device=x.device)", "torch.zeros(x.shape[1], dtype=torch.long, device=x.device)"),
+        (MODELS + "narrow_words.py", "    if model.pre_process or model.post_process:", "    if False:"),
+    ],
+    "tests/test_families.py::test_hidden_states_as_narrow_as_the_head_travel": [
+        ("megakd/teachers/relayed.py", "model.embedding_size", "model.config.hidden_size"),
     ],
     "tests/test_models.py::test_logits_equal_transformers": [
         (MODELS + "smollm3.py", "int(not turns)", "int(turns)"),
         (MODELS + "smollm3.py", "if hf.use_sliding_window else {}", "if True else {}"),
         (MODELS + "llama.py", "(hf.sliding_window - 1, 0)", "(hf.sliding_window, 0)"),
         (MODELS + "llama.py", 'int(kind == "sliding_attention")', "1"),
+        (MODELS + "opt.py", "return LAYER if hf.do_layer_norm_before else POST_NORM", "return LAYER"),
+        (MODELS + "opt.py", "and not hf._remove_final_layer_norm", ""),
     ],
     "tests/test_generation.py::test_greedy_tokens_are_those_of_transformers": [
         (GENERATION + "decoder.py", "columns < self.soft_length, columns, columns - padding_B1", "columns < 0, columns, columns - padding_B1"),
