@@ -43,6 +43,11 @@ VARIANTS = {
     "mistral": {"family": "mistral", "sliding_window": 5},
     "qwen2, late layers slide": {"family": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     "smollm3": {"family": "smollm3", "no_rope_layer_interval": 2},
+    "gemma3": {"family": "gemma3_text"},
+    "gemma3, own head, biases, one key/value head": {
+        "family": "gemma3_text", "tie_word_embeddings": False, "attention_bias": True, "num_key_value_heads": 1,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    },
     "smollm3 that slides, one key/value head": {
         "family": "smollm3", "no_rope_layers": [1, 0, 0, 1], "use_sliding_window": True, "sliding_window": 6, "num_key_value_heads": 1, "mlp_bias": True,
     },
@@ -184,7 +189,7 @@ def test_models_that_cannot_be_run_say_why():
         family_of(tiny_config("llama", rope_parameters=longrope))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "smollm3"])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "smollm3", "gemma3_text"])
 def test_a_student_made_of_a_teachers_layers_holds_their_weights(family, tmp_path, monkeypatch):
     teacher = tiny_folder(tmp_path / "teacher", family)
     script = Path(__file__).parents[1] / "scripts" / "make_student.py"

@@ -42,6 +42,7 @@ class HiddenStateGPTModel(GPTModel):
         padding_idx: int | None = None,
         ropes: Sequence[Rope] = (),
         embedding_size: int | None = None,
+        embedding_scale: float = 1.0,
         **kwargs,
     ):
         super().__init__(
@@ -57,6 +58,7 @@ class HiddenStateGPTModel(GPTModel):
         )
         self.layout, self.real_vocab_size, self.padding_idx, self.ropes = layout, real_vocab_size, padding_idx, ropes
         self.embedding_size = embedding_size or config.hidden_size  # what the output layer reads, too
+        self.embedding_scale = torch.tensor(embedding_scale).to(config.params_dtype).item()  # rounded as the family's own code does
         self.project_in = self.project_out = None
         if self.embedding_size != config.hidden_size:
             narrow_words(self, self.embedding_size)
@@ -117,8 +119,8 @@ class HiddenStateGPTModel(GPTModel):
 
     def _embed(self, tokens_BS: Tensor, position_ids_BS: Tensor, soft_prompt_PH: Tensor | None, decodes: bool) -> Tensor:
         """[P + S, B, H], this rank's part of it under sequence parallelism."""
-        if soft_prompt_PH is None or decodes or self.project_in is not None:
-            x = self._word_embeddings(tokens_BS)
+        if soft_prompt_PH is None or decodes or self.project_in is not None or self.embedding_scale != 1:
+            x = self.word_embeddings(tokens_BS)
             if soft_prompt_PH is not None:
                 x = torch.cat([soft_prompt_PH.to(x.dtype).expand(len(x), -1, -1), x], 1)
             if self.project_in is not None:
@@ -134,9 +136,11 @@ class HiddenStateGPTModel(GPTModel):
             x = scatter_to_sequence_parallel_region(x, group=self.tp_group)
         return x
 
-    def _word_embeddings(self, tokens_BS: Tensor) -> Tensor:
-        """[B, S, H]. As with torch's `padding_idx`, that id's row learns nothing from being read; a tied head still teaches it."""
+    def word_embeddings(self, tokens_BS: Tensor) -> Tensor:
+        """[B, S, E]. As with torch's `padding_idx`, that id's row learns nothing from being read; a tied head still teaches it."""
         x = self.embedding.word_embeddings(tokens_BS)
+        if self.embedding_scale != 1:
+            x = x * self.embedding_scale
         if self.padding_idx is None or not torch.is_grad_enabled():
             return x
         return torch.where((tokens_BS == self.padding_idx)[..., None], x.detach(), x)

@@ -58,7 +58,9 @@ def _check_sizes(config: PretrainedConfig, name: str) -> None:
         value = getattr(config, size, None)
         if value is not None and (type(value) is not int or value < 1):
             raise UserError(f"{name}: config.json says {size} {value!r}, which is no positive number; {WAY_OUT}")
-    for field, value in (getattr(config, "rope_parameters", None) or {}).items():
+    ropes = getattr(config, "rope_parameters", None) or {}
+    of_kinds = [pair for said in ropes.values() if isinstance(said, dict) for pair in said.items()]  # where layers of two kinds turn by two
+    for field, value in [*ropes.items(), *of_kinds]:
         if field in ROPE and value is not None and (type(value) not in (int, float) or not 0 < value < math.inf):
             raise UserError(f"{name}: config.json says {field} {value!r}, which is no positive number; {WAY_OUT}")
     heads = getattr(config, "num_attention_heads", 1)

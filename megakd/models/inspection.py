@@ -18,6 +18,7 @@ from megakd.models.family import Family
 from megakd.models.hf_checkpoint import ADAPTER, DTYPES, HFCheckpoint
 from megakd.models.model_provider import family_of
 from megakd.models.quantized import ACTIVATION_SCALES, code_dtypes, method_of, quantization
+from megakd.models.rope import rope_parameters
 from megakd.models.shapes import head_size, hf_shapes
 
 HEAD = "lm_head.weight"
@@ -115,7 +116,7 @@ def _remarks(checkpoint: HFCheckpoint, left: list[str]) -> Iterator[str]:
         yield f"no part of a {hf.model_type} model{_why(hf, left)}; left out: {', '.join(left[:NAMED])}{more}"
     if (checkpoint.folder / ADAPTER).is_file():
         yield f"{ADAPTER} lies beside whole weights; the adapter is not applied (peft's merge_and_unload() merges one)"
-    if (getattr(hf, "rope_parameters", None) or {}).get("rope_type") == "dynamic":
+    if getattr(hf, "rope_parameters", None) and any(said.get("rope_type") == "dynamic" for said in rope_parameters(hf)):
         yield (
             f"rope_type 'dynamic' changes its frequencies in rows of more than {hf.max_position_embeddings} tokens "
             "(max_position_embeddings), which is as far as it is read here"

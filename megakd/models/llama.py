@@ -7,9 +7,8 @@ from transformers import LlamaConfig, PretrainedConfig
 
 from megakd.models.family import Family, linear, norm
 from megakd.models.param_mapping import QKV, GatedMLP, HFTensor, Table, Vocabulary
-from megakd.models.rope import stretched_context
+from megakd.models.rope import KINDS, rope_parameters, stretched_context
 
-LAYER_TYPES = ("full_attention", "sliding_attention")
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
@@ -17,10 +16,16 @@ def unsupported(hf: PretrainedConfig) -> str | None:
     """What every family built like Llama must satisfy."""
     if hf.hidden_act != "silu":
         return f"hidden_act {hf.hidden_act!r} is not 'silu'; use a model of the family's own activation"
-    if (kind := hf.rope_parameters.get("rope_type", "default")) not in ROPE_TYPES:
-        return f"rope_type {kind!r} is not one of {', '.join(ROPE_TYPES)}; use a model whose context was not extended that way"
-    if strange := set(getattr(hf, "layer_types", None) or ()) - set(LAYER_TYPES):
-        return f"layer_types names {min(strange)!r}, which is not one of {', '.join(LAYER_TYPES)}; use a model of the family's own layers"
+    return unsupported_layers(hf)
+
+
+def unsupported_layers(hf: PretrainedConfig) -> str | None:
+    """Of its layers and their positions."""
+    kinds = {said.get("rope_type", "default") for said in rope_parameters(hf)}
+    if strange := kinds - set(ROPE_TYPES):
+        return f"rope_type {min(strange)!r} is not one of {', '.join(ROPE_TYPES)}; use a model whose context was not extended that way"
+    if strange := set(getattr(hf, "layer_types", None) or ()) - set(KINDS):
+        return f"layer_types names {min(strange)!r}, which is not one of {', '.join(KINDS)}; use a model of the family's own layers"
     return None
 
 
@@ -56,6 +61,13 @@ def _qkv(hf: LlamaConfig, kind: str) -> QKV:
     q, k, v = (HFTensor(f"model.layers.*.self_attn.{x}_proj.{kind}") for x in "qkv")
     groups = hf.num_key_value_heads
     return QKV(q=q, k=k, v=v, groups=groups, heads_per_group=hf.num_attention_heads // groups)
+
+
+def qk_norms() -> Table:
+    """Those of queries and keys, in the families that have them."""
+    attention, theirs = "decoder.layers.*.self_attention", "model.layers.*.self_attn"
+    norms = [norm(f"{attention}.{x}_layernorm", f"{theirs}.{x}_norm", bias=False) for x in "qk"]
+    return norms[0] | norms[1]
 
 
 def _gated_mlp(kind: str) -> GatedMLP:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megakd.errors import UserError
-from megakd.models import gpt2, llama, mistral, opt, qwen2, qwen3, smollm3
+from megakd.models import gemma3, gpt2, llama, mistral, opt, qwen2, qwen3, smollm3
 from megakd.models.decoding import check_layers
 from megakd.models.family import Family
 from megakd.models.gpt_model import METHOD_PARTS, HiddenStateGPTModel
@@ -21,7 +21,12 @@ from megakd.models.param_mapping import HFTensor, Mapping, Source, Table
 from megakd.models.rope import ropes_of
 from megakd.runtime.parallel_layout import ParallelLayout
 
-FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (gpt2, opt, llama, qwen2, qwen3, mistral, smollm3)}
+FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (gpt2, opt, llama, qwen2, qwen3, mistral, smollm3, gemma3)}
+INSTEAD = {
+    "gemma3": "it reads images too; save its text model with transformers' Gemma3ForCausalLM.from_pretrained(FOLDER, "
+    "config=AutoConfig.from_pretrained(FOLDER).text_config, key_mapping={'^language_model.model': 'model'})"
+    ".save_pretrained(NEW, save_original_format=False)"
+}
 VOCABULARY_MULTIPLE = (
     64  # rows of the output layer per rank: keeps its matrix products aligned (50,257 becomes 50,304 at TP 1 and 2)
 )
@@ -35,9 +40,8 @@ def family_of(hf: PretrainedConfig, *, flag: str = "--model", name: str = "") ->
     """
     family = FAMILIES.get(hf.model_type)
     if family is None:
-        raise UserError(
-            f"{flag} {name}: model_type {hf.model_type!r} is not supported; use one of {', '.join(sorted(FAMILIES))}"
-        )
+        way_out = INSTEAD.get(hf.model_type, f"use one of {', '.join(sorted(FAMILIES))}")
+        raise UserError(f"{flag} {name}: model_type {hf.model_type!r} is not supported; {way_out}")
     if reason := family.unsupported(hf):
         raise UserError(f"{flag} {name}: this {hf.model_type} model cannot be run: {reason}")
     return family

@@ -6,7 +6,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from transformers import Qwen3Config
 
 from megakd.models import llama
-from megakd.models.family import Family, norm
+from megakd.models.family import Family
 from megakd.models.layer_specs import Norm, with_attention
 from megakd.models.param_mapping import Table
 
@@ -22,12 +22,7 @@ def layer_spec(hf: Qwen3Config) -> ModuleSpec:
 
 
 def table(hf: Qwen3Config, padded_vocab_size: int) -> Table:
-    attention, theirs = "decoder.layers.*.self_attention", "model.layers.*.self_attn"
-    return {
-        **llama.table(hf, padded_vocab_size, attention_bias=hf.attention_bias, mlp_bias=False),
-        **norm(f"{attention}.q_layernorm", f"{theirs}.q_norm", bias=False),
-        **norm(f"{attention}.k_layernorm", f"{theirs}.k_norm", bias=False),
-    }
+    return llama.table(hf, padded_vocab_size, attention_bias=hf.attention_bias, mlp_bias=False) | llama.qk_norms()
 
 
 FAMILY = Family("qwen3", llama.unsupported, transformer_config, llama.model_arguments, table, skipped_rows={}, layer_spec=layer_spec)

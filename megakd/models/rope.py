@@ -10,7 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+KINDS = ("full_attention", "sliding_attention")  # keys of rope_parameters where layers differ
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,16 @@ class Rope:
 
 def ropes_of(hf: PretrainedConfig) -> list[Rope]:
     """That of all layers; or that of layers that attend to everything, and that of those that slide."""
-    rotary = LlamaRotaryEmbedding(hf)
-    return [Rope(rotary.inv_freq.detach().clone().float().to(torch.cuda.current_device()), rotary.attention_scaling)]
+    kinds = [kind for kind in KINDS if kind in hf.rope_parameters and kind in hf.layer_types]
+    rotary, starts = (Gemma3RotaryEmbedding(hf), [f"{kind}_" for kind in kinds]) if kinds else (LlamaRotaryEmbedding(hf), [""])
+    device = torch.cuda.current_device()
+    frequencies = [getattr(rotary, f"{start}inv_freq").detach().clone().float().to(device) for start in starts]
+    return [Rope(f, getattr(rotary, f"{start}attention_scaling")) for f, start in zip(frequencies, starts)]
+
+
+def rope_parameters(hf: PretrainedConfig) -> list[dict]:
+    """What config.json says of each kind of layer, of those that attend to everything first."""
+    return [hf.rope_parameters[kind] for kind in KINDS if kind in hf.rope_parameters] or [hf.rope_parameters]
 
 
 def stretched_context(hf: PretrainedConfig) -> int:
@@ -40,7 +51,7 @@ def stretched_context(hf: PretrainedConfig) -> int:
     dynamic stretches further still, by frequencies that change with the length of the row; what a cache holds was turned by those of
     a shorter one, so that is where it ends.
     """
-    scaling = hf.rope_parameters
+    scaling = rope_parameters(hf)[0]
     if scaling.get("rope_type") != "yarn" or not scaling.get("factor"):
         return hf.max_position_embeddings
     return max(hf.max_position_embeddings, int(scaling["factor"] * scaling["original_max_position_embeddings"]))

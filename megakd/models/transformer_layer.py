@@ -87,6 +87,14 @@ class PostNormLayer(NormsBehind):
         return norm(self.add(residual, output_with_bias))
 
 
+class SandwichNormLayer(NormsBehind):
+    """x + norm(attention(norm(x))), then x + norm(mlp(norm(x)))."""
+
+    def behind(self, residual, output_with_bias, norm):
+        output, bias = output_with_bias
+        return self.add(residual, (norm(output if bias is None else output + bias), None))
+
+
 class SelfAttention(attention.SelfAttention):
     """A rotary table turns queries and keys, but in layers that have no positions; core attention has the cache.
 
