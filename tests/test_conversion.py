@@ -38,6 +38,7 @@ VARIANTS = {
     "llama, tied": {"family": "llama", "tie_word_embeddings": True},
     "llama, one key/value head": {"family": "llama", "num_key_value_heads": 1},
     "llama, biases": {"family": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama, biases of attention alone": {"family": "llama", "attention_bias": True},
     "qwen2": {"family": "qwen2"},
     "qwen3": {"family": "qwen3", "attention_bias": True},
     "qwen3, tied": {"family": "qwen3", "tie_word_embeddings": True, "num_key_value_heads": 1},

@@ -52,6 +52,8 @@ VARIANTS = {
         "family": "smollm3", "no_rope_layers": [1, 0, 0, 1], "use_sliding_window": True, "sliding_window": 6, "num_key_value_heads": 1, "mlp_bias": True,
     },
     "llama, biases": {"family": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama, biases of attention alone": {"family": "llama", "attention_bias": True},
+    "llama, biases of the MLP alone": {"family": "llama", "mlp_bias": True},
 }
 LAYOUTS = [
     (1, 1, 1, False),
