@@ -56,8 +56,9 @@ def keep_layers(model, layers: list[int]) -> None:
     del stack[:]
     stack.extend(kept)
     model.config.num_hidden_layers = len(kept)
-    if kinds := getattr(model.config, "layer_types", None):  # Qwen2's config says of each layer how it attends
-        model.config.layer_types = [kinds[layer] for layer in layers]
+    for field in ("layer_types", "no_rope_layers"):  # some configs say of each layer how it attends, and whether it has positions
+        if of_each := getattr(model.config, field, None):
+            setattr(model.config, field, [of_each[layer] for layer in layers])
 
 
 def parse_args() -> argparse.Namespace:

@@ -271,7 +271,7 @@ def pair_of_models(pair, dtype=torch.float32):
 
 def make_oracle(name: str, pair, dtype=torch.float32) -> Oracle:
     student, teacher = pair_of_models(pair, dtype)
-    vectors = teacher.get_input_embeddings().weight.detach()[PROMPT_INIT]
+    vectors = teacher.get_input_embeddings()(torch.tensor(PROMPT_INIT)).detach()
     return Oracle(student, None if CASES[name].method == "sft" else teacher, CASES[name].optimizer, vectors=vectors, prompt_rates=PROMPT_RATES)
 
 

@@ -32,12 +32,19 @@ VARIANTS = {
     "gpt2": {"family": "gpt2"},
     "gpt2, own head": {"family": "gpt2", "tie_word_embeddings": False},
     "opt": {"family": "opt"},
+    "opt-350m": {"family": "opt", "word_embed_proj_dim": 32, "do_layer_norm_before": False},
+    "galactica": {"family": "opt", "enable_bias": False, "layer_norm_elementwise_affine": False, "activation_function": "gelu"},
     "llama": {"family": "llama"},
     "llama, tied": {"family": "llama", "tie_word_embeddings": True},
     "llama, one key/value head": {"family": "llama", "num_key_value_heads": 1},
     "llama, biases": {"family": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama, biases of attention alone": {"family": "llama", "attention_bias": True},
     "qwen2": {"family": "qwen2"},
-    "mistral": {"family": "mistral", "sliding_window": 32},
+    "qwen3": {"family": "qwen3", "attention_bias": True},
+    "qwen3, tied": {"family": "qwen3", "tie_word_embeddings": True, "num_key_value_heads": 1},
+    "mistral": {"family": "mistral", "sliding_window": 5},
+    "gemma3": {"family": "gemma3_text"},
+    "smollm3": {"family": "smollm3", "no_rope_layer_interval": 2, "attention_bias": True, "tie_word_embeddings": True},
 }
 TOKENIZER = {"tokenizer.json": "{}", "tokenizer_config.json": '{"model_max_length": 64}', "chat_template.jinja": "{{ messages }}"}
 

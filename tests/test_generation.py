@@ -24,10 +24,17 @@ from megakd.models.model_provider import build_model, load_weights, padded_vocab
 VARIANTS = {
     "gpt2": {"family": "gpt2", "layers": 3},  # three layers: an uneven split over two stages
     "opt": {"family": "opt"},
+    "opt-350m": {"family": "opt", "layers": 3, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
     "llama": {"family": "llama"},
     "llama, one key/value head": {"family": "llama", "num_key_value_heads": 1, "layers": 3},
     "qwen2": {"family": "qwen2", "layers": 2},
-    "mistral": {"family": "mistral", "layers": 2, "sliding_window": 32},
+    "qwen3": {
+        "family": "qwen3", "layers": 2, "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 8},
+    },
+    "mistral": {"family": "mistral", "layers": 2, "sliding_window": 6},
+    "gemma3": {"family": "gemma3_text", "layers": 3, "num_key_value_heads": 1},
+    "smollm3": {"family": "smollm3", "layers": 3, "no_rope_layers": [1, 0, 0], "use_sliding_window": True, "sliding_window": 4, "num_key_value_heads": 1},
 }
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]  # tp, pp
 LENGTHS = (5, 17, 9, 12, 3, 8, 8)
@@ -64,7 +71,7 @@ def every_kind(layout, folders):
         run = partial(generate, model, prompts(), IDS, eos_id=EOS)
         responses[name] = {
             "greedy": run(GREEDY),
-            "soft prompt": run(GREEDY, soft_prompt=soft_prompt()),
+            "soft prompt": run(GREEDY, soft_prompt=soft_prompt(model.embedding_size)),
             "limits": run(GREEDY, limits=range(1, len(LENGTHS) + 1)),
             "sampled": run(SAMPLED),
             "in threes": run(SAMPLED, batch_size=3),
@@ -105,7 +112,8 @@ def transformers_responses(folder, soft: bool = False, **settings) -> list[list[
     for prompt in prompts():
         given = {"input_ids": torch.tensor([prompt]), "attention_mask": torch.ones(1, len(prompt), dtype=torch.long)}
         if soft:
-            embedded = torch.cat([soft_prompt(), model.get_input_embeddings()(given["input_ids"][0])])[None]
+            words = model.get_input_embeddings()(given["input_ids"][0])
+            embedded = torch.cat([soft_prompt(words.shape[1]), words])[None]
             given = {"inputs_embeds": embedded, "attention_mask": torch.ones(1, embedded.shape[1], dtype=torch.long)}
         out = model.generate(**given, max_new_tokens=NEW, do_sample=False, pad_token_id=1, eos_token_id=EOS, **settings)[0]
         found.append(out.tolist() if soft else out[len(prompt) :].tolist())

@@ -28,7 +28,7 @@ from megakd.loading import align_vocabularies, load_model
 from megakd.models.lora import ALL_LINEAR, adapt, initial_A, target_modules
 
 LAYOUTS = {"TP1": (1, 1, False), "TP2": (2, 1, False), "PP2": (1, 2, False), "TP2 PP2 SP": (2, 2, True)}
-FAMILIES = {"gpt2": ALL_LINEAR, "opt": ALL_LINEAR, "llama": ALL_LINEAR, "qwen2": ("q_proj", "v_proj", "down_proj")}
+FAMILIES = {"gpt2": ALL_LINEAR, "opt": ALL_LINEAR, "llama": ALL_LINEAR, "qwen2": ("q_proj", "v_proj", "down_proj"), "qwen3": ALL_LINEAR, "gemma3_text": ALL_LINEAR}
 RANK, ALPHA, ITERATIONS, LR, SEED = 4, 6.0, 3, 1e-2, 5
 
 

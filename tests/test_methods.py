@@ -120,7 +120,7 @@ def check_story(layout, case, told: Story, pair, micro_batch_size, parallel):
     method = METHODS[config.method](parts, config, total_iters=stories.TOTAL_ITERS)
     extra = method.extra_tensors()
     if "vectors" in extra:
-        assert torch.equal(extra["vectors"], pair_of_models(pair)[1].get_input_embeddings().weight[PROMPT_INIT])
+        assert torch.equal(extra["vectors"], pair_of_models(pair)[1].get_input_embeddings()(torch.tensor(PROMPT_INIT)))
     if "threshold" in extra:
         extra["threshold"].fill_(stories.PHI)
     for iteration, step in enumerate(told.steps, start=1):

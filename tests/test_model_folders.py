@@ -32,7 +32,7 @@ from megakd.models.model_provider import build_model, padded_vocab_size
 from megakd.models.quantized import block_shape
 from megakd.schedules import forward_only
 
-FAMILIES = ("gpt2", "opt", "llama", "qwen2", "mistral")
+FAMILIES = ("gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "smollm3", "gemma3_text")
 EMBEDDING = {"gpt2": "transformer.wte.weight", "opt": "model.decoder.embed_tokens.weight"}
 HEAD = "lm_head.weight"
 
@@ -362,6 +362,16 @@ def test_an_adapter_beside_whole_weights_is_told(copy, notes):
     ]
 
 
+def test_a_rope_that_changes_with_a_rows_length_is_read_as_far_as_it_does_not(copy, notes):
+    folder = copy("llama")
+    change_config(folder, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    ModelFolder.open(folder)
+    assert notes() == [
+        f"--model {folder}: rope_type 'dynamic' changes its frequencies in rows of more than 64 tokens (max_position_embeddings), which is "
+        "as far as it is read here"
+    ]
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
@@ -371,8 +381,9 @@ def test_an_adapter_beside_whole_weights_is_told(copy, notes):
         ({"num_attention_heads": 0}, r"cannot be read \(integer modulo by zero\)"),
         ({"num_hidden_layers": -1}, r"config.json says num_hidden_layers -1, which is no positive number"),
         ({"rope_parameters": 5}, r"cannot be read \(.*'rope_parameters'"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, r"cannot be run: rope_type 'yarn' is not one of default, linear, llama3; use a model whose context"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None}, r"rope_type 'dynamic' is not one of .*; use a model whose context"),
+        ({"rope_parameters": {"rope_type": "proportional"}}, r"cannot be run: rope_type 'proportional' is not one of default, linear, .*; use a model whose context"),
+        ({"rope_scaling": {"type": "yarn"}, "rope_parameters": None}, r"cannot be read \(.*Missing required keys in `rope_parameters` for 'rope_type'='yarn'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "beta_fast": -1}}, r"config.json says beta_fast -1, which is no positive number; give"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": "1e4"}}, r"config.json says rope_theta '1e4', which is no positive number; give"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0}}, r"config.json says factor 0, which is no positive number; give"),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 128]}}, r"weight_block_size \[0, 128\], which is no two positive numbers"),

@@ -15,20 +15,45 @@ from transformers import AutoModelForCausalLM
 
 from megakd.models import attention
 from megakd.models.hf_checkpoint import HFCheckpoint
-from megakd.models.model_provider import build_model, check_layout, family_of, load_weights, padded_vocab_size, uneven_split
+from megakd.models.model_provider import (
+    build_model,
+    check_layout,
+    context_length,
+    family_of,
+    load_weights,
+    padded_vocab_size,
+    uneven_split,
+)
 from megakd.schedules import forward_only
 
 VARIANTS = {
     "gpt2": {"family": "gpt2"},
     "opt": {"family": "opt"},
+    "opt-350m": {"family": "opt", "word_embed_proj_dim": 32, "do_layer_norm_before": False},
+    "opt, narrow words, own head": {"family": "opt", "word_embed_proj_dim": 32, "tie_word_embeddings": False, "_remove_final_layer_norm": True},
+    "galactica": {"family": "opt", "enable_bias": False, "layer_norm_elementwise_affine": False, "activation_function": "gelu"},
     "llama": {"family": "llama"},
     "llama, tied": {"family": "llama", "tie_word_embeddings": True},
     "llama, one key/value head": {"family": "llama", "num_key_value_heads": 1},
     "llama, own head size": {"family": "llama", "head_dim": 32},
     "qwen2": {"family": "qwen2"},
     "qwen2, tied": {"family": "qwen2", "tie_word_embeddings": True},
-    "mistral": {"family": "mistral", "sliding_window": 32},
+    "qwen3": {"family": "qwen3"},
+    "qwen3, tied, biases, one key/value head": {"family": "qwen3", "tie_word_embeddings": True, "attention_bias": True, "num_key_value_heads": 1},
+    "mistral": {"family": "mistral", "sliding_window": 5},
+    "qwen2, late layers slide": {"family": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "smollm3": {"family": "smollm3", "no_rope_layer_interval": 2},
+    "gemma3": {"family": "gemma3_text"},
+    "gemma3, own head, biases, one key/value head": {
+        "family": "gemma3_text", "tie_word_embeddings": False, "attention_bias": True, "num_key_value_heads": 1,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    },
+    "smollm3 that slides, one key/value head": {
+        "family": "smollm3", "no_rope_layers": [1, 0, 0, 1], "use_sliding_window": True, "sliding_window": 6, "num_key_value_heads": 1, "mlp_bias": True,
+    },
     "llama, biases": {"family": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama, biases of attention alone": {"family": "llama", "attention_bias": True},
+    "llama, biases of the MLP alone": {"family": "llama", "mlp_bias": True},
 }
 LAYOUTS = [
     (1, 1, 1, False),
@@ -90,26 +115,51 @@ def test_logits_equal_transformers(folders, tp, pp, dp, sequence_parallel):
         assert all(value <= 2e-6 for value in worst.values()), worst
 
 
-def test_llama3_rope_scaling_equals_transformers(tmp_path):
-    scaling = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    scaling |= {"original_max_position_embeddings": 16}
-    folder = tiny_folder(tmp_path / "m", "llama", rope_parameters=scaling)
-    (worst,) = run_distributed(logits_of_every_variant, 1, {"llama3": folder}, False)
-    assert worst["llama3"] <= 2e-6
+ROPES = {
+    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+    "yarn": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8},
+    "yarn, by hand": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "attention_factor": 1.7, "beta_fast": 2.0, "beta_slow": 0.5, "truncate": False,
+    },
+    "yarn, mscale": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "mscale": 1.2, "mscale_all_dim": 0.5},
+    "linear": {"rope_type": "linear", "factor": 2.5},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.7},
+}  # fmt: skip
+
+
+def test_scaled_ropes_equal_transformers_beyond_the_original_context(tmp_path):
+    families = ["llama", "qwen2", "qwen3", "mistral", "smollm3", "llama"]
+    folders = {
+        kind: tiny_folder(tmp_path / kind, family, layers=2, rope_parameters={"rope_theta": 500.0, **scaling})
+        for family, (kind, scaling) in zip(families, ROPES.items(), strict=True)
+    }
+    (worst,) = run_distributed(logits_of_every_variant, 1, folders, False)
+    assert worst.keys() == folders.keys() and all(value <= 2e-6 for value in worst.values()), worst
+
+
+def test_yarn_stretches_the_context_and_dynamic_does_not():
+    length = lambda **scaling: context_length(tiny_config("qwen3", rope_parameters={"rope_theta": 1e4, **scaling}))
+    assert length(rope_type="yarn", factor=4.0, original_max_position_embeddings=64) == 256
+    assert length(rope_type="yarn", factor=2.0, original_max_position_embeddings=16) == 64
+    assert length(rope_type="yarn", factor=4.0) == 256, "the original context is then max_position_embeddings"
+    assert length(rope_type="dynamic", factor=4.0) == 64 == length(rope_type="linear", factor=4.0)
 
 
 def test_flash_attn_is_called_in_its_own_shapes_and_gives_what_sdpa_gives(monkeypatch):
     """Its kernels need a GPU; its signature does not: [b, s, n, d], fewer key/value heads allowed, causal."""
 
-    def flash_attn_func(q, k, v, dropout_p, softmax_scale, causal):
+    def flash_attn_func(q, k, v, dropout_p, softmax_scale, causal, window_size):
         repeat = q.shape[2] // k.shape[2]
         q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)))
-        return F.scaled_dot_product_attention(q, k, v, None, dropout_p, causal, scale=softmax_scale).transpose(1, 2)
+        left, right = window_size  # keys i - left to i + right of query i, -1: no bound
+        seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril(0 if causal else right).triu(-left if left >= 0 else -q.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, seen, dropout_p, scale=softmax_scale).transpose(1, 2)
 
     monkeypatch.setattr(attention, "flash_attn_func", flash_attn_func)
     query, key, value = torch.randn(7, 2, 4, 8), torch.randn(7, 2, 2, 8), torch.randn(7, 2, 2, 8)
-    ours, theirs = (attend(query, key, value, 0.0, None) for attend in (attention.flash_attention, attention.sdpa_attention))
-    torch.testing.assert_close(ours, theirs)
+    for window in (None, 1, 3, 7, 9):
+        ours, theirs = (attend(query, key, value, 0.0, None, window) for attend in (attention.flash_attention, attention.sdpa_attention))
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_layout_that_does_not_divide_the_model_is_refused_with_the_sizes_that_do():
@@ -130,15 +180,18 @@ def test_layers_that_do_not_divide_by_the_stages_are_split_unevenly():
 
 
 def test_models_that_cannot_be_run_say_why():
-    with pytest.raises(ValueError, match="word_embed_proj_dim 32 differs from hidden_size 64"):
-        family_of(tiny_config("opt", word_embed_proj_dim=32))
-    with pytest.raises(ValueError, match="do_layer_norm_before is false"):
-        family_of(tiny_config("opt", do_layer_norm_before=False))
-    with pytest.raises(ValueError, match="'yarn' is not one of"):
-        family_of(tiny_config("llama", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}))
+    with pytest.raises(ValueError, match="activation_function 'silu' is not one of"):
+        family_of(tiny_config("opt", activation_function="silu"))
+    with pytest.raises(ValueError, match="layer_types names 'chunked_attention', which is not one of full_attention, sliding_attention"):
+        family_of(tiny_config("qwen3", layers=1, layer_types=["chunked_attention"]))
+    with pytest.raises(ValueError, match="no_rope_layers speaks of 2 of 4 layers"):
+        family_of(tiny_config("smollm3", no_rope_layers=[1, 0], layer_types=["full_attention"] * 4))
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    with pytest.raises(ValueError, match="'longrope' is not one of"):
+        family_of(tiny_config("llama", rope_parameters=longrope))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "smollm3", "gemma3_text"])
 def test_a_student_made_of_a_teachers_layers_holds_their_weights(family, tmp_path, monkeypatch):
     teacher = tiny_folder(tmp_path / "teacher", family)
     script = Path(__file__).parents[1] / "scripts" / "make_student.py"

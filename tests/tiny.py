@@ -5,11 +5,35 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, OPTConfig, PretrainedConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 from transformers.utils import logging
 
 logging.disable_progress_bar()
 
+LLAMAS = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "mistral": MistralConfig,
+    "smollm3": SmolLM3Config,
+    "gemma3_text": Gemma3TextConfig,
+}
+OWN = {  # what is not as in Llama, or would not be tiny
+    "qwen3": {"head_dim": 32},
+    "smollm3": {"pad_token_id": None},
+    "gemma3_text": {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 5, "sliding_window_pattern": 2, "tie_word_embeddings": True},
+}
 VOCABULARY = 97  # prime: every tensor-parallel size needs padding
 SPECIALS = {"bos_token_id": 0, "eos_token_id": 0}
 
@@ -38,8 +62,7 @@ def tiny_config(family: str, *, layers: int = 4, hidden: int = 64, vocab_size: i
         }
         return OPTConfig(**{"vocab_size": vocab_size, **SPECIALS, **fields, **overrides})
     fields |= {"intermediate_size": 112, "num_key_value_heads": 2, "tie_word_embeddings": False}
-    kind = {"llama": LlamaConfig, "qwen2": Qwen2Config, "mistral": MistralConfig}[family]
-    return kind(**{"vocab_size": vocab_size, **SPECIALS, **fields, **overrides})
+    return LLAMAS[family](**{"vocab_size": vocab_size, **SPECIALS, **fields, **OWN.get(family, {}), **overrides})
 
 
 def tiny_model(config: PretrainedConfig, *, seed: int = 7):

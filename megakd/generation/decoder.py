@@ -55,7 +55,8 @@ class Decoder:
         self.cache = KVCache([layer.self_attention for layer in model.decoder.layers], len(prompts), columns, self.dtype, self.device)
         self.columns_L = torch.arange(columns, device=self.device)
         self.is_token_BL = self._is_token()
-        self.rotary = model.rotary_table(columns)
+        self.rotary = model.rotary_tables(columns)
+        self.windows = {layer.self_attention.core_attention.window for layer in model.decoder.layers}
 
     def _is_token(self) -> Tensor:
         """[B, L]: everything but the padding."""
@@ -115,8 +116,8 @@ class Decoder:
             tokens_BS,
             positions_BS,
             soft_prompt_PH,
-            rotary=None if self.rotary is None else self.rotary[:, positions_BS.t()],
-            step=CacheStep(self.cache, rows, columns_S, filled, self.mask(columns_S, rows, filled)),
+            rotary=None if self.rotary is None else self.rotary[:, :, positions_BS.t()],
+            step=CacheStep(self.cache, rows, columns_S, filled, self.masks(columns_S, rows, filled)),
         )
         return self.head(hidden_SBH[-1]) if self.model.post_process else hidden_SBH
 
@@ -125,11 +126,21 @@ class Decoder:
         weight = self.model.output_weight()
         return (weight @ x_BH.t()).t().contiguous() if len(x_BH) <= FEW_ROWS else F.linear(x_BH, weight)
 
-    def mask(self, columns_S: Tensor, rows: slice, filled: int) -> Tensor:
-        """[B, 1, S, filled], added to the scores: a column sees the tokens up to itself."""
+    def masks(self, columns_S: Tensor, rows: slice, filled: int) -> dict[int | None, Tensor]:
+        """[B, 1, S, filled] for each window, added to the scores: a column sees the tokens up to itself, as far back as the window."""
         columns_L = self.columns_L[:filled]
         before, itself = columns_L <= columns_S[:, None], columns_L == columns_S[:, None]
         visible = before & self.is_token_BL[rows, None, :filled] | itself  # padding too sees itself: an empty softmax is NaN
+        of = lambda window: visible if window is None else visible & self.within(window, columns_S, rows, filled)
+        return {window: self._added(of(window)) for window in self.windows}
+
+    def within(self, window: int, columns_S: Tensor, rows: slice, filled: int) -> Tensor:
+        """[B, S, filled]: fewer than `window` positions back. Padding stands between a soft prompt and the prompt, and is none."""
+        padding_B1 = self.width - self.lengths_B[rows, None]
+        position = lambda columns: torch.where(columns < self.soft_length, columns, columns - padding_B1)
+        return position(columns_S)[:, :, None] - position(self.columns_L[:filled])[:, None] < window
+
+    def _added(self, visible: Tensor) -> Tensor:
         mask = torch.zeros(visible.shape, dtype=self.dtype, device=self.device).masked_fill_(~visible, float("-inf"))
         return mask[:, None]
 

@@ -1,6 +1,7 @@
-"""Core attention in megatron-core's shapes, for training and for decoding on a cache, and rotary positions.
+"""Core attention in megatron-core's shapes, for training and for decoding on a cache.
 
 s sequence, b batch, n query heads, g key/value heads (GQA: g divides n), r = n / g, d head size, l filled columns of the cache.
+A layer that slides has a window: a token sees the last `window` tokens, itself among them.
 
 Training batches are right-padded and have no mask: under causal attention a real position never sees the padding behind it. flash-attn's
 kernels attend where it is installed, else torch's scaled_dot_product_attention.
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megakd.models.kv_cache import CacheStep
@@ -34,6 +36,8 @@ class SDPACoreAttention(MegatronModule):
         assert config.context_parallel_size == 1, "context parallelism is not built"
         self.layer_number, self.softmax_scale = layer_number, softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        slides = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if slides else None
 
     def forward(
         self, query_sbnd: Tensor, key_sbgd: Tensor, value_sbgd: Tensor, *, inference_context: CacheStep | None = None
@@ -41,11 +45,11 @@ class SDPACoreAttention(MegatronModule):
         """[s, b, n, d] and twice [s, b, g, d] to [s, b, n·d]; decoding attends to what the cache holds of earlier columns too."""
         if inference_context is not None:
             keys_bgld, values_bgld = inference_context.store(self.layer_number, key_sbgd, value_sbgd)
-            return masked_attention(query_sbnd, keys_bgld, values_bgld, inference_context.mask_b1sl, self.softmax_scale)
+            return masked_attention(query_sbnd, keys_bgld, values_bgld, inference_context.masks[self.window], self.softmax_scale)
         attend = flash_attention if can_flash(query_sbnd) else sdpa_attention
         dropout = self.dropout if self.training else 0.0
         with tensor_parallel.get_cuda_rng_tracker().fork() if dropout else nullcontext():
-            return attend(query_sbnd, key_sbgd, value_sbgd, dropout, self.softmax_scale).flatten(2)
+            return attend(query_sbnd, key_sbgd, value_sbgd, dropout, self.softmax_scale, self.window).flatten(2)
 
 
 def can_flash(query_sbnd: Tensor) -> bool:
@@ -53,18 +57,34 @@ def can_flash(query_sbnd: Tensor) -> bool:
     return flash_attn_func is not None and query_sbnd.is_cuda and query_sbnd.dtype in (torch.float16, torch.bfloat16)
 
 
-def flash_attention(query_sbnd: Tensor, key_sbgd: Tensor, value_sbgd: Tensor, dropout: float, scale: float | None) -> Tensor:
-    """[s, b, n, d], by flash-attn's own kernels."""
+def flash_attention(
+    query_sbnd: Tensor, key_sbgd: Tensor, value_sbgd: Tensor, dropout: float, scale: float | None, window: int | None
+) -> Tensor:
+    """[s, b, n, d], by flash-attn's own kernels, which count the columns before a token's own."""
     query, key, value = (x.transpose(0, 1) for x in (query_sbnd, key_sbgd, value_sbgd))
-    return flash_attn_func(query, key, value, dropout_p=dropout, softmax_scale=scale, causal=True).transpose(0, 1)
+    reach = (-1 if window is None else window - 1, 0)
+    out = flash_attn_func(query, key, value, dropout_p=dropout, softmax_scale=scale, causal=True, window_size=reach)
+    return out.transpose(0, 1)
 
 
-def sdpa_attention(query_sbnd: Tensor, key_sbgd: Tensor, value_sbgd: Tensor, dropout: float, scale: float | None) -> Tensor:
+def sdpa_attention(
+    query_sbnd: Tensor, key_sbgd: Tensor, value_sbgd: Tensor, dropout: float, scale: float | None, window: int | None
+) -> Tensor:
     """[s, b, n, d], by torch, which picks a kernel for the device."""
     query, key, value = (x.permute(1, 2, 0, 3) for x in (query_sbnd, key_sbgd, value_sbgd))
-    gqa = query.shape[1] != key.shape[1]
-    out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=gqa)
-    return out.permute(2, 0, 1, 3)
+    s, r = query.shape[2], query.shape[1] // key.shape[1]
+    if window is None or window >= s:
+        seen = {"is_causal": True, "enable_gqa": r > 1}
+    else:  # with a mask and unequal heads torch has no kernel that leaves the scores unwritten
+        seen = {"attn_mask": sliding_mask(s, window, query.device)}
+        key, value = key.repeat_interleave(r, 1), value.repeat_interleave(r, 1)
+    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale, **seen).permute(2, 0, 1, 3)
+
+
+def sliding_mask(s: int, window: int, device: torch.device) -> Tensor:
+    """[s, s], true where a token sees another."""
+    distance = torch.arange(s, device=device)[:, None] - torch.arange(s, device=device)
+    return (distance >= 0) & (distance < window)
 
 
 def masked_attention(query_sbnd: Tensor, key_bgld: Tensor, value_bgld: Tensor, mask_b1sl: Tensor, scale: float | None) -> Tensor:
@@ -78,20 +98,3 @@ def masked_attention(query_sbnd: Tensor, key_bgld: Tensor, value_bgld: Tensor, m
     query = query_sbnd.reshape(s, b, g, r, d).permute(1, 2, 3, 0, 4).reshape(b, g, r * s, d)
     out = F.scaled_dot_product_attention(query, key_bgld, value_bgld, mask_b1sl.repeat(1, 1, r, 1), scale=scale)
     return out.view(b, g, r, s, d).permute(3, 0, 1, 2, 4).reshape(s, b, n * d)
-
-
-def rotary_table(inverse_frequencies: Tensor, positions: int, dtype: torch.dtype) -> Tensor:
-    """What `rotate` multiplies channels by at every position, [2, positions, 1, d]: cos, and sin with the sign of its channel."""
-    steps = torch.arange(positions, device=inverse_frequencies.device, dtype=torch.float32)
-    angle = torch.outer(steps, inverse_frequencies)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)]).to(dtype)[:, :, None]
-
-
-def rotate(query_sbnd: Tensor, key_sbgd: Tensor, rotary_2sb1d: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary position embedding; channel i turns with channel i + d/2. Of the table, b may be 1: the same positions in every row."""
-    x = torch.cat([query_sbnd, key_sbgd], 2)
-    cos, sin = rotary_2sb1d.unbind()
-    x = x * cos + x.roll(x.shape[-1] // 2, -1) * sin
-    n = query_sbnd.shape[2]
-    return x[:, :, :n], x[:, :, n:]

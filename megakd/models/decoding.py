@@ -14,9 +14,10 @@ from megatron.core.transformer.identity_op import IdentityOp
 from torch import nn
 
 from megakd.models.attention import SDPACoreAttention
-from megakd.models.transformer_layer import SelfAttention
+from megakd.models.transformer_layer import NormsBehind, SelfAttention
 
 LAYER_MODULES = {"input_layernorm": nn.Module, "self_attention": SelfAttention, "pre_mlp_layernorm": nn.Module, "mlp": nn.Module}
+NORMS_BEHIND = {"post_self_attn_layernorm": nn.Module, "post_mlp_layernorm": nn.Module}
 ATTENTION_MODULES = {
     "linear_qkv": nn.Module,
     "q_layernorm": nn.Module,
@@ -60,7 +61,8 @@ def check_layers(model: GPTModel) -> None:
     """
     for number, layer in enumerate(model.decoder.layers):
         bias_dropout_adds = {name: getattr(layer, name) for name in ("self_attn_bda", "cross_attn_bda", "mlp_bda")}
-        _check(f"decoder.layers.{number}", dict(layer.named_children()) | bias_dropout_adds, LAYER_MODULES)
+        known = LAYER_MODULES | (NORMS_BEHIND if isinstance(layer, NormsBehind) else {})
+        _check(f"decoder.layers.{number}", dict(layer.named_children()) | bias_dropout_adds, known)
         attention = layer.self_attention
         _check(f"decoder.layers.{number}.self_attention", dict(attention.named_children()), ATTENTION_MODULES)
 

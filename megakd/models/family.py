@@ -24,6 +24,7 @@ class Family:
     table: Callable[[PretrainedConfig, int], Table]  # (config, padded vocabulary size) -> names and mappings
     skipped_rows: dict[str, int]  # Hugging Face tensors with leading rows that no Megatron parameter holds
     layer_spec: Callable[[PretrainedConfig], ModuleSpec] = lambda _: LAYER  # the modules of a layer, in training as in decoding
+    final_norm: Callable[[PretrainedConfig], bool] = lambda _: True  # whether one stands behind the last layer
     freezes_pad_input: bool = True  # transformers gives nn.Embedding `padding_idx`, the config's pad_token_id
 
     def padding_idx(self, hf: PretrainedConfig) -> int | None:

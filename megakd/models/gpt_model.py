@@ -8,6 +8,7 @@ The output layer is applied by the loss (megakd_kernels.fused_linear_*), in piec
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import megakd_kernels
 import torch
@@ -16,8 +17,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
 from torch import Tensor
 
-from megakd.models.attention import rotary_table
 from megakd.models.kv_cache import CacheStep
+from megakd.models.narrow_words import narrow_words
+from megakd.models.rope import Rope
 from megakd.runtime.parallel_layout import ParallelLayout
 
 METHOD_PARTS = "method_parts."  # what begins the names of parameters that are no part of the model
@@ -38,6 +40,9 @@ class HiddenStateGPTModel(GPTModel):
         real_vocab_size: int,
         padded_vocab_size: int,
         padding_idx: int | None = None,
+        ropes: Sequence[Rope] = (),
+        embedding_size: int | None = None,
+        embedding_scale: float = 1.0,
         **kwargs,
     ):
         super().__init__(
@@ -51,7 +56,12 @@ class HiddenStateGPTModel(GPTModel):
             pg_collection=layout.groups,
             **kwargs,
         )
-        self.layout, self.real_vocab_size, self.padding_idx = layout, real_vocab_size, padding_idx
+        self.layout, self.real_vocab_size, self.padding_idx, self.ropes = layout, real_vocab_size, padding_idx, ropes
+        self.embedding_size = embedding_size or config.hidden_size  # what the output layer reads, too
+        self.embedding_scale = torch.tensor(embedding_scale).to(config.params_dtype).item()  # rounded as the family's own code does
+        self.project_in = self.project_out = None
+        if self.embedding_size != config.hidden_size:
+            narrow_words(self, self.embedding_size)
         self.method_parts = torch.nn.ModuleDict()
         self.adapted = None  # the LoRAConfig of its adapters, beside which its own weights are frozen
 
@@ -65,6 +75,7 @@ class HiddenStateGPTModel(GPTModel):
         step: CacheStep | None = None,
     ) -> Tensor:
         """Hidden states of the S real positions, [S, B, H], whole on every TP rank of the last stage; else the next stage's input.
+        With narrow words the last stage's are as wide as these, [S, B, E].
 
         Decoding (`step`) says where columns stand: it passes position ids and rotary table of all P + S columns, and gets hidden
         states of as many.
@@ -79,12 +90,14 @@ class HiddenStateGPTModel(GPTModel):
             rotary_pos_emb=rotary if decodes else self._rotary(embedded),
             inference_context=step,
         )
-        if not self.post_process or decodes:
+        if not self.post_process:
             return hidden
-        if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=self.tp_group)
-        first = 0 if soft_prompt_PH is None else soft_prompt_PH.shape[0]
-        return hidden[first : first + tokens_BS.shape[1]]
+        if not decodes:
+            if self.config.sequence_parallel:
+                hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=self.tp_group)
+            first = 0 if soft_prompt_PH is None else soft_prompt_PH.shape[0]
+            hidden = hidden[first : first + tokens_BS.shape[1]]
+        return hidden if self.project_out is None else self.project_out(hidden)
 
     def p2p_shape(self, tokens_BS: Tensor, soft_prompt_PH: Tensor | None = None) -> tuple[int, int, int]:
         """[P + S, B, H] that goes from stage to stage, this rank's part of it under sequence parallelism."""
@@ -93,27 +106,28 @@ class HiddenStateGPTModel(GPTModel):
         parts = self.tp_group.size() if self.config.sequence_parallel else 1
         return math.ceil(positions / parts), rows, self.config.hidden_size
 
-    def rotary_table(self, positions: int) -> Tensor | None:
-        """[2, positions, 1, d], for `attention.rotate`; None for a model with learned positions."""
-        if self.position_embedding_type != "rope":
-            return None
-        return rotary_table(self.rotary_pos_emb.inv_freq, positions, self.config.params_dtype)
+    def rotary_tables(self, positions: int) -> Tensor | None:
+        """[kinds of layers, 2, positions, 1, d], for `rope.rotate`; None for a model with learned positions."""
+        return torch.stack([rope.table(positions, self.config.params_dtype) for rope in self.ropes]) if self.ropes else None
 
     def _rotary(self, embedded: Tensor | None) -> Tensor | None:
-        """That of positions 0, 1, ... of every row, [2, S, 1, 1, d]; embedded None: on later stages."""
+        """Those of positions 0, 1, ... of every row, [kinds, 2, S, 1, 1, d]; embedded None: on later stages."""
         received = self.decoder.input_tensor if embedded is None else embedded
         parts = self.tp_group.size() if self.config.sequence_parallel else 1
-        table = self.rotary_table(received.shape[0] * parts)
-        return table if table is None else table[:, :, None]
+        tables = self.rotary_tables(received.shape[0] * parts)
+        return tables if tables is None else tables[:, :, :, None]
 
     def _embed(self, tokens_BS: Tensor, position_ids_BS: Tensor, soft_prompt_PH: Tensor | None, decodes: bool) -> Tensor:
         """[P + S, B, H], this rank's part of it under sequence parallelism."""
-        if soft_prompt_PH is None or decodes:
-            x = self._word_embeddings(tokens_BS)
+        if soft_prompt_PH is None or decodes or self.project_in is not None or self.embedding_scale != 1:
+            x = self.word_embeddings(tokens_BS)
             if soft_prompt_PH is not None:
                 x = torch.cat([soft_prompt_PH.to(x.dtype).expand(len(x), -1, -1), x], 1)
+            if self.project_in is not None:
+                x = self.project_in(x)
             if self.embedding.add_position_embedding:
-                x = x + self.embedding.position_embeddings(position_ids_BS)
+                gives_all = decodes or soft_prompt_PH is None
+                x = x + self.embedding.position_embeddings(position_ids_BS if gives_all else torch.arange(x.shape[1], device=x.device))
         else:
             x = self._embed_behind(soft_prompt_PH, tokens_BS)
         x = self.embedding.embedding_dropout(x.transpose(0, 1).contiguous())
@@ -122,9 +136,11 @@ class HiddenStateGPTModel(GPTModel):
             x = scatter_to_sequence_parallel_region(x, group=self.tp_group)
         return x
 
-    def _word_embeddings(self, tokens_BS: Tensor) -> Tensor:
-        """[B, S, H]. As with torch's `padding_idx`, that id's row learns nothing from being read; a tied head still teaches it."""
+    def word_embeddings(self, tokens_BS: Tensor) -> Tensor:
+        """[B, S, E]. As with torch's `padding_idx`, that id's row learns nothing from being read; a tied head still teaches it."""
         x = self.embedding.word_embeddings(tokens_BS)
+        if self.embedding_scale != 1:
+            x = x * self.embedding_scale
         if self.padding_idx is None or not torch.is_grad_enabled():
             return x
         return torch.where((tokens_BS == self.padding_idx)[..., None], x.detach(), x)

@@ -13,9 +13,12 @@ from megakd.errors import UserError, read_json, refuse_lfs_pointer, said
 CONFIG = "config.json"
 SIZES = (  # of all families
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "intermediate_size", "ffn_dim", "n_inner", "max_position_embeddings",
+    "intermediate_size", "ffn_dim", "n_inner", "max_position_embeddings", "sliding_window",
 )  # fmt: skip
-ROPE = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE = (
+    "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
+    "attention_factor",
+)  # fmt: skip
 LAYERS, MOST_LAYERS = ("num_hidden_layers", "n_layer"), 100_000  # transformers makes a list of them
 WAY_OUT = "give a folder that save_pretrained wrote"
 
@@ -55,7 +58,9 @@ def _check_sizes(config: PretrainedConfig, name: str) -> None:
         value = getattr(config, size, None)
         if value is not None and (type(value) is not int or value < 1):
             raise UserError(f"{name}: config.json says {size} {value!r}, which is no positive number; {WAY_OUT}")
-    for field, value in (getattr(config, "rope_parameters", None) or {}).items():
+    ropes = getattr(config, "rope_parameters", None) or {}
+    of_kinds = [pair for said in ropes.values() if isinstance(said, dict) for pair in said.items()]  # where layers of two kinds turn by two
+    for field, value in [*ropes.items(), *of_kinds]:
         if field in ROPE and value is not None and (type(value) not in (int, float) or not 0 < value < math.inf):
             raise UserError(f"{name}: config.json says {field} {value!r}, which is no positive number; {WAY_OUT}")
     heads = getattr(config, "num_attention_heads", 1)

@@ -18,7 +18,8 @@ from megakd.models.family import Family
 from megakd.models.hf_checkpoint import ADAPTER, DTYPES, HFCheckpoint
 from megakd.models.model_provider import family_of
 from megakd.models.quantized import ACTIVATION_SCALES, code_dtypes, method_of, quantization
-from megakd.models.shapes import hf_shapes
+from megakd.models.rope import rope_parameters
+from megakd.models.shapes import head_size, hf_shapes
 
 HEAD = "lm_head.weight"
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # of older transformers, which computes them now
@@ -92,7 +93,7 @@ def _problem(checkpoint: HFCheckpoint, name: str, shape: tuple[int, ...]) -> str
         return f"tensor {name!r} is missing; the folder is incomplete or not what its config.json says"
     if checkpoint.shape(name) != shape:
         stored, hf = checkpoint.shape(name), checkpoint.config
-        rows_alone = shape == (hf.vocab_size, hf.hidden_size) and stored[1:] == shape[1:]
+        rows_alone = shape == (hf.vocab_size, head_size(family_of(hf), hf)) and stored[1:] == shape[1:]
         way_out = "set vocab_size to what the weights have" if rows_alone else "give the config.json that the weights were saved with"
         return f"{name} has shape {stored}, but config.json asks for {shape}; {way_out}"
     if checkpoint.dtype(name) not in DTYPES:
@@ -115,6 +116,11 @@ def _remarks(checkpoint: HFCheckpoint, left: list[str]) -> Iterator[str]:
         yield f"no part of a {hf.model_type} model{_why(hf, left)}; left out: {', '.join(left[:NAMED])}{more}"
     if (checkpoint.folder / ADAPTER).is_file():
         yield f"{ADAPTER} lies beside whole weights; the adapter is not applied (peft's merge_and_unload() merges one)"
+    if getattr(hf, "rope_parameters", None) and any(said.get("rope_type") == "dynamic" for said in rope_parameters(hf)):
+        yield (
+            f"rope_type 'dynamic' changes its frequencies in rows of more than {hf.max_position_embeddings} tokens "
+            "(max_position_embeddings), which is as far as it is read here"
+        )
     if not checkpoint.scales and (said := quantization(hf)):
         yield f"config.json says quantised by {method_of(said)}, but the weights are plain numbers; used as they are"
 

@@ -35,11 +35,11 @@ class KVCache:
 class CacheStep:
     """What attention is given beside the hidden states of S columns of some rows; `filled` columns are attended to.
 
-    `mask_b1sl` [B, 1, S, filled] is added to their scores.
+    A mask [B, 1, S, filled] is added to their scores, `masks` has that of each window.
     """
 
-    def __init__(self, cache: KVCache, rows: slice, columns_S: Tensor, filled: int, mask_b1sl: Tensor):
-        self.cache, self.rows, self.columns_S, self.filled, self.mask_b1sl = cache, rows, columns_S, filled, mask_b1sl
+    def __init__(self, cache: KVCache, rows: slice, columns_S: Tensor, filled: int, masks: dict[int | None, Tensor]):
+        self.cache, self.rows, self.columns_S, self.filled, self.masks = cache, rows, columns_S, filled, masks
 
     def store(self, layer_number: int, keys_SBgd: Tensor, values_SBgd: Tensor) -> tuple[Tensor, Tensor]:
         """Write the step's columns; returns the filled ones of its rows, [B, g, filled, d] twice."""

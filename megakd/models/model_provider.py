@@ -10,18 +10,23 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megakd.errors import UserError
-from megakd.models import gpt2, llama, mistral, opt, qwen2
+from megakd.models import gemma3, gpt2, llama, mistral, opt, qwen2, qwen3, smollm3
 from megakd.models.decoding import check_layers
 from megakd.models.family import Family
 from megakd.models.gpt_model import METHOD_PARTS, HiddenStateGPTModel
 from megakd.models.layer_specs import block_spec
 from megakd.models.param_mapping import HFTensor, Mapping, Source, Table
+from megakd.models.rope import ropes_of
 from megakd.runtime.parallel_layout import ParallelLayout
 
-FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (gpt2, opt, llama, qwen2, mistral)}
+FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (gpt2, opt, llama, qwen2, qwen3, mistral, smollm3, gemma3)}
+INSTEAD = {
+    "gemma3": "it reads images too; save its text model with transformers' Gemma3ForCausalLM.from_pretrained(FOLDER, "
+    "config=AutoConfig.from_pretrained(FOLDER).text_config, key_mapping={'^language_model.model': 'model'})"
+    ".save_pretrained(NEW, save_original_format=False)"
+}
 VOCABULARY_MULTIPLE = (
     64  # rows of the output layer per rank: keeps its matrix products aligned (50,257 becomes 50,304 at TP 1 and 2)
 )
@@ -35,9 +40,8 @@ def family_of(hf: PretrainedConfig, *, flag: str = "--model", name: str = "") ->
     """
     family = FAMILIES.get(hf.model_type)
     if family is None:
-        raise UserError(
-            f"{flag} {name}: model_type {hf.model_type!r} is not supported; use one of {', '.join(sorted(FAMILIES))}"
-        )
+        way_out = INSTEAD.get(hf.model_type, f"use one of {', '.join(sorted(FAMILIES))}")
+        raise UserError(f"{flag} {name}: model_type {hf.model_type!r} is not supported; {way_out}")
     if reason := family.unsupported(hf):
         raise UserError(f"{flag} {name}: this {hf.model_type} model cannot be run: {reason}")
     return family
@@ -106,31 +110,30 @@ def build_model(
         overrides: TransformerConfig fields (dropout, recompute).
     """
     family = family_of(hf)
-    config = transformer_config(hf, family, layout, dtype, sequence_parallel, overrides)
+    config, arguments = transformer_config(hf, family, layout, dtype, sequence_parallel, overrides), family.model_arguments(hf)
     model = HiddenStateGPTModel(
         config,
-        block_spec(family.layer_spec(hf), config, layout.pp_rank),
+        block_spec(family.layer_spec(hf), config, layout.pp_rank, final_norm=family.final_norm(hf)),
         layout=layout,
         real_vocab_size=real_vocab_size or hf.vocab_size,
         padded_vocab_size=padded_vocab_size,
         padding_idx=family.padding_idx(hf),
+        ropes=ropes_of(hf) if arguments["position_embedding_type"] == "rope" else (),
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
-        **family.model_arguments(hf),
+        **arguments,
     ).to(device=torch.cuda.current_device(), dtype=dtype)
     check_layers(model)
-    if hasattr(model, "rotary_pos_emb"):
-        model.rotary_pos_emb.inv_freq = rotary_frequencies(hf)
     model.hf_config = hf
-    take_biases_away(model, family.table(hf, padded_vocab_size))
+    take_away(model, family.table(hf, padded_vocab_size))
     return model
 
 
-def take_biases_away(model: HiddenStateGPTModel, table: Table) -> None:
-    """Those that the table does not name: megatron has one flag for the biases of attention's output and of the feed-forward."""
+def take_away(model: HiddenStateGPTModel, table: Table) -> None:
+    """Biases, and weights of norms, that the table does not name: megatron has one flag for all biases, and none for such norms."""
     for name, _ in list(model.named_parameters()):
         if layer_pattern(name)[0] not in table:
             module, _, kind = name.rpartition(".")
-            assert kind == "bias", f"{name} is in no table"
+            assert kind == "bias" or module.endswith("norm"), f"{name} is in no table"
             model.get_submodule(module).register_parameter(kind, None)
 
 
@@ -157,13 +160,6 @@ def transformer_config(
         **uneven_split(hf.num_hidden_layers, layout.pp_size),
     }
     return TransformerConfig(**common | family.transformer_config(hf) | overrides)
-
-
-def rotary_frequencies(hf: PretrainedConfig) -> torch.Tensor:
-    """transformers' own inverse frequencies, scaling included, in float32."""
-    rotary = LlamaRotaryEmbedding(hf)
-    assert rotary.attention_scaling == 1.0, "the accepted rope types do not scale attention"
-    return rotary.inv_freq.detach().clone().float().to(torch.cuda.current_device())
 
 
 def parameter_mappings(model: HiddenStateGPTModel) -> Iterator[tuple[torch.nn.Parameter, Mapping]]:

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: Llama with biases on q, k and v alone; small ones tie their head."""
+"""Qwen2 and Qwen2.5: Llama with biases on q, k and v alone; small ones tie their head. Late layers may slide."""
 
 from __future__ import annotations
 
@@ -10,15 +10,9 @@ from megakd.models import llama
 from megakd.models.family import Family
 
 
-def unsupported(hf: Qwen2Config) -> str | None:
-    if hf.use_sliding_window:
-        return "use_sliding_window is true; use one that attends to its whole context"
-    return llama.unsupported(hf)
-
-
 def transformer_config(hf: Qwen2Config) -> dict:
-    return llama.transformer_config(hf, bias=False) | {"add_qkv_bias": True}
+    return llama.transformer_config(hf, bias=False) | llama.sliding(hf) | {"add_qkv_bias": True}
 
 
-TABLE = partial(llama.table, bias=False, qkv_bias=True)
-FAMILY = Family("qwen2", unsupported, transformer_config, llama.model_arguments, TABLE, skipped_rows={})
+TABLE = partial(llama.table, attention_bias=False, qkv_bias=True, mlp_bias=False)
+FAMILY = Family("qwen2", llama.unsupported, transformer_config, llama.model_arguments, TABLE, skipped_rows={})

@@ -15,19 +15,28 @@ def megatron_shape(name: str, family: Family, hf: PretrainedConfig, vocab_size: 
     """Of the full parameter `name`, at TP 1 and in one layer; `vocab_size` is the padded one, or the real one."""
     config, hidden, heads = family.transformer_config(hf), hf.hidden_size, hf.num_attention_heads
     groups, size = config.get("num_query_groups", heads), config.get("kv_channels", hidden // heads)
-    ffn = config["ffn_hidden_size"]
+    ffn, words = config["ffn_hidden_size"], head_size(family, hf)
     weights = {
-        "word_embeddings": (vocab_size, hidden),
+        "word_embeddings": (vocab_size, words),
+        "project_in": (hidden, words),
+        "project_out": (words, hidden),
         "position_embeddings": (family.model_arguments(hf)["max_sequence_length"], hidden),
         "linear_qkv": ((heads + 2 * groups) * size, hidden),
         "linear_proj": (hidden, heads * size),
         "linear_fc1": (2 * ffn if config.get("gated_linear_unit") else ffn, hidden),
         "linear_fc2": (hidden, ffn),
-        "output_layer": (vocab_size, hidden),
+        "output_layer": (vocab_size, words),
+        "q_layernorm": (size,),
+        "k_layernorm": (size,),
     }
     module, kind = name.split(".")[-2:]
     shape = weights.get(module, (hidden,))  # a norm
     return shape[:1] if kind == "bias" else shape
+
+
+def head_size(family: Family, hf: PretrainedConfig) -> int:
+    """Columns of the word embeddings and of the output layer, and so of the hidden states that it reads."""
+    return family.model_arguments(hf).get("embedding_size", hf.hidden_size)
 
 
 def hf_shapes(family: Family, hf: PretrainedConfig) -> dict[str, Shape]:

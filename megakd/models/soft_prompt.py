@@ -50,7 +50,7 @@ def word_embeddings(model: HiddenStateGPTModel, token_ids: list[int]) -> Tensor:
     """[len(token_ids), H] in float32, on every rank."""
     device = torch.cuda.current_device()
     if model.pre_process:
-        found = model.embedding.word_embeddings(torch.tensor([token_ids], device=device))[0].float().contiguous()
+        found = model.word_embeddings(torch.tensor([token_ids], device=device))[0].float().contiguous()
     else:
-        found = torch.empty(len(token_ids), model.config.hidden_size, device=device)
+        found = torch.empty(len(token_ids), model.embedding_size, device=device)
     return model.layout.broadcast_from_first_stage(found)

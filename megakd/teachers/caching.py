@@ -48,7 +48,8 @@ from megakd.loading import (
 )
 from megakd.losses.token_loss import HeadRows
 from megakd.models.gpt_model import HiddenStateGPTModel
-from megakd.models.model_provider import check_layout, context_length
+from megakd.models.model_provider import check_layout, context_length, family_of
+from megakd.models.shapes import head_size
 from megakd.models.weight_only import check_quantization
 from megakd.reporting.own_folder import OwnFolder
 from megakd.runtime.initialize import from_rank_zero, is_rank_zero, on_rank_zero, resolve_dtype
@@ -164,7 +165,7 @@ class Plan:
             top_k=config.top_k if config.cache_kind == "topk" else None,
             dtype=dtype,
             vocab_size=vocab_size(teacher, student) if config.cache_kind == "topk" else teacher.config.vocab_size,
-            hidden_size=teacher.config.hidden_size,
+            hidden_size=head_size(family_of(teacher.config), teacher.config),
             teacher=config.teacher_model,
             checksum=checksum(model_files(Path(config.teacher_model)), whole=False),
             quantize=config.teacher_quantize,

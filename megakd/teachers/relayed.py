@@ -178,6 +178,6 @@ def as_rows(parts: Iterable[tuple[int, Iterable[Tensor]]], head_VpH: Tensor | No
 def known_everywhere(grids: tuple[Grid, Grid], models: tuple[HiddenStateGPTModel | None, ...]) -> list[Side]:
     """Both sides, with what a rank without the model has to know of it."""
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    facts = [model and (model.config.hidden_size, model.config.params_dtype, model.vocab_size) for model in models]
+    facts = [model and (model.embedding_size, model.config.params_dtype, model.vocab_size) for model in models]
     torch.distributed.all_gather_object(everyone, facts)
     return [Side(grid, *everyone[grid.first][which], models[which]) for which, grid in enumerate(grids)]

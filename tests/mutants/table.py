@@ -42,6 +42,33 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (CHECKPOINTS + "peft_folder.py", "torch.empty_like(B).index_copy_(0, rows, B)", "B"),
         (CHECKPOINTS + "peft_folder.py", "delta.t() if transposed else delta", "delta.t()"),
     ],
+    "tests/test_families.py::test_iterations_equal_float64_transformers": [
+        (MODELS + "qwen3.py", '{"qk_layernorm": True}', '{"qk_layernorm": False}'),
+        (MODELS + "gpt_model.py", "torch.arange(x.shape[1], device=x.device)", "torch.zeros(x.shape[1], dtype=torch.long, device=x.device)"),
+        (MODELS + "narrow_words.py", "    if model.pre_process or model.post_process:", "    if False:"),
+    ],
+    "tests/test_families.py::test_gemmas_embeddings_are_scaled_as_transformers_rounds_the_scale": [
+        (MODELS + "gpt_model.py", "torch.tensor(embedding_scale).to(config.params_dtype).item()", "embedding_scale"),
+        (MODELS + "soft_prompt.py", "model.word_embeddings(torch.tensor", "model.embedding.word_embeddings(torch.tensor"),
+    ],
+    "tests/test_families.py::test_hidden_states_as_narrow_as_the_head_travel": [
+        ("megakd/teachers/relayed.py", "model.embedding_size", "model.config.hidden_size"),
+    ],
+    "tests/test_models.py::test_logits_equal_transformers": [
+        (MODELS + "smollm3.py", "int(not turns)", "int(turns)"),
+        (MODELS + "smollm3.py", "if hf.use_sliding_window else {}", "if True else {}"),
+        (MODELS + "llama.py", "(hf.sliding_window - 1, 0)", "(hf.sliding_window, 0)"),
+        (MODELS + "llama.py", 'int(kind == "sliding_attention")', "1"),
+        (MODELS + "opt.py", "return LAYER if hf.do_layer_norm_before else POST_NORM", "return LAYER"),
+        (MODELS + "opt.py", "and not hf._remove_final_layer_norm", ""),
+        (MODELS + "gemma3.py", '"softmax_scale": hf.query_pre_attn_scalar**-0.5', '"softmax_scale": None'),
+        (MODELS + "layer_specs.py", "1 + self.weight.float()", "self.weight.float()"),
+        (MODELS + "transformer_layer.py", "0 if self.core_attention.window is None else -1", "0"),
+    ],
+    "tests/test_generation.py::test_greedy_tokens_are_those_of_transformers": [
+        (GENERATION + "decoder.py", "columns < self.soft_length, columns, columns - padding_B1", "columns < 0, columns, columns - padding_B1"),
+        (GENERATION + "decoder.py", "[:, None] < window", "[:, None] <= window"),
+    ],
     "tests/test_pytorch_files.py": [
         (MODELS + "pytorch_file.py", "mmap=True, weights_only=True", "mmap=True, weights_only=False"),
         (MODELS + "pytorch_file.py", "mmap=True, weights_only=True", "mmap=False, weights_only=True"),
@@ -287,8 +314,9 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (MODELS + "param_mapping.py", "return [(tp_rank * step, (tp_rank + 1) * step)]", "return [(0, step)]"),
         (MODELS + "model_provider.py", "layer + offset)", "layer)"),
     ],
-    of("test_models", "llama3_rope_scaling_equals_transformers"): [
-        (MODELS + "model_provider.py", "model.rotary_pos_emb.inv_freq = rotary_frequencies(hf)", "pass"),
+    of("test_models", "scaled_ropes_equal_transformers_beyond_the_original_context"): [
+        (MODELS + "rope.py", 'getattr(rotary, f"{start}attention_scaling")', "1.0"),
+        (MODELS + "rope.py", 'getattr(rotary, f"{start}inv_freq").detach()', 'getattr(rotary, f"{start}inv_freq").square().detach()'),
     ],
     "tests/test_data_loader.py": [
         (DATA + "dataloader.py", "np.random.default_rng((self.seed, epoch))", "np.random.default_rng(self.seed)"),
