@@ -24,6 +24,7 @@ MAY_CHANGE = {  # between a run and its resumption: the layout, and what is only
     "micro_batch_tokens", "rollout_batch_size", "recompute",
     "teacher_tensor_model_parallel_size", "teacher_pipeline_model_parallel_size", "teacher_ranks", "teacher_offload",
     "save", "save_interval", "eval_interval", "eval_iters", "log_interval", "save_rollouts", "show_data", "merge_lora",
+    "exit_duration_in_mins", "exit_signal",
 }  # fmt: skip
 
 

@@ -35,6 +35,8 @@ from megakd.reporting.own_folder import write_text
 from megakd.reporting.plots import plot_training
 from megakd.run_data import RunData
 from megakd.runtime.initialize import agreed, is_rank_zero, seed_everything
+from megakd.runtime.peers import Peers
+from megakd.runtime.stop import agree_to_stop, name_of, stop_after
 from megakd.schedules import TOKENS
 from megakd.teachers.build import build_teacher
 from megakd.teachers.relayed import RelayedTeacher
@@ -58,11 +60,13 @@ def train(config: Config, *, callbacks: Callbacks = Callbacks(), write_inputs: C
     Raises:
         UserError: something does not fit; before any weight is loaded where that can be known.
     """
+    stop_after(config.running.exit_duration_in_mins)
     preflight.check_run_folder(config)
     write_inputs()
     folders = open_folders(config)
     preflight.check(config, folders)
     places = start_apart(config.parallel, config.teacher_parallel, seed=config.training.seed)
+    Peers.meet()
     data = agreed(lambda: places.student and RunData.open(config, folders, places.student))  # a teacher's own ranks learn of an error, too
     if places.student is None:
         return serve(config, folders, places)
@@ -99,7 +103,8 @@ class Trainer:
         for remark in remarks(config, data.loader, self.total_iters):
             tell(remark)
         self.method = self._build_method()
-        self.iteration = self.resumed = self._resume()
+        self.iteration = self.resumed = self.saved = self._resume()
+        self.stopped_by = 0
         self._begin_folder()
         self.logger = RunLogger(
             self.folder,
@@ -131,6 +136,8 @@ class Trainer:
         elif is_rank_zero():
             print(f"continuing {self.folder} after iteration {self.iteration}/{self.total_iters}", flush=True)
         while self.iteration < self.total_iters:
+            if self._is_told_to_stop():
+                return self._leave()
             self.iteration += 1
             self._iterate()
             if self._due(self.eval_interval):
@@ -139,8 +146,26 @@ class Trainer:
                 self._save()
         self._finish()
 
+    def _is_told_to_stop(self) -> bool:
+        """Whether any rank of the job is, and the run can be left here."""
+        self.teacher.on_teacher_ranks(agree_to_stop)
+        before, self.stopped_by = self.stopped_by, agree_to_stop()
+        can_be_left = self.iteration == self.saved or self.method.can_be_left_after(self.iteration)
+        if self.stopped_by and not (before or can_be_left):
+            tell(f"{name_of(self.stopped_by)}: the phase whose responses are in no checkpoint is finished first")
+        return bool(self.stopped_by) and can_be_left
+
     def _due(self, interval: int | None) -> bool:
         return self.iteration == self.total_iters or bool(interval and self.iteration % interval == 0)
+
+    def _leave(self) -> None:
+        """Saved, and one line that says how to go on."""
+        if self.iteration > self.saved:
+            self._save()
+        if is_rank_zero():
+            done = f"iteration {self.iteration}/{self.total_iters}, which is saved" if self.iteration else "no iteration"
+            print(f"{name_of(self.stopped_by)}: ended after {done}; the same command continues {self.folder}", flush=True)
+        self._close()
 
     # ---- set-up
 
@@ -261,6 +286,7 @@ class Trainer:
             teacher_layout=self.teacher.layout,
             teacher=teacher_weights(self.method.teacher),
         )
+        self.saved = self.iteration
 
     def _finish(self) -> None:
         if is_rank_zero():
@@ -269,6 +295,9 @@ class Trainer:
                 export_to_hf(self.checkpoints, hf, merge_adapter=lora.merge_lora)
             plot_training(self.folder)
             print(f"the student is {self.folder / 'hf'}; {self.folder} has its checkpoints, numbers and figures", flush=True)
+        self._close()
+
+    def _close(self) -> None:
         self.logger.close()
         self.teacher.on_teacher_ranks(dist.barrier)
         dist.barrier()

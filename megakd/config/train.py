@@ -28,6 +28,7 @@ from megakd.config.methods.seqkd import SeqKDConfig
 from megakd.config.methods.sft import SFTConfig
 from megakd.config.models import ModelConfig
 from megakd.config.parallel import ParallelConfig, TeacherParallelConfig
+from megakd.config.running import RunningConfig
 from megakd.config.sampling import GenerationConfig
 from megakd.config.teacher import TeacherConfig
 from megakd.config.training import TrainingConfig
@@ -102,6 +103,7 @@ class Config(BaseConfig):
     response_priming: Group[ResponsePrimingConfig] = ResponsePrimingConfig()
     generation: Group[GenerationConfig] = GenerationConfig()
     output: Group[OutputConfig] = OutputConfig()
+    running: Group[RunningConfig] = RunningConfig()
 
     @property
     def page(self) -> MethodConfig:

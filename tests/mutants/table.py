@@ -42,6 +42,14 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (CHECKPOINTS + "peft_folder.py", "torch.empty_like(B).index_copy_(0, rows, B)", "B"),
         (CHECKPOINTS + "peft_folder.py", "delta.t() if transposed else delta", "delta.t()"),
     ],
+    "tests/test_stop.py": [
+        (RUNTIME + "stop.py", "dist.ReduceOp.MAX", "dist.ReduceOp.MIN"),
+        (RUNTIME + "stop.py", "if self.reason or self.is_lost():", "if self.reason:"),
+        (RUNTIME + "stop.py", "time.monotonic() - self.since < TOGETHER", "False"),
+        (METHODS + "minillm.py", "return iteration % self.steps_per_phase == 0", "return True"),
+        (TRAINER, "if self.iteration > self.saved:", "if False:"),
+        (TRAINER, "self.teacher.on_teacher_ranks(agree_to_stop)", "pass"),
+    ],
     "tests/test_pytorch_files.py": [
         (MODELS + "pytorch_file.py", "mmap=True, weights_only=True", "mmap=True, weights_only=False"),
         (MODELS + "pytorch_file.py", "mmap=True, weights_only=True", "mmap=False, weights_only=True"),
