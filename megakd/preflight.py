@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megakd.checkpointing.export_hf import REPORT
 from megakd.checkpointing.model_folder import ModelFolder
-from megakd.checkpointing.native import LATEST, NativeCheckpoint, read_latest
+from megakd.checkpointing.native import LATEST, NativeCheckpoint, iteration_folder, number_of, one_before, read_latest
 from megakd.checkpointing.peft_folder import MergedSource
 from megakd.checkpointing.teacher_store import TeacherStore
 from megakd.config import Config, flag_name, from_yaml
@@ -24,7 +24,7 @@ MAY_CHANGE = {  # between a run and its resumption: the layout, and what is only
     "micro_batch_tokens", "rollout_batch_size", "recompute",
     "teacher_tensor_model_parallel_size", "teacher_pipeline_model_parallel_size", "teacher_ranks", "teacher_offload",
     "save", "save_interval", "eval_interval", "eval_iters", "log_interval", "save_rollouts", "show_data", "merge_lora",
-    "exit_duration_in_mins", "exit_signal",
+    "exit_duration_in_mins", "exit_signal", "resume",
 }  # fmt: skip
 
 
@@ -116,11 +116,39 @@ def check_run_folder(config: Config) -> None:
     """
     folder, saved = Path(config.output.save), Path(config.output.save) / "config.yaml"
     own_folder(config).check(is_older=is_run)
-    latest = read_latest(folder / "checkpoints", flag="--save")
-    check_nothing_is_lost(folder, has_checkpoint=latest is not None)
-    if latest is not None:
+    iteration = iteration_to_resume(config)
+    check_nothing_is_lost(folder, has_checkpoint=iteration is not None)
+    if iteration is not None:
         check_same_settings(config, from_yaml(saved) if saved.is_file() else config)
-        NativeCheckpoint(folder / "checkpoints", flag="--save")  # a damaged one is told before the models are loaded
+        NativeCheckpoint(folder / "checkpoints", iteration=iteration, flag="--save")  # a damaged one is told before the models are loaded
+
+
+def iteration_to_resume(config: Config) -> int | None:
+    """As --resume says: the last that was saved, the one before it, or the one that is named; None where none was saved.
+
+    Raises:
+        UserError: there is none before it.
+    """
+    checkpoints, asked = Path(config.output.save) / "checkpoints", config.running.resume
+    if asked.isdecimal():
+        return int(asked)
+    latest = read_latest(checkpoints, flag="--save")
+    if asked == "latest" or latest is None:
+        return latest
+    if (before := one_before(iteration_folder(checkpoints, latest))) is None:
+        raise UserError(f"--resume previous: {checkpoints} holds no other iteration than {latest} that can be opened; leave it out")
+    return number_of(before)
+
+
+def verify_checkpoint(config: Config, *, rank: int, ranks: int) -> None:
+    """That this rank's share of what the run continues from is what was written.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    iteration = iteration_to_resume(config)
+    if iteration is not None:
+        NativeCheckpoint(Path(config.output.save) / "checkpoints", iteration=iteration, flag="--save").verify(rank=rank, ranks=ranks)
 
 
 def is_run(folder: Path) -> bool:

@@ -16,7 +16,8 @@ import yaml
 
 from megakd import preflight
 from megakd.checkpointing.export_hf import export_to_hf
-from megakd.checkpointing.native import read_latest
+from megakd.checkpointing.native import read_latest, write_latest
+from megakd.checkpointing.publish import remove_left_behind
 from megakd.checkpointing.training import TeacherWeights, load_checkpoint, load_nothing, save_checkpoint, save_nothing
 from megakd.config import Config
 from megakd.data.batch import Sample
@@ -67,6 +68,7 @@ def train(config: Config, *, callbacks: Callbacks = Callbacks(), write_inputs: C
     preflight.check(config, folders)
     places = start_apart(config.parallel, config.teacher_parallel, seed=config.training.seed)
     Peers.meet()
+    agreed(lambda: preflight.verify_checkpoint(config, rank=dist.get_rank(), ranks=dist.get_world_size()))
     data = agreed(lambda: places.student and RunData.open(config, folders, places.student))  # a teacher's own ranks learn of an error, too
     if places.student is None:
         return serve(config, folders, places)
@@ -180,7 +182,7 @@ class Trainer:
 
     def _resume(self) -> int:
         """The iteration of the run's last checkpoint, loaded; 0 where there is none."""
-        iteration = read_latest(self.checkpoints)
+        iteration = preflight.iteration_to_resume(self.config)
         if iteration is None:
             return 0
         method = self.method
@@ -201,6 +203,9 @@ class Trainer:
         """Marked before anything is written into it. What a run without a checkpoint has left is replaced."""
         if is_rank_zero():
             preflight.own_folder(self.config).claim()
+            remove_left_behind(self.folder, self.checkpoints)
+            if self.iteration:
+                write_latest(self.checkpoints, self.iteration)  # where --resume chose another
             write_text(self.folder / "config.yaml", yaml.safe_dump(self.config.flat(), sort_keys=False))
             if self.iteration == 0:
                 (self.folder / "rollouts.jsonl").unlink(missing_ok=True)

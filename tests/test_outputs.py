@@ -433,12 +433,12 @@ def test_the_way_back_from_a_lost_checkpoint_is_a_way(lab, finished):
     unbroken, checkpoints = (save / "hf" / "model.safetensors").read_bytes(), save / "checkpoints"
     shutil.rmtree(save / "hf")
     (checkpoints / "iter_0000002" / "__0_0.distcp").unlink()
-    way = rf"; the newest other iteration that is whole is 1; write 1 into {checkpoints}/{native.LATEST} to continue from it$"
-    with pytest.raises(UserError, match=rf"__0_0.distcp: the index names this file, but it is not there.*{way}"):
+    way = r"; the newest other iteration that can be opened is 1; --resume 1 continues from it$"
+    with pytest.raises(UserError, match=rf"__0_0.distcp: checksums.sha256 lists it, but it is not there.*{way}"):
         preflight.check_run_folder(again(lab, save))
-    with pytest.raises(UserError, match=rf"is whole is 1; give --model {checkpoints}/iter_0000001$"):
+    with pytest.raises(UserError, match=rf"can be opened is 1; give --model {checkpoints}/iter_0000001$"):
         native.NativeCheckpoint(checkpoints, flag="--model")
-    with pytest.raises(UserError, match=r"is whole is 1; choose it with --iteration 1$"):
+    with pytest.raises(UserError, match=r"can be opened is 1; choose it with --iteration 1$"):
         native.NativeCheckpoint(checkpoints)
     shutil.rmtree(checkpoints / "iter_0000002")
     with pytest.raises(UserError, match=rf"holds no iter_0000002 \(there: iter_0000001\){way}"):

@@ -47,7 +47,7 @@ def wait_until(happens):
 ])  # fmt: skip
 def test_a_signal_to_one_rank_saves_what_all_have_done(inputs, method, flags, told, left):  # noqa: F811
     """MiniLLM at the end of its phase, whose responses are in no checkpoint."""
-    flags = {"save-interval": 100} | flags
+    flags = {"save-interval": 100, "tp": 2} | flags
     whole, broken = (command(inputs, f"{method}-{name}", method, **flags) for name in ("whole", "told"))
     run_distributed(run, 2, whole, tp=2)
     assert run_distributed(run, 2, broken, told, 2, tp=2) == [list(range(1, left + 1))] * 2

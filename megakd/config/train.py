@@ -129,6 +129,7 @@ class Config(BaseConfig):
         yield from self.lora.validation_errors()
         yield from self.distillation.validation_errors(self)
         yield from self.teacher_parallel.validation_errors(self)
+        yield from self.running.validation_errors()
         yield from self.page.validation_errors(self)
 
     def _missing(self) -> Iterator[str]:

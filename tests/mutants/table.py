@@ -42,6 +42,15 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (CHECKPOINTS + "peft_folder.py", "torch.empty_like(B).index_copy_(0, rows, B)", "B"),
         (CHECKPOINTS + "peft_folder.py", "delta.t() if transposed else delta", "delta.t()"),
     ],
+    "tests/test_checksums.py": [
+        (CHECKPOINTS + "checksums.py", "return int(found[1]) % ranks if found else 0", "return 0"),
+        (CHECKPOINTS + "native.py", "verify(self.folder, rank=rank, ranks=ranks)", "pass"),
+        (CHECKPOINTS + "native.py", "*filter(lambda path: path < lost, others), *others", "*others"),
+        (CHECKPOINTS + "space.py", "if (free := shutil.disk_usage(place).free) < needed:", "if False:"),
+        (CHECKPOINTS + "export_hf.py", "    native.verify()\n", ""),
+        ("megakd/preflight.py", "if asked.isdecimal():", "if False:"),
+        (TRAINER, "remove_left_behind(self.folder, self.checkpoints)", "pass"),
+    ],
     "tests/test_stop.py": [
         (RUNTIME + "stop.py", "dist.ReduceOp.MAX", "dist.ReduceOp.MIN"),
         (RUNTIME + "stop.py", "if self.reason or self.is_lost():", "if self.reason:"),
