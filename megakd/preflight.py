@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+import torch.distributed as dist
+
+import megakd
 from megakd.checkpointing.export_hf import REPORT
 from megakd.checkpointing.model_folder import ModelFolder
 from megakd.checkpointing.native import LATEST, NativeCheckpoint, iteration_folder, number_of, one_before, read_latest
@@ -18,6 +21,8 @@ from megakd.models.hf_checkpoint import ADAPTER
 from megakd.models.lora import target_modules
 from megakd.models.weight_only import check_quantization
 from megakd.reporting.own_folder import OwnFolder
+from megakd.runtime.peers import Peers
+from megakd.runtime.stop import host_group
 
 MAY_CHANGE = {  # between a run and its resumption: the layout, and what is only written down
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel", "use_distributed_optimizer", "micro_batch_size",
@@ -149,6 +154,23 @@ def verify_checkpoint(config: Config, *, rank: int, ranks: int) -> None:
     iteration = iteration_to_resume(config)
     if iteration is not None:
         NativeCheckpoint(Path(config.output.save) / "checkpoints", iteration=iteration, flag="--save").verify(rank=rank, ranks=ranks)
+
+
+def check_same_on_all_ranks(config: Config, peers: Peers) -> None:
+    """Every rank was started with the same settings, of the same version; all ranks call it.
+
+    Raises:
+        UserError: one was not; on all of them.
+    """
+    everyone: list[dict] = [{}] * len(peers.places)
+    dist.all_gather_object(everyone, config.flat() | {"version": megakd.__version__}, group=host_group())
+    for rank, given in enumerate(everyone):
+        if name := next((name for name, value in everyone[0].items() if given.get(name) != value), None):
+            what = "megakd" if name == "version" else flag_name(name)
+            raise UserError(
+                f"{what} {given.get(name)} on rank {rank} ({peers.places[rank][0]}) differs from the {everyone[0][name]} of rank 0; "
+                "start all ranks with the same command"
+            )
 
 
 def is_run(folder: Path) -> bool:

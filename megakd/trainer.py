@@ -6,6 +6,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ from megakd.reporting.logger import RunLogger
 from megakd.reporting.own_folder import write_text
 from megakd.reporting.plots import plot_training
 from megakd.run_data import RunData
-from megakd.runtime.initialize import agreed, is_rank_zero, seed_everything
+from megakd.runtime.initialize import agreed, is_rank_zero, prepare, seed_everything
+from megakd.runtime.lock import locked
 from megakd.runtime.peers import Peers
 from megakd.runtime.stop import agree_to_stop, name_of, stop_after
 from megakd.schedules import TOKENS
@@ -63,11 +65,17 @@ def train(config: Config, *, callbacks: Callbacks = Callbacks(), write_inputs: C
     """
     stop_after(config.running.exit_duration_in_mins)
     preflight.check_run_folder(config)
-    write_inputs()
+    with nullcontext() if config.output.show_data else locked(Path(config.output.save)):
+        write_inputs()
+        _train(config, callbacks)
+
+
+def _train(config: Config, callbacks: Callbacks) -> None:
     folders = open_folders(config)
     preflight.check(config, folders)
+    prepare()
+    preflight.check_same_on_all_ranks(config, Peers.meet())
     places = start_apart(config.parallel, config.teacher_parallel, seed=config.training.seed)
-    Peers.meet()
     agreed(lambda: preflight.verify_checkpoint(config, rank=dist.get_rank(), ranks=dist.get_world_size()))
     data = agreed(lambda: places.student and RunData.open(config, folders, places.student))  # a teacher's own ranks learn of an error, too
     if places.student is None:

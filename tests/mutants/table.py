@@ -51,6 +51,12 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         ("megakd/preflight.py", "if asked.isdecimal():", "if False:"),
         (TRAINER, "remove_left_behind(self.folder, self.checkpoints)", "pass"),
     ],
+    "tests/test_one_run.py": [
+        (RUNTIME + "lock.py", "start_of(self.process) == self.started", "True"),
+        (RUNTIME + "lock.py", "return not (self.job and self.job == me.job)", "return True"),
+        (RUNTIME + "lock.py", "fcntl.flock(stream, fcntl.LOCK_EX)", "pass"),
+        ("megakd/preflight.py", "if given.get(name) != value), None)", "if False), None)"),
+    ],
     "tests/test_stop.py": [
         (RUNTIME + "stop.py", "dist.ReduceOp.MAX", "dist.ReduceOp.MIN"),
         (RUNTIME + "stop.py", "if self.reason or self.is_lost():", "if self.reason:"),
