@@ -23,6 +23,7 @@ INTERRUPTED = 130  # the exit code that shells give to Ctrl-C
 WAYS_OUT = {  # of what the system says about a file
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space",
+    errno.EFBIG: "raise the limit of a file's size",
     errno.EACCES: "change its permissions",
     errno.EPERM: "change its permissions",
     errno.EROFS: "give a path that can be written",

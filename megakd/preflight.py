@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+import torch.distributed as dist
+
+import megakd
 from megakd.checkpointing.best import FOLDER as BEST
 from megakd.checkpointing.export_hf import REPORT
 from megakd.checkpointing.model_folder import ModelFolder
-from megakd.checkpointing.native import LATEST, NativeCheckpoint, read_latest
+from megakd.checkpointing.native import LATEST, NativeCheckpoint, iteration_folder, number_of, one_before, read_latest
 from megakd.checkpointing.peft_folder import MergedSource
 from megakd.checkpointing.teacher_store import TeacherStore
 from megakd.config import Config, flag_name, from_yaml
@@ -19,6 +22,8 @@ from megakd.models.hf_checkpoint import ADAPTER
 from megakd.models.lora import target_modules
 from megakd.models.weight_only import check_quantization
 from megakd.reporting.own_folder import OwnFolder
+from megakd.runtime.peers import Peers
+from megakd.runtime.stop import host_group
 
 MAY_CHANGE = {  # between a run and its resumption: the layout, and what is only written down
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel", "use_distributed_optimizer", "micro_batch_size",
@@ -26,6 +31,7 @@ MAY_CHANGE = {  # between a run and its resumption: the layout, and what is only
     "teacher_tensor_model_parallel_size", "teacher_pipeline_model_parallel_size", "teacher_ranks", "teacher_offload",
     "save", "save_interval", "eval_interval", "eval_iters", "log_interval", "save_rollouts", "show_data", "merge_lora",
     "eval_answers", "eval_decoding", "keep_best", "keep_last", "exact_match_rule", "gsm8k_rule", "rouge_tokenizer",
+    "exit_duration_in_mins", "exit_signal", "resume",
 }  # fmt: skip
 
 
@@ -117,12 +123,57 @@ def check_run_folder(config: Config) -> None:
     """
     folder, saved = Path(config.output.save), Path(config.output.save) / "config.yaml"
     own_folder(config).check(is_older=is_run)
-    latest = read_latest(folder / "checkpoints", flag="--save")
-    check_nothing_is_lost(folder, has_checkpoint=latest is not None)
-    if latest is not None or is_export(folder / BEST):  # what an attempt without a checkpoint has kept is beaten by the same run alone
+    iteration = iteration_to_resume(config)
+    check_nothing_is_lost(folder, has_checkpoint=iteration is not None)
+    if iteration is not None or is_export(folder / BEST):  # what an attempt without a checkpoint has kept is beaten by the same run alone
         check_same_settings(config, from_yaml(saved) if saved.is_file() else config)
-    if latest is not None:
-        NativeCheckpoint(folder / "checkpoints", flag="--save")  # a damaged one is told before the models are loaded
+    if iteration is not None:
+        NativeCheckpoint(folder / "checkpoints", iteration=iteration, flag="--save")  # a damaged one is told before the models are loaded
+
+
+def iteration_to_resume(config: Config) -> int | None:
+    """As --resume says: the last that was saved, the one before it, or the one that is named; None where none was saved.
+
+    Raises:
+        UserError: there is none before it.
+    """
+    checkpoints, asked = Path(config.output.save) / "checkpoints", config.running.resume
+    if asked.isdecimal():
+        return int(asked)
+    latest = read_latest(checkpoints, flag="--save")
+    if asked == "latest" or latest is None:
+        return latest
+    if (before := one_before(iteration_folder(checkpoints, latest))) is None:
+        raise UserError(f"--resume previous: {checkpoints} holds no other iteration than {latest} that can be opened; leave it out")
+    return number_of(before)
+
+
+def verify_checkpoint(config: Config, *, rank: int, ranks: int) -> None:
+    """That this rank's share of what the run continues from is what was written.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    iteration = iteration_to_resume(config)
+    if iteration is not None:
+        NativeCheckpoint(Path(config.output.save) / "checkpoints", iteration=iteration, flag="--save").verify(rank=rank, ranks=ranks)
+
+
+def check_same_on_all_ranks(config: Config, peers: Peers) -> None:
+    """Every rank was started with the same settings, of the same version; all ranks call it.
+
+    Raises:
+        UserError: one was not; on all of them.
+    """
+    everyone: list[dict] = [{}] * len(peers.places)
+    dist.all_gather_object(everyone, config.flat() | {"version": megakd.__version__}, group=host_group())
+    for rank, given in enumerate(everyone):
+        if name := next((name for name, value in everyone[0].items() if given.get(name) != value), None):
+            what = "megakd" if name == "version" else flag_name(name)
+            raise UserError(
+                f"{what} {given.get(name)} on rank {rank} ({peers.places[rank][0]}) differs from the {everyone[0][name]} of rank 0; "
+                "start all ranks with the same command"
+            )
 
 
 def is_run(folder: Path) -> bool:

@@ -7,6 +7,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ import yaml
 from megakd import preflight
 from megakd.checkpointing.best import NATIVE, BestStudent
 from megakd.checkpointing.export_hf import export_to_hf
-from megakd.checkpointing.native import read_latest, remove_older
+from megakd.checkpointing.native import read_latest, remove_older, write_latest
+from megakd.checkpointing.publish import remove_left_behind
 from megakd.checkpointing.soft_prompt_folder import FOLDER as SOFT_PROMPT
 from megakd.checkpointing.soft_prompt_folder import write_soft_prompt
 from megakd.checkpointing.training import TeacherWeights, load_checkpoint, load_nothing, save_checkpoint, save_nothing
@@ -39,7 +41,10 @@ from megakd.reporting.logger import RunLogger
 from megakd.reporting.own_folder import write_text
 from megakd.reporting.plots import plot_training
 from megakd.run_data import RunData
-from megakd.runtime.initialize import agreed, is_rank_zero, seed_everything
+from megakd.runtime.initialize import agreed, is_rank_zero, prepare, seed_everything
+from megakd.runtime.lock import locked
+from megakd.runtime.peers import Peers
+from megakd.runtime.stop import agree_to_stop, name_of, stop_after
 from megakd.schedules import TOKENS
 from megakd.teachers.build import build_teacher
 from megakd.teachers.relayed import RelayedTeacher
@@ -63,11 +68,20 @@ def train(config: Config, *, callbacks: Callbacks = Callbacks(), write_inputs: C
     Raises:
         UserError: something does not fit; before any weight is loaded where that can be known.
     """
+    stop_after(config.running.exit_duration_in_mins)
     preflight.check_run_folder(config)
-    write_inputs()
+    with nullcontext() if config.output.show_data else locked(Path(config.output.save)):
+        write_inputs()
+        _train(config, callbacks)
+
+
+def _train(config: Config, callbacks: Callbacks) -> None:
     folders = open_folders(config)
     preflight.check(config, folders)
+    prepare()
+    preflight.check_same_on_all_ranks(config, Peers.meet())
     places = start_apart(config.parallel, config.teacher_parallel, seed=config.training.seed)
+    agreed(lambda: preflight.verify_checkpoint(config, rank=dist.get_rank(), ranks=dist.get_world_size()))
     data = agreed(lambda: places.student and RunData.open(config, folders, places.student))  # a teacher's own ranks learn of an error, too
     answers = agreed(lambda: data and open_answers(config, folders, data))
     if places.student is None:
@@ -114,7 +128,8 @@ class Trainer:
         for remark in remarks(config, data.loader, self.total_iters):
             tell(remark)
         self.method = self._build_method()
-        self.iteration = self.resumed = self._resume()
+        self.iteration = self.resumed = self.saved = self._resume()
+        self.stopped_by = 0
         self.best = self._begin_folder()
         self.logger = RunLogger(
             self.folder,
@@ -146,6 +161,8 @@ class Trainer:
         elif is_rank_zero():
             print(f"continuing {self.folder} after iteration {self.iteration}/{self.total_iters}", flush=True)
         while self.iteration < self.total_iters:
+            if self._is_told_to_stop():
+                return self._leave()
             self.iteration += 1
             self._iterate()
             if self._due(self.eval_interval):
@@ -154,8 +171,26 @@ class Trainer:
                 self._save()
         self._finish()
 
+    def _is_told_to_stop(self) -> bool:
+        """Whether any rank of the job is, and the run can be left here."""
+        self.teacher.on_teacher_ranks(agree_to_stop)
+        before, self.stopped_by = self.stopped_by, agree_to_stop()
+        can_be_left = self.iteration == self.saved or self.method.can_be_left_after(self.iteration)
+        if self.stopped_by and not (before or can_be_left):
+            tell(f"{name_of(self.stopped_by)}: the phase whose responses are in no checkpoint is finished first")
+        return bool(self.stopped_by) and can_be_left
+
     def _due(self, interval: int | None) -> bool:
         return self.iteration == self.total_iters or bool(interval and self.iteration % interval == 0)
+
+    def _leave(self) -> None:
+        """Saved, and one line that says how to go on."""
+        if self.iteration > self.saved:
+            self._save()
+        if is_rank_zero():
+            done = f"iteration {self.iteration}/{self.total_iters}, which is saved" if self.iteration else "no iteration"
+            print(f"{name_of(self.stopped_by)}: ended after {done}; the same command continues {self.folder}", flush=True)
+        self._close()
 
     # ---- set-up
 
@@ -170,7 +205,7 @@ class Trainer:
 
     def _resume(self) -> int:
         """The iteration of the run's last checkpoint, loaded; 0 where there is none."""
-        iteration = read_latest(self.checkpoints)
+        iteration = preflight.iteration_to_resume(self.config)
         if iteration is None:
             return 0
         method = self.method
@@ -192,6 +227,9 @@ class Trainer:
         if is_rank_zero():
             shutil.rmtree(self.folder / NATIVE, ignore_errors=True)
             preflight.own_folder(self.config).claim()
+            remove_left_behind(self.folder, self.checkpoints)
+            if self.iteration:
+                write_latest(self.checkpoints, self.iteration)  # where --resume chose another
             write_text(self.folder / "config.yaml", yaml.safe_dump(self.config.flat(), sort_keys=False))
             if self.iteration == 0:
                 (self.folder / "rollouts.jsonl").unlink(missing_ok=True)
@@ -272,6 +310,7 @@ class Trainer:
             teacher_layout=self.teacher.layout,
             teacher=teacher_weights(self.method.teacher),
         )
+        self.saved = self.iteration
         if self.config.output.keep_last and is_rank_zero():
             remove_older(self.checkpoints, self.config.output.keep_last)
 
@@ -298,6 +337,9 @@ class Trainer:
                 export_to_hf(self.checkpoints, hf, merge_adapter=lora.merge_lora)
             plot_training(self.folder)
             print(f"the student is {self.folder / 'hf'}; {self.folder} has its checkpoints, numbers and figures", flush=True)
+        self._close()
+
+    def _close(self) -> None:
         self.logger.close()
         self.teacher.on_teacher_ranks(dist.barrier)
         dist.barrier()

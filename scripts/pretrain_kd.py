@@ -16,8 +16,10 @@ def main() -> None:
     going_on = f"interrupted; the same command continues {config.output.save} after its last checkpoint (--save-interval)"
     with told_in_one_line(interrupted=going_on):
         from megakd.runtime.initialize import process_group_closed_at_exit
+        from megakd.runtime.stop import listen
         from megakd.trainer import train
 
+        listen([config.running.exit_signal])
         with process_group_closed_at_exit():
             train(config)
 

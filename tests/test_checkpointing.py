@@ -22,6 +22,7 @@ from megakd.checkpointing import (
     read_latest,
     save_checkpoint,
 )
+from megakd.checkpointing.checksums import CHECKSUMS, checksums, write_checksums
 from megakd.checkpointing.reshard import reshard
 from megakd.config import TrainingConfig
 from megakd.data.batch import Sample, micro_batches
@@ -147,9 +148,15 @@ class Attack:
         return os.mkdir, (str(self.folder),)
 
 
+def with_checksums(root: Path) -> None:
+    """Whoever plants something writes its checksum down."""
+    write_checksums(root / "iter_0000002", checksums(root / "iter_0000002"))
+
+
 def test_an_index_that_would_run_code_is_refused_before_it_does(saved, tmp_path):
     root = Path(shutil.copytree(saved / "run", tmp_path / "run"))
     (root / "iter_0000002" / ".metadata").write_bytes(pickle.dumps(Attack(tmp_path / "pwned")))
+    with_checksums(root)
     with pytest.raises(ValueError, match=r"\.metadata: names posix\.mkdir, which a checkpoint index never needs"):
         NativeCheckpoint(root)
     with pytest.raises(ValueError, match="names posix"):
@@ -167,6 +174,7 @@ def test_common_state_that_would_run_code_is_refused(saved, tmp_path, monkeypatc
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     root = Path(shutil.copytree(saved / "run", tmp_path / "run"))
     torch.save({"optimizer": Attack(tmp_path / "pwned")}, root / "iter_0000002" / "common.pt")
+    with_checksums(root)
     run_distributed(refuses_a_pickle_in_common, 1, saved, root)
     assert not (tmp_path / "pwned").exists()
 
@@ -174,6 +182,11 @@ def test_common_state_that_would_run_code_is_refused(saved, tmp_path, monkeypatc
 def test_damage_is_named_when_a_checkpoint_is_opened(saved, tmp_path):
     root = Path(shutil.copytree(saved / "run", tmp_path / "run"))
     folder = root / "iter_0000002"
+    (folder / CHECKSUMS).unlink()
+    with pytest.raises(ValueError, match=r"checksums\.sha256: No such file or directory; copy the checkpoint again"):
+        NativeCheckpoint(root)
+    description = folder / "megakd_checkpoint.json"
+    description.write_text(description.read_text().replace('"format_version": 2', '"format_version": 1'))  # of a version that wrote none
     shard = folder / "__0_0.distcp"
     os.truncate(shard, shard.stat().st_size - 100)
     with pytest.raises(ValueError, match=r"__0_0\.distcp: [\d,]+ bytes, but the index describes [\d,]+; it is truncated"):

@@ -145,7 +145,7 @@ def test_what_a_native_checkpoint_says_about_itself(folders, tmp_path):
     folder = hf_to_native(folders["opt"], tmp_path / "mp", tp=2, pp=2)
     assert read_latest(tmp_path / "mp") == 0 and folder.name == "iter_0000000"
     description = json.loads((folder / "megakd_checkpoint.json").read_text())
-    assert description["vocab_size"] == 97 and description["padded_vocab_size"] == 128 and description["format_version"] == 1
+    assert description["vocab_size"] == 97 and description["padded_vocab_size"] == 128 and description["format_version"] == 2
     assert description["versions"].keys() == {"megakd", "torch", "megatron-core", "transformers"}
     names = {path.name for path in folder.iterdir()}
     assert names >= {"metadata.json", ".metadata", "common.pt", "huggingface", *(f"__{rank}_0.distcp" for rank in range(4))}

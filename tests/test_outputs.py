@@ -26,6 +26,7 @@ from megakd import loading, preflight, trainer
 from megakd.checkpointing import fingerprint, native
 from megakd.checkpointing.export_hf import export_to_hf
 from megakd.checkpointing.import_hf import hf_to_native
+from megakd.checkpointing.native import read_latest
 from megakd.checkpointing.publish import published
 from megakd.config import Config, EvaluateConfig, GenerateConfig, ResponseConfig, parse
 from megakd.errors import UserError
@@ -432,12 +433,12 @@ def test_the_way_back_from_a_lost_checkpoint_is_a_way(lab, finished):
     unbroken, checkpoints = (save / "hf" / "model.safetensors").read_bytes(), save / "checkpoints"
     shutil.rmtree(save / "hf")
     (checkpoints / "iter_0000002" / "__0_0.distcp").unlink()
-    way = rf"; the newest other iteration that is whole is 1; write 1 into {checkpoints}/{native.LATEST} to continue from it$"
-    with pytest.raises(UserError, match=rf"__0_0.distcp: the index names this file, but it is not there.*{way}"):
+    way = r"; the newest other iteration that can be opened is 1; --resume 1 continues from it$"
+    with pytest.raises(UserError, match=rf"__0_0.distcp: checksums.sha256 lists it, but it is not there.*{way}"):
         preflight.check_run_folder(again(lab, save))
-    with pytest.raises(UserError, match=rf"is whole is 1; give --model {checkpoints}/iter_0000001$"):
+    with pytest.raises(UserError, match=rf"can be opened is 1; give --model {checkpoints}/iter_0000001$"):
         native.NativeCheckpoint(checkpoints, flag="--model")
-    with pytest.raises(UserError, match=r"is whole is 1; choose it with --iteration 1$"):
+    with pytest.raises(UserError, match=r"can be opened is 1; choose it with --iteration 1$"):
         native.NativeCheckpoint(checkpoints)
     shutil.rmtree(checkpoints / "iter_0000002")
     with pytest.raises(UserError, match=rf"holds no iter_0000002 \(there: iter_0000001\){way}"):
@@ -502,12 +503,13 @@ def test_what_a_run_may_not_be_meant_to_do_is_told_once(lab, tmp_path, capfd):
 # ---- Ctrl-C
 
 
-def test_an_interrupted_command_ends_with_one_line(lab, tmp_path):
+def test_an_interrupted_command_saves_and_says_how_to_go_on(lab, tmp_path):
     flags = training(lab, tmp_path / "run", **{"train-iters": 100000})
     words = [sys.executable, str(ROOT / "scripts" / "pretrain_kd.py"), *flags]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline().startswith("iteration")
         process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "Traceback" not in said
-    assert said.splitlines()[-1].startswith(f"error: interrupted; the same command continues {tmp_path}/run after its last checkpoint")
+        said, notes = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in notes
+    saved = read_latest(tmp_path / "run" / "checkpoints")
+    assert said.splitlines()[-1] == f"SIGINT: ended after iteration {saved}/100000, which is saved; the same command continues {tmp_path}/run"

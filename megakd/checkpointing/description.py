@@ -11,7 +11,7 @@ import megakd
 from megakd.errors import UserError
 
 FILE = "megakd_checkpoint.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no checksums
 
 
 def versions() -> dict[str, str]:

@@ -55,6 +55,7 @@ def export_to_hf(
         UserError: the checkpoint cannot be read or `save` is in use; nothing was written.
     """
     native = NativeCheckpoint(load, iteration=iteration)
+    native.verify()
     check_target(save, force=force, ours=lambda path: (path / REPORT).is_file(), what="an export of megakd")
     with published(save) as folder:
         if native.description.adapter and not merge_adapter:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from megakd.checkpointing.checksums import checksums, write_checksums
 from megakd.checkpointing.description import Description, layout_dict
 from megakd.checkpointing.hf_files import write_hf_folder
 from megakd.checkpointing.hf_source import WindowedCheckpoint
@@ -60,6 +61,7 @@ def hf_to_native(
         _write_parameters(folder, source, plan, grid)
         write_hf_folder(model, folder, hf, source)
         Description(iteration=0, vocab_size=hf.vocab_size, padded_vocab_size=width, layout=layout_dict(tp, pp)).write(folder)
+        write_checksums(folder, checksums(folder))
         if verify:
             verify_import(NativeCheckpoint(folder), source, left_out)
     write_latest(save, 0)

@@ -84,6 +84,8 @@ class ModelFolder:
         """Fill this rank's parameters, reading only this rank's slices; no rank waits for another.
 
         Raises:
-            UserError: a weight is NaN or infinite.
+            UserError: a weight is NaN or infinite; this rank's share of a native checkpoint is not what was written.
         """
+        if isinstance(self.source, HuggingFaceView):
+            self.source.native.verify(rank=model.layout.place, ranks=model.layout.grid.size)
         load_weights(model, self.source)

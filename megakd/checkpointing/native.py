@@ -16,10 +16,11 @@ from transformers import PretrainedConfig
 
 from megakd.checkpointing import hf_files
 from megakd.checkpointing.blocks import Index
+from megakd.checkpointing.checksums import CHECKSUMS, read_checksums, verify, verify_beside_tensors
 from megakd.checkpointing.description import FILE, Description
 from megakd.checkpointing.parameters import stored_shapes
 from megakd.checkpointing.torch_dist_reader import StoredTensor, TorchDistReader
-from megakd.errors import UserError, file_errors
+from megakd.errors import UserError, file_errors, tell
 from megakd.models.hf_config import load_hf_config
 from megakd.models.model_provider import family_of
 from megakd.reporting.own_folder import write_text
@@ -43,9 +44,23 @@ class NativeCheckpoint:
         self.folder = find_iteration(Path(path), iteration, flag=flag)
         self.hf_folder = self.folder / hf_files.FOLDER
         try:
-            self.description, self.reader = Description.read(self.folder), TorchDistReader(self.folder)
+            self.description, self.reader = opened(self.folder)
         except UserError as error:
             raise UserError(f"{error}; {way_back(self.folder, flag)}") from error
+
+    def verify(self, *, rank: int = 0, ranks: int = 1) -> None:
+        """That this rank's share of the files is what was written. An earlier version wrote no checksums, which is told.
+
+        Raises:
+            UserError: one is not.
+        """
+        if not (self.folder / CHECKSUMS).is_file():
+            tell(f"{self.folder}: an earlier version wrote it without checksums; damage in its tensors would not be found")
+            return
+        try:
+            verify(self.folder, rank=rank, ranks=ranks)
+        except UserError as error:
+            raise UserError(f"{error}; {way_back(self.folder, self.flag)}") from error
 
     @cached_property
     def hf_config(self) -> PretrainedConfig:
@@ -96,6 +111,20 @@ class NativeCheckpoint:
         return self.reader.tensors[key]
 
 
+def opened(folder: Path) -> tuple[Description, TorchDistReader]:
+    """What an iteration says of itself, and its tensors, none of which is read: the other files are compared before they are believed.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    if (folder / CHECKSUMS).is_file():
+        verify_beside_tensors(folder)
+    description = Description.read(folder)
+    if description.format_version > 1:
+        read_checksums(folder)
+    return description, TorchDistReader(folder)
+
+
 def iteration_folder(root: Path, iteration: int) -> Path:
     """ROOT/iter_0000100, Megatron-LM's name."""
     return root / f"iter_{iteration:07d}"
@@ -134,23 +163,32 @@ def find_iteration(path: Path, iteration: int | None = None, *, flag: str = "--l
 
 
 def way_back(lost: Path, flag: str) -> str:
-    """What to do where an iteration is missing or damaged: the newest other one that is whole, and how `flag`'s command takes it."""
-    others = sorted((path for path in lost.parent.glob("iter_*") if path != lost), reverse=True)
-    if (whole := next(filter(is_whole, others), None)) is None:
+    """What to do where an iteration is missing or damaged: the one before it that is whole, and how `flag`'s command takes it."""
+    if (whole := one_before(lost)) is None:
         return f"no other iteration there is whole; give another {flag}"
-    number = int(whole.name.removeprefix("iter_"))
+    number = number_of(whole)
     ways = {
         "--load": f"choose it with --iteration {number}",
-        "--save": f"write {number} into {lost.parent / LATEST} to continue from it",
+        "--save": f"--resume {number} continues from it",
     }
-    return f"the newest other iteration that is whole is {number}; " + ways.get(flag, f"give {flag} {whole}")
+    return f"the newest other iteration that can be opened is {number}; " + ways.get(flag, f"give {flag} {whole}")
+
+
+def one_before(lost: Path) -> Path | None:
+    """The newest iteration before a lost one that can be opened, or where there is none the newest of all others."""
+    others = sorted((path for path in lost.parent.glob("iter_*") if path != lost), reverse=True)
+    return next(filter(is_whole, [*filter(lambda path: path < lost, others), *others]), None)
+
+
+def number_of(folder: Path) -> int:
+    """Which iteration a folder holds."""
+    return int(folder.name.removeprefix("iter_"))
 
 
 def is_whole(folder: Path) -> bool:
     """Whether an iteration can be opened: all but the numbers themselves."""
     try:
-        Description.read(folder)
-        TorchDistReader(folder)
+        opened(folder)
     except UserError:
         return False
     return True

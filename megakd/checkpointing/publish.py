@@ -60,6 +60,12 @@ def take_name(folder: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_left_behind(*folders: Path) -> None:
+    """What runs that were killed while they wrote have left in these folders, under hidden names."""
+    for path in (path for folder in folders for kind in ("partial", "replaced") for path in folder.glob(f".*.{kind}")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def check_target(target: Path, *, force: bool, ours: Callable[[Path], bool], what: str) -> None:
     """Refuse to write over something; `--force` replaces what `ours` recognises, and nothing else.
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from megakd.checkpointing import hf_files
 from megakd.checkpointing.blocks import Index, blocks
-from megakd.checkpointing.description import layout_dict
+from megakd.checkpointing.checksums import checksums, write_checksums
+from megakd.checkpointing.description import FORMAT_VERSION, layout_dict
 from megakd.checkpointing.import_hf import COMMON, extra_states
 from megakd.checkpointing.native import RUN_CONFIG, NativeCheckpoint, is_native, iteration_folder, write_latest
 from megakd.checkpointing.parameters import Grid, Parameter, checkpoint_parameters
@@ -37,10 +38,14 @@ def reshard(
         UserError: the checkpoint cannot be read, TP or PP does not divide the model, or `save` is in use; nothing was written.
     """
     native = NativeCheckpoint(load, iteration=iteration)
+    native.verify()
     check_layout(native.hf_config, tp, pp, flag="--load", name=str(load))
     check_target(save, force=force, ours=is_native, what="native checkpoints")
     description = replace(
-        native.description, layout=layout_dict(tp, pp), padded_vocab_size=padded_vocab_size([native.hf_config.vocab_size], tp)
+        native.description,
+        format_version=FORMAT_VERSION,
+        layout=layout_dict(tp, pp),
+        padded_vocab_size=padded_vocab_size([native.hf_config.vocab_size], tp),
     )
     source = PaddedView(native, description.padded_vocab_size)
     target = iteration_folder(save, description.iteration)
@@ -48,6 +53,7 @@ def reshard(
         _write_tensors(folder, source, Grid(tp, pp, native.hf_config.num_hidden_layers))
         _copy_other_files(native.folder, folder)
         description.write(folder)
+        write_checksums(folder, checksums(folder))
         if verify:
             check_equal(NativeCheckpoint(folder), source, {key: native.dtype(key) for key in native.keys})
     write_latest(save, description.iteration)

@@ -24,17 +24,20 @@ from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAM
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
+from megakd.checkpointing.checksums import checksums, write_checksums
 from megakd.checkpointing.description import Description, layout_dict
 from megakd.checkpointing.hf_files import FOLDER, write_hf_folder
 from megakd.checkpointing.model_folder import ModelFolder
-from megakd.checkpointing.native import RUN_CONFIG, NativeCheckpoint, iteration_folder, write_latest
+from megakd.checkpointing.native import RUN_CONFIG, NativeCheckpoint, iteration_folder, number_of, write_latest
 from megakd.checkpointing.parameters import HEAD
 from megakd.checkpointing.peft_folder import adapter_config
 from megakd.checkpointing.publish import hidden, published
+from megakd.checkpointing.space import bytes_to_write, check_room, telling_what_is_needed
 from megakd.checkpointing.torch_dist_save import SynchronousSave
 from megakd.data.end_ids import EndIds, write_end_ids
 from megakd.errors import UserError
 from megakd.models.gpt_model import HiddenStateGPTModel
+from megakd.runtime.initialize import agreed
 from megakd.runtime.parallel_layout import Grid, ParallelLayout
 
 OPTIMIZER_SHARDING = "fully_reshardable"  # megatron-core's default kind cannot be saved at all in 0.16.1
@@ -67,10 +70,10 @@ def save_checkpoint(
         teacher: weights of a teacher that no other folder has.
     """
     target = iteration_folder(Path(root), iteration)
-    with published_by_rank_zero(target) as folder:
-        state = sharded_state(model, optimizer, is_loading=False)
-        state["teacher"] = teacher.sharded_state() if teacher else {}
-        state["extra"] = {name: _replicated(name, tensor) for name, tensor in (extra_tensors or {}).items()}
+    state = sharded_state(model, optimizer, is_loading=False)
+    state["teacher"] = teacher.sharded_state() if teacher else {}
+    state["extra"] = {name: _replicated(name, tensor) for name, tensor in (extra_tensors or {}).items()}
+    with published_by_rank_zero(target, state) as folder:
         dist_checkpointing.save(state, str(folder), SynchronousSave(), content_metadata=KINDS)
         if dist.get_rank() == 0:
             _describe(model, iteration, teacher_layout, source).write(folder)
@@ -112,8 +115,8 @@ def load_checkpoint(
 
 def save_nothing(root: str | Path, iteration: int) -> None:
     """The part of a rank that has none of the model in `save_checkpoint`, which all ranks of the job do together."""
-    with published_by_rank_zero(iteration_folder(Path(root), iteration)) as folder:
-        state = {"model": {}, "teacher": {}, "extra": {}}
+    state = {"model": {}, "teacher": {}, "extra": {}}
+    with published_by_rank_zero(iteration_folder(Path(root), iteration), state) as folder:
         dist_checkpointing.save(state, str(folder), SynchronousSave(), content_metadata=KINDS)
 
 
@@ -140,16 +143,27 @@ class TeacherWeights:
 
 
 @contextmanager
-def published_by_rank_zero(target: Path) -> Iterator[Path]:
-    """`published` for all ranks: rank 0 makes, names and removes the folder, the others write in it."""
-    first = dist.get_rank() == 0
-    with published(target) if first else nullcontext(hidden(target)) as folder:
+def published_by_rank_zero(target: Path, state: dict[str, Any]) -> Iterator[Path]:
+    """`published` for all ranks: rank 0 makes, names and removes the folder, the others write in it; there is room for the state, and
+    what was written has checksums."""
+    first, needed = dist.get_rank() == 0, bytes_to_write(state)
+    check_room(target, needed)
+    with telling_what_is_needed(needed), published(target) if first else nullcontext(hidden(target)) as folder:
         dist.barrier()
         yield folder
+        write_all_checksums(folder)
         dist.barrier()
     if first:
-        write_latest(target.parent, int(target.name.removeprefix("iter_")))
+        write_latest(target.parent, number_of(target))
     dist.barrier()
+
+
+def write_all_checksums(folder: Path) -> None:
+    """Each rank reads its share, rank 0 writes all down."""
+    rank, everyone = dist.get_rank(), [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, agreed(lambda: checksums(folder, rank=rank, ranks=len(everyone))))
+    if rank == 0:
+        write_checksums(folder, {name: digest for share in everyone for name, digest in share.items()})
 
 
 def sharded_state(model: HiddenStateGPTModel, optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:

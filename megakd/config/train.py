@@ -28,6 +28,7 @@ from megakd.config.methods.seqkd import SeqKDConfig
 from megakd.config.methods.sft import SFTConfig
 from megakd.config.models import ModelConfig
 from megakd.config.parallel import ParallelConfig, TeacherParallelConfig
+from megakd.config.running import RunningConfig
 from megakd.config.sampling import GenerationConfig
 from megakd.config.scores import ScoreConfig, SelectionConfig
 from megakd.config.teacher import TeacherConfig
@@ -106,6 +107,7 @@ class Config(BaseConfig):
     output: Group[OutputConfig] = OutputConfig()
     selection: Group[SelectionConfig] = SelectionConfig()
     scores: Group[ScoreConfig] = ScoreConfig()
+    running: Group[RunningConfig] = RunningConfig()
 
     @property
     def page(self) -> MethodConfig:
@@ -133,6 +135,7 @@ class Config(BaseConfig):
         yield from self.teacher_parallel.validation_errors(self)
         yield from self.selection.validation_errors(self)
         yield from self.scores.validation_errors()
+        yield from self.running.validation_errors()
         yield from self.page.validation_errors(self)
 
     def _missing(self) -> Iterator[str]:

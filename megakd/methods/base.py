@@ -85,6 +85,10 @@ class Method:
         """The same, on this rank's share of the global batch."""
         raise NotImplementedError
 
+    def can_be_left_after(self, iteration: int) -> bool:
+        """Whether a checkpoint of this iteration has all that the next one needs."""
+        return True
+
     def on_evaluation(self, metrics: dict[str, float]) -> None:
         """Held-out metrics, after every evaluation."""
 

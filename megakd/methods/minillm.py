@@ -66,6 +66,9 @@ class MiniLLM(Method):
         rows, seed = config.training.global_batch_size, config.training.seed + 1
         return DataLoader(dataset, global_batch_size=rows, seed=seed, dp_rank=layout.dp_rank, dp_size=layout.dp_size)
 
+    def can_be_left_after(self, iteration):
+        return iteration % self.steps_per_phase == 0
+
     def train_iteration(self, loader, iteration):
         phase, step = divmod(iteration - 1, self.steps_per_phase)
         if step == 0:

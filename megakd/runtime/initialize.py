@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from megakd.errors import UserError
 from megakd.runtime import cpu_backend, megatron_repairs
+from megakd.runtime.meeting import common_store
 from megakd.runtime.parallel_layout import Grid, ParallelLayout, parallel_state
 
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}  # what torchrun would say to a single rank
@@ -123,7 +124,8 @@ def join() -> None:
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
     alone = os.environ["WORLD_SIZE"] == "1"  # talks to itself, without a port that another program may have taken meanwhile
-    place = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
+    store, rank, size = (dist.HashStore(), 0, 1) if alone else common_store(TIMEOUT)
+    place = {"store": store, "rank": rank, "world_size": size}
     if torch.cuda.is_available():
         device = torch.device("cuda", own_gpu(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()))
         torch.cuda.set_device(device)

@@ -131,6 +131,11 @@ class ParallelLayout:
         return self.dp_group.rank()
 
     @property
+    def place(self) -> int:
+        """This rank's number in its grid."""
+        return dist.get_rank() - self.grid.first
+
+    @property
     def is_first_stage(self) -> bool:
         """The stage with the embedding: it reads tokens and the soft prompt."""
         return self.pp_rank == 0

@@ -1,0 +1,118 @@
+"""Told to stop: the iteration is finished and saved, every rank ends, and the same command goes on to the same numbers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from distributed import run_distributed
+from test_trainer import command, inputs, numbers  # noqa: F401
+
+from megakd import trainer
+from megakd.checkpointing.native import read_latest
+from megakd.config import parse
+from megakd.runtime import stop
+from megakd.runtime.peers import state_of
+
+
+def run(layout, arguments, told=None, after=None):
+    """One run on this rank, of which rank `told` gets a signal when iteration `after` is logged; how many iterations it has made here."""
+    rank, made = int(os.environ["RANK"]), []
+    stop.listen(["SIGUSR1"])
+
+    def on_iteration(iteration, metrics):
+        made.append(iteration)
+        if (rank, iteration) == (told, after):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            wait_until(lambda: stop.requests.reason)
+
+    trainer.train(parse(arguments), callbacks=trainer.Callbacks(on_iteration=on_iteration))
+    return made
+
+
+def wait_until(happens):
+    end = time.monotonic() + 20
+    while not happens():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("method, flags, told, left", [
+    ("promptkd", {}, 1, 2),
+    ("minillm", {"num-rollouts": 8, "ppo-epochs": 3, "save-interval": 3}, 0, 3),
+])  # fmt: skip
+def test_a_signal_to_one_rank_saves_what_all_have_done(inputs, method, flags, told, left):  # noqa: F811
+    """MiniLLM at the end of its phase, whose responses are in no checkpoint."""
+    flags = {"save-interval": 100, "tp": 2} | flags
+    whole, broken = (command(inputs, f"{method}-{name}", method, **flags) for name in ("whole", "told"))
+    run_distributed(run, 2, whole, tp=2)
+    assert run_distributed(run, 2, broken, told, 2, tp=2) == [list(range(1, left + 1))] * 2
+    assert read_latest(inputs / f"{method}-told" / "checkpoints") == left and not (inputs / f"{method}-told" / "hf").exists()
+    assert run_distributed(run, 2, broken, tp=2) == [list(range(left + 1, 5))] * 2
+    assert numbers(inputs / f"{method}-told") == numbers(inputs / f"{method}-whole")
+
+
+def serve_until_told(layout, arguments):
+    """Rank 1 is the teacher's own, and is the one that hears of it."""
+    os.environ["WORLD_SIZE"] = "2"
+    stop.listen([])
+    if os.environ["RANK"] == "1":
+        serve = trainer.serve
+        trainer.serve = lambda *given: os.kill(os.getpid(), signal.SIGTERM) or wait_until(lambda: stop.requests.reason) or serve(*given)
+    trainer.train(parse(arguments))
+
+
+def test_a_signal_to_a_rank_of_the_teachers_own_ends_the_run(inputs, capfd):  # noqa: F811
+    run_distributed(serve_until_told, 2, command(inputs, "own", "kd", **{"teacher-ranks": 1}))
+    said = capfd.readouterr().out.splitlines()[-1]
+    assert said == f"SIGTERM: ended after no iteration; the same command continues {inputs}/own"
+
+
+def test_the_clock_ends_a_run_that_the_same_command_continues(inputs, capfd):  # noqa: F811
+    limited = command(inputs, "clock", "sft", **{"exit-duration-in-mins": 1e-9})
+    assert run_distributed(run, 1, limited) == [[]]
+    assert capfd.readouterr().out.splitlines()[-1].startswith("--exit-duration-in-mins: ended after no iteration")
+    assert run_distributed(run, 1, command(inputs, "clock", "sft")) == [[1, 2, 3, 4]]
+
+
+BLOCKED = """
+import ctypes
+from megakd.runtime import stop
+stop.TOGETHER = 0.2
+stop.listen(["SIGHUP"])
+if not {lost}: stop.requests.is_lost = lambda: False
+print("listening", flush=True)
+ctypes.CDLL(None).sleep(60); ctypes.CDLL(None).sleep(60); ctypes.CDLL(None).sleep(60)
+"""
+
+
+@pytest.mark.parametrize("lost, signals", [(False, [signal.SIGHUP, signal.SIGTERM]), (True, [signal.SIGTERM])])
+def test_a_second_signal_ends_at_once_and_so_does_the_first_when_a_rank_is_lost(lost, signals):
+    """Also where the main thread waits inside a library and runs no Python."""
+    with subprocess.Popen([sys.executable, "-c", BLOCKED.format(lost=lost)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "listening\n"
+        for number in signals:
+            assert process.poll() is None
+            process.send_signal(number)
+            process.send_signal(number)  # what comes together is one request
+            time.sleep(0.5)
+        notes = process.communicate(timeout=10)[1]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert notes.splitlines() == ([] if lost else ["note: SIGHUP: the iteration is finished and saved first; a second signal ends at once"])
+
+
+def test_a_process_is_told_from_one_that_stands_still_or_has_ended():
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        assert state_of(child.pid) in "RSD"
+        child.send_signal(signal.SIGSTOP)
+        wait_until(lambda: state_of(child.pid) == "T")
+    finally:
+        child.kill()
+    wait_until(lambda: state_of(child.pid) == "Z")
+    child.wait()
+    assert state_of(child.pid) == "X"
