@@ -14,6 +14,7 @@ from megakd.checkpointing.peft_folder import MergedSource, PeftAdapter
 from megakd.data.end_ids import EndIds, end_ids
 from megakd.data.tokenizer import load_tokenizer
 from megakd.errors import UserError
+from megakd.model_files import small_files
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.hf_checkpoint import ADAPTER, INDEX, PYTORCH_INDEX, PYTORCH_SINGLE, SINGLE, HFCheckpoint
 from megakd.models.inspection import inspect
@@ -38,10 +39,12 @@ class ModelFolder:
             UserError: neither a Hugging Face folder nor a native checkpoint, a damaged one, or a model that is not supported.
         """
         path = Path(path)
+        small_files(path, flag=flag)
         if (path / ADAPTER).is_file() and not any((path / weights).is_file() for weights in (SINGLE, INDEX, PYTORCH_SINGLE, PYTORCH_INDEX)):
             return cls.of_adapter(PeftAdapter.read(path, flag=flag), flag)
         if is_native(path):
             native = NativeCheckpoint(path, flag=flag)
+            small_files(native.hf_folder, flag=flag)
             if native.description.adapter:
                 raise UserError(f"{flag} {path}: holds adapters, not a model; give the run's export, {path.parent / 'hf'}")
             return cls(path, flag, native.hf_config, native.hf_folder, HuggingFaceView(native))

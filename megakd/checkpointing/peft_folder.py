@@ -12,15 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megakd.checkpointing.native import NativeCheckpoint
-from megakd.errors import UserError, file_errors, read_json
+from megakd.errors import UserError, read_json
+from megakd.model_files import file_in
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.hf_checkpoint import ADAPTER, DTYPES
 from megakd.models.lora import hf_rows, leaf, linear_mappings, modules_of, target_modules
 from megakd.models.param_mapping import Source
+from megakd.models.safetensors_file import read_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -111,9 +113,8 @@ class PeftAdapter:
                 raise UserError(f"{found}, which is not built; merge it with PEFT: merge_and_unload()")
         if not (folder / WEIGHTS).is_file():
             raise UserError(f"{flag} {folder}: no {WEIGHTS}; save the adapter as safetensors, PEFT's default")
-        with file_errors(folder / WEIGHTS):
-            tensors = load_file(folder / WEIGHTS)
-        return cls(folder, config, tensors)
+        file = file_in(folder, WEIGHTS, named_by=folder / ADAPTER, flag=flag)
+        return cls(folder, check_numbers(config, f"{flag} {folder}"), read_tensors(file, flag=flag))
 
     @property
     def base(self) -> Path:
@@ -133,6 +134,18 @@ class PeftAdapter:
         if tensor.endswith(".weight") and f"{name}.lora_A.weight" in self.tensors:
             return self.tensors[f"{name}.lora_A.weight"], self.tensors[f"{name}.lora_B.weight"]
         return None
+
+
+def check_numbers(config: dict, name: str) -> dict:
+    """The same, its r and lora_alpha being numbers.
+
+    Raises:
+        UserError: one is not.
+    """
+    for field in ("r", "lora_alpha"):
+        if type(value := config.get(field, 8)) not in (int, float) or not 0 < value < 1e6:
+            raise UserError(f"{name}: {ADAPTER} has {field} {value!r}, which is no number above 0; copy or download it again")
+    return {"r": 8, "lora_alpha": 8} | config  # PEFT's defaults
 
 
 class MergedSource:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -39,7 +39,9 @@ from megakd.data.batch import Sample
 from megakd.data.end_ids import EndIds, end_ids
 from megakd.data.tokenizer import load_tokenizer
 from megakd.errors import UserError, file_errors, read_json
+from megakd.model_files import check_inside
 from megakd.models.hf_config import load_hf_config
+from megakd.models.safetensors_file import open_safetensors
 from megakd.reporting.own_folder import hidden, write_text
 
 FORMAT = 1
@@ -133,6 +135,7 @@ def copy_teacher(source: ModelFolder, folder: Path) -> None:
         (folder / TEACHER).mkdir(exist_ok=True)
         for file in sorted(source.hf_folder.iterdir()):
             if file.is_file() and file.suffix in OF_A_MODEL and not file.name.endswith(WEIGHTS):
+                check_inside(file, source.hf_folder)
                 shutil.copyfile(file, folder / TEACHER / file.name)
 
 
@@ -158,10 +161,8 @@ class TeacherStore:
                 f"{self.flag} {self.path}: {file.name} of {self.description.files} files is not there yet; the command that writes it, "
                 "given again, goes on with it"
             )
-        try:
-            return safe_open(file, framework="pt")
-        except SafetensorError as error:
-            raise UserError(f"{self.flag} {file}: is damaged ({error}); remove it, and give the command that wrote it again") from error
+        check_inside(file, self.path, flag=self.flag)
+        return open_safetensors(file, flag=self.flag, way_out="remove it, and give the command that wrote it again")
 
     def _index(self, number: int) -> Iterator[tuple[bytes, tuple[int, int, int]]]:
         file, start = self._files[number], 0
