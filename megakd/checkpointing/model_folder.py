@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,7 +60,7 @@ class ModelFolder:
         Raises:
             UserError: the base model is not there, or another.
         """
-        if not adapter.base.is_dir():
+        if not os.path.isdir(adapter.base):  # False for what is no path at all
             said = f"{flag} {adapter.folder}: {ADAPTER} says base_model_name_or_path {adapter.config.get('base_model_name_or_path')!r}"
             raise UserError(f"{said}, which is no folder here; write the base model's folder there")
         base = cls.open(adapter.base, flag=flag)

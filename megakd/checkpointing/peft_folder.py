@@ -7,6 +7,7 @@ PEFT's names are `base_model.model.<module>.lora_A.weight`, [r, in], and `lora_B
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +121,7 @@ class PeftAdapter:
     def base(self) -> Path:
         """The base model's folder: as named, or beside the adapter."""
         named = Path(str(self.config.get("base_model_name_or_path") or ""))
-        return named if named.is_dir() or named.is_absolute() else self.folder.parent / named
+        return named if os.path.isdir(named) or named.is_absolute() else self.folder.parent / named
 
     @property
     def scale(self) -> float:
@@ -131,9 +132,15 @@ class PeftAdapter:
     def of(self, tensor: str) -> tuple[Tensor, Tensor] | None:
         """(A, B) for a Hugging Face weight, where it has one."""
         name = PREFIX + tensor.removesuffix(".weight")
-        if tensor.endswith(".weight") and f"{name}.lora_A.weight" in self.tensors:
-            return self.tensors[f"{name}.lora_A.weight"], self.tensors[f"{name}.lora_B.weight"]
+        pair = tuple(self.tensors[file] for side in "AB" if (file := f"{name}.lora_{side}.weight") in self.tensors)
+        return pair if tensor.endswith(".weight") and len(pair) == 2 else None
+
+
+def product_shape(A: Tensor, B: Tensor) -> list[int] | None:
+    """Of B·A, the shorter side first; None where there is no such product."""
+    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or not (A.is_floating_point() and B.is_floating_point()):
         return None
+    return sorted((B.shape[0], A.shape[1]))
 
 
 def check_numbers(config: dict, name: str) -> dict:
@@ -159,7 +166,7 @@ class MergedSource:
 
     def _check(self, tensor: str, flag: str) -> None:
         pair = self.adapter.of(tensor)
-        fits = pair is not None and tensor in self.base and sorted((pair[1].shape[0], pair[0].shape[1])) == sorted(self.base.shape(tensor))
+        fits = pair is not None and tensor in self.base and product_shape(*pair) == sorted(self.base.shape(tensor))
         if not fits:
             found = f"{flag} {self.adapter.folder}: {WEIGHTS} has an adapter of {tensor!r}"
             raise UserError(f"{found}, which does not fit the base model {self.adapter.base}; give the base that it was trained on")
