@@ -4,7 +4,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test mutants lint clean
+.PHONY: install quickstart test mutants drill lint clean
 
 # On a machine without a GPU, PIP_INDEX_URL_TORCH may name an index that holds PyTorch's CPU builds.
 $(VENV)/.installed: setup.py megakd/__init__.py
@@ -27,6 +27,10 @@ test: install lint
 # Changes that the tests must notice, each in a copy of the tree: many minutes. WORDS="optimizer seed" takes those that hold one.
 mutants: install
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py $(WORDS)
+
+# What takes long: ten times the hostile files of `make test`, and more.
+drill: install
+	OMP_NUM_THREADS=1 MEGAKD_FUZZ=4 $(BIN)/python -m pytest tests/test_fuzz.py
 
 clean:
 	rm -rf $(VENV) quickstart

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from typing import NoReturn
 LFS_POINTER = b"version https://git-lfs"  # what git leaves in place of a large file that it did not fetch
 GRACE_SECONDS = 3.0  # the launcher ends all ranks a moment after the first has ended
 LONGEST = 1600  # characters of a message; the way out stands at its end
+MOST_JSON = 64 * 2**20  # bytes: the index of the largest models has 9 MiB
 INTERRUPTED = 130  # the exit code that shells give to Ctrl-C
 WAYS_OUT = {  # of what the system says about a file
     errno.ENOSPC: "free some space",
@@ -63,14 +65,46 @@ def file_errors(path: str | Path, *, flag: str = "", way_out: str = "") -> Itera
         raise UserError(f"{name}: nested too deeply to be read; {way_out or 'copy or download it again'}") from error
 
 
+def check_file(path: Path, *, most: float = float("inf"), flag: str = "", way_out: str = "give the file that was meant") -> None:
+    """It can be opened without waiting, and read without filling the memory: a regular file of at most `most` bytes.
+
+    Raises:
+        UserError: it is not.
+    """
+    name = f"{flag} {path}".strip()
+    with file_errors(path, flag=flag):
+        state = path.stat()
+    if not (stat.S_ISREG(state.st_mode) or stat.S_ISDIR(state.st_mode)):  # that it is a folder is told where it is opened
+        raise UserError(f"{name}: is a pipe, a device or a socket, and a regular file is needed; give one")
+    if state.st_size > most:
+        raise UserError(f"{name}: {state.st_size:,} bytes, and such a file has at most {most:,}; {way_out}")
+
+
+def read_text(path: Path, *, most: int, encoding: str = "utf-8", flag: str = "", way_out: str = "") -> str:
+    """The text of a file of at most `most` bytes.
+
+    Raises:
+        UserError: it is larger, or cannot be read.
+    """
+    check_file(path, most=most, flag=flag)
+    with file_errors(path, flag=flag, way_out=way_out):
+        return path.read_text(encoding=encoding)
+
+
 def read_json(path: Path, *, flag: str = "", way_out: str = "") -> object:
     """What a JSON file holds.
 
     Raises:
         UserError: it cannot be read, and why.
     """
+    text = read_text(path, most=MOST_JSON, flag=flag, way_out=way_out)
     with file_errors(path, flag=flag, way_out=way_out):
-        return json.loads(path.read_text(encoding="utf-8"))
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            raise
+        except ValueError as error:  # a number of more digits than Python converts
+            raise UserError(f"{f'{flag} {path}'.strip()}: {said(error)}; {way_out or 'copy or download it again'}") from error
 
 
 def said(error: Exception) -> str:
@@ -84,6 +118,7 @@ def refuse_lfs_pointer(path: Path, *, flag: str = "") -> None:
     Raises:
         UserError: the file cannot be read, or is a Git LFS pointer to what it should hold.
     """
+    check_file(path, flag=flag)
     with file_errors(path, flag=flag), path.open("rb") as stream:
         pointer = stream.read(len(LFS_POINTER)) == LFS_POINTER
     if pointer:

@@ -22,6 +22,7 @@ from train_tokenizer import train_tokenizer
 from megakd import errors, loading, trainer
 from megakd.checkpointing import native
 from megakd.config import parse
+from megakd.data import bounded, templates
 from megakd.errors import UserError
 from megakd.models.hf_config import load_hf_config
 from megakd.runtime.initialize import process_group_closed_at_exit
@@ -39,6 +40,7 @@ def inputs(tmp_path_factory) -> Path:
     write_jsonl(root / "good.jsonl", [{"prompt": row["prompt"], "response": row["response"]} for row in rows])
     break_models(root)
     break_data(root)
+    break_more_models(root)
     return root
 
 
@@ -72,7 +74,49 @@ def break_models(root: Path) -> None:
     save_file(few, root / "few-rows" / "model.safetensors", metadata={"format": "pt"})
 
 
+def break_more_models(root: Path) -> None:
+    """Huge and hostile ones, and those that name what is elsewhere."""
+
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(root / "student", root / name))
+
+    elsewhere = copy("index-outside")
+    (elsewhere / "model.safetensors").unlink()
+    (elsewhere / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../student/model.safetensors"}}))
+    (copy("link-outside") / "model.safetensors").unlink()
+    (root / "link-outside" / "model.safetensors").symlink_to(root / "student" / "model.safetensors")
+    (copy("template-outside") / "chat_template.jinja").symlink_to(root / "good.jsonl")
+    sparse(copy("large-header") / "model.safetensors", 6 * 2**30, begin=(6 * 2**30 - 8).to_bytes(8, "little"))
+    sparse(copy("large-config") / "config.json", 2**30)
+    change_json(copy("deep-config") / "config.json", text="[" * 100_000)
+    change_json(copy("text-layers") / "config.json", n_layer="two")
+    change_json(copy("many-layers") / "config.json", n_layer=10**6)
+    (copy("lfs") / "model.safetensors").write_bytes(errors.LFS_POINTER + b".github.com/spec/v1\n")
+    change_json(copy("bad-tokenizer") / "tokenizer.json", text="{}")
+    change_json(copy("no-end") / "generation_config.json", eos_token_id="the end")
+    for name, fields in {"lone-adapter": {"base_model_name_or_path": "nowhere"}, "no-rank": {"base_model_name_or_path": "student", "r": 0}}.items():
+        (root / name).mkdir()
+        (root / name / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **fields}))
+        save_file({"base_model.model.transformer.h.0.attn.c_attn.lora_A.weight": torch.ones(1, 1)}, root / name / "adapter_model.safetensors")
+
+
+def sparse(file: Path, size: int, *, begin: bytes = b"") -> None:
+    with file.open("wb") as stream:
+        stream.write(begin)
+        stream.truncate(size)
+
+
 def break_data(root: Path) -> None:
+    sparse(root / "zeros.jsonl", 12 * 2**30)
+    write_jsonl(root / "huge-prompt.jsonl", [{"prompt": "x" * (4 * 2**20 + 1), "response": "b"}])
+    (root / "deep.jsonl").write_text('{"a":' * 100_000)
+    (root / "twice.csv").write_text("prompt,prompt\na,b\n")
+    (root / "latin.jsonl").write_bytes('{"prompt": "é", "response": "b"}\n'.encode("latin-1"))
+    write_jsonl(root / "chats.jsonl", [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}])
+    (root / "bomb.yaml").write_text("lr: &a [1, 1]\nmin-lr: [*a, *a]\n")
+    (root / "python.yaml").write_text("lr: !!python/name:os.system\n")
+    (root / "loop.jinja").write_text("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
+    (root / "field.jinja").write_text("{{ question }}")
     (root / "empty.jsonl").write_text("")
     (root / "not-json.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": \n')
     write_jsonl(root / "wrong-type.jsonl", [{"prompt": "a", "response": 7}])
@@ -163,6 +207,33 @@ CASES = {  # what is wrong: flags over the good ones (None takes one away), what
     "the student's own folder for the run": ({"save": "{root}/student"}, r"--save \S+/student holds config.json, and no megakd.json says that pretrain_kd.py made it; give a new"),
     "a file for the run": ({"save": "{root}/good.jsonl"}, r"--save \S+/good.jsonl is a file; give a folder of its own"),
     "a run's folder as a model": ({"model": "{root}/finished-run"}, r"--model \S+: no config.json; give \S+/finished-run/hf$"),
+    "a shard that an index names elsewhere": ({"model": "{root}/index-outside"}, r"--model \S+index.json: names the file '../student/model.safetensors', and only one beside it can be meant"),
+    "weights that a link leads to elsewhere": ({"teacher-model": "{root}/link-outside"}, r"--teacher-model \S+model.safetensors: leads to \S+, outside its folder; copy that file into the folder"),
+    "a template that a link leads to elsewhere": ({"model": "{root}/template-outside"}, r"--model \S+chat_template.jinja: leads to \S+good.jsonl, outside its folder; copy"),
+    "a header of 6 GiB": ({"model": "{root}/large-header"}, r"model.safetensors: its header says that it has 6,442,450,936 bytes, and one has at most 33,554,432"),
+    "a config of 1 GiB": ({"model": "{root}/large-config"}, r"--model \S+config.json: 1,073,741,824 bytes, and such a file has at most 268,435,456"),
+    "a config nested too deeply": ({"model": "{root}/deep-config"}, r"--model \S+config.json: nested too deeply to be read"),
+    "a number of layers that is a text": ({"model": "{root}/text-layers"}, r"--model \S+text-layers: config.json .*; give a folder that save_pretrained wrote"),
+    "more layers than any model has": ({"model": "{root}/many-layers"}, r"--model \S+many-layers: config.json says more than 100,000 layers"),
+    "weights that git left": ({"model": "{root}/lfs"}, r"model.safetensors: is a Git LFS pointer, not the file itself; run `git lfs pull`"),
+    "a damaged tokenizer": ({"model": "{root}/bad-tokenizer"}, r"bad-tokenizer: its tokenizer does not load \(.*\); "),
+    "no end named": ({"model": "{root}/no-end"}, r"no-end/generation_config.json: eos_token_id is \"the end\"; write the id of a token"),
+    "data of 12 GiB of zeros": ({"train-data": "{root}/zeros.jsonl"}, r"zeros.jsonl line 1 holds a NUL byte"),
+    "a prompt of 4 MiB": ({"train-data": "{root}/huge-prompt.jsonl"}, r"huge-prompt.jsonl line 1: field prompt has 4,194,305 characters, and a text at most 4,194,304"),
+    "data that are nested too deeply": ({"train-data": "{root}/deep.jsonl"}, r"deep.jsonl line 1 is not JSON \(lists or objects within each other, too many to be read\)"),
+    "a table with a field named twice": ({"train-data": "{root}/twice.csv"}, r"twice.csv line 1 names a field twice: prompt, prompt"),
+    "data in another encoding": ({"train-data": "{root}/latin.jsonl"}, r"latin.jsonl line 1: byte 0xe9 is not UTF-8; convert the file to UTF-8"),
+    "chats without a template": ({"train-data": "{root}/chats.jsonl"}, r"chats.jsonl line 1 has messages, but the model's tokenizer has no chat template"),
+    "settings that refer to themselves": ({"config": "{root}/bomb.yaml"}, r"--config \S+bomb.yaml: not YAML \(a reference \*name to a list or a mapping\)"),
+    "settings of a kind of Python's": ({"config": "{root}/python.yaml"}, r"--config \S+python.yaml: not YAML \(could not determine a constructor"),
+    "too long a path": ({"train-data": "x/" * 2000}, r"--train-data 'x/.*'\.\.\. has 4,000 bytes, and a path at most 3,800; give a shorter one"),
+    "too long a name": ({"save": "{root}/" + "x" * 256}, r"--save '.*'\.\.\. has a name of 256 bytes, and the longest that a file may have is 255"),
+    "no such template": ({"prompt-template": "vicuna"}, r"--prompt-template vicuna: no such template; give alpaca, plain or the path of a .jinja file"),
+    "a template that never ends": ({"prompt-template": "{root}/loop.jinja"}, r"--prompt-template \S+loop.jinja: TimeoutError: it takes more than 0.2 seconds"),
+    "a template of another field": ({"prompt-template": "{root}/field.jinja"}, r"--prompt-template \S+field.jinja: 'question' is undefined; its fields are instruction and input"),
+    "an adapter whose base is gone": ({"model": "{root}/lone-adapter"}, r"lone-adapter: adapter_config.json says base_model_name_or_path 'nowhere', which is no folder here"),
+    "an adapter of no rank": ({"model": "{root}/no-rank"}, r"--model \S+no-rank: adapter_config.json has r 0, which is no number above 0"),
+    "a store that is none": ({"teacher-model": None, "teacher-cache": "{root}/student"}, r"--teacher-cache \S+student: holds no store.json, so it is no teacher's store"),
     "the folder of another run": ({"save": "{root}/other-run"}, r"--lr 5e-05 differs from the 0.1 of the run in --save .*another --save"),
 }  # fmt: skip
 
@@ -170,7 +241,7 @@ CASES = {  # what is wrong: flags over the good ones (None takes one away), what
 def command(root: Path, changes: dict) -> list[str]:
     flags = {name: value for name, value in (GOOD | changes).items() if value is not None}
     words = [
-        word for name, value in flags.items() for word in (f"--{name}", *([] if value == "True" else [value.format(root=root)]))
+        word for name, value in flags.items() for word in (f"--{name}", *([] if value == "True" else [value.replace("{root}", str(root))]))
     ]
     return words
 
@@ -178,6 +249,8 @@ def command(root: Path, changes: dict) -> list[str]:
 def complain(layout, root: Path, monkeypatch) -> dict[str, str]:
     """The line of every case, from the same function that the command calls; loading a weight would be a failure."""
     monkeypatch.setattr(loading, "build_model", lambda *_, **__: pytest.fail("a model was built"))
+    monkeypatch.setattr(bounded, "SECONDS", 0.2)
+    monkeypatch.setattr(templates, "SECONDS", 0.2)
     lines = {}
     for name, (changes, _, *ranks) in CASES.items():
         os.environ["WORLD_SIZE"] = str(*ranks or [1])
@@ -205,6 +278,10 @@ def lines(inputs):
         (result,) = run_distributed(complain, 1, inputs, monkeypatch)
     assert sorted(path.relative_to(inputs) for path in inputs.rglob("*")) == before, "something was left behind"
     return result
+
+
+def test_the_table_has_eighty_mistakes():
+    assert len(CASES) >= 80
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -10,26 +10,36 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import shutil
 import struct
+import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from tasks import make_rows
 from tiny import tiny_folder
 from train_tokenizer import train_tokenizer
 
 from megakd import preflight
+from megakd.checkpointing import ModelFolder
+from megakd.checkpointing.import_hf import hf_to_native
+from megakd.checkpointing.teacher_store import TeacherStore, write_targets
+from megakd.checkpointing.training import LoadCommonWithoutPickle
 from megakd.config import Config, EvaluateConfig, GenerateConfig, from_yaml, parse
 from megakd.data.rows import read_rows
 from megakd.data.tokenizer import load_tokenizer
 from megakd.errors import UserError
 from megakd.loading import ModelFolders
 
-EXAMPLES = {"flags": 60, "yaml": 60, "jsonl": 160, "config": 70, "tokenizer": 50, "index": 50, "header": 70}  # 520
+EXAMPLES = {"flags": 20, "yaml": 60, "jsonl": 160, "config": 70, "tokenizer": 50, "index": 50, "header": 70, "checkpoint": 100, "adapter": 50, "store": 50}
+SHARE = float(os.environ.get("MEGAKD_FUZZ", "0.2"))  # of these; `make drill` takes four times as many
+SLOWEST = 20  # seconds of an example: what takes longer hangs, for a user
 GOOD_FLAGS = {
     "model": "MODEL", "teacher-model": "MODEL", "train-data": "rows.jsonl", "method": "kd", "train-iters": "3", "lr": "1e-3", "save": "run",
     "global-batch-size": "8", "micro-batch-size": "2", "max-length": "32", "max-prompt-length": "16",
@@ -94,9 +104,21 @@ def damaged_bytes(draw, good):
     return good[:lo] + patch + (b"" if draw(st.booleans()) and draw(st.booleans()) else good[hi:])
 
 
+def damaged_safetensors(whole: bytes):
+    """A file whose header, or any of whose bytes, are damaged."""
+    (length,) = struct.unpack("<Q", whole[:8])
+    header, tensors = json.loads(whole[8 : 8 + length]), whole[8 + length :]
+    return damaged_json(header).map(lambda data: struct.pack("<Q", len(data)) + data + tensors) | damaged_bytes(whole)
+
+
+def many(part: str, tests: int = 1) -> int:
+    """Examples of a part for one of its tests."""
+    return max(2, round(EXAMPLES[part] * SHARE / tests))
+
+
 def examples(part):
     return settings(
-        max_examples=EXAMPLES[part], derandomize=True, deadline=None, database=None,
+        max_examples=many(part), derandomize=True, deadline=None, database=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large, HealthCheck.large_base_example],
     )  # fmt: skip
 
@@ -127,7 +149,7 @@ def contents(folder: Path) -> dict[str, str]:
 @contextlib.contextmanager
 def refused_in_one_line(folder: Path, *names: str):
     """Only a UserError may leave the block: one line with one of the names. Nothing in the folder changes."""
-    before, said = contents(folder), io.StringIO()
+    before, said, begun = contents(folder), io.StringIO(), time.monotonic()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
             yield
@@ -135,6 +157,7 @@ def refused_in_one_line(folder: Path, *names: str):
         line = str(error) if isinstance(error, UserError) else said.getvalue().strip()
         assert "\n" not in line and len(line) < 2000, line
         assert any(name in line for name in names), (names, line)
+    assert time.monotonic() - begun < SLOWEST
     assert contents(folder) == before
 
 
@@ -184,7 +207,7 @@ def test_any_data_file_is_read_or_refused_in_one_line(suffix, good, folder):
     plain = b"prompt,response\na b,c\n" if suffix == ".csv" else b"{{ instruction }}\n{% if input %}{{ input }}{% endif %}"
     file = st.lists(line, min_size=1, max_size=3).map(b"\n".join) if suffix.startswith(".json") else damaged_bytes(plain)
 
-    @settings(examples("jsonl"), max_examples=EXAMPLES["jsonl"] // 5)
+    @settings(examples("jsonl"), max_examples=many("jsonl", 5))
     @given(data=file)
     def check(data):
         path = folder / f"data{suffix}"
@@ -211,7 +234,7 @@ JSON_FILES = [("config", "config.json"), ("config", "generation_config.json"), (
 def test_any_json_file_of_a_model_is_read_or_refused_in_one_line(part, name, folder):
     document = json.loads((folder / "MODEL" / name).read_text())
 
-    @settings(examples(part), max_examples=EXAMPLES[part] // 2)
+    @settings(examples(part), max_examples=many(part, 2))
     @given(data=damaged_json(document))
     def check(data):
         (folder / "MODEL" / name).write_bytes(data)
@@ -240,16 +263,92 @@ def test_any_index_is_read_or_refused_in_one_line(folder):
 
 def test_any_safetensors_header_is_read_or_refused_in_one_line(folder):
     weights = folder / "MODEL" / "model.safetensors"
-    whole = weights.read_bytes()
-    (length,) = struct.unpack("<Q", whole[:8])
-    header, tensors = json.loads(whole[8 : 8 + length]), whole[8 + length :]
-    framed = damaged_json(header).map(lambda data: struct.pack("<Q", len(data)) + data + tensors)
 
     @examples("header")
-    @given(data=framed | damaged_bytes(whole))
+    @given(data=damaged_safetensors(weights.read_bytes()))
     def check(data):
         weights.write_bytes(data)
         with refused_in_one_line(folder, "MODEL", "--"):
             open_as_a_command_does(folder)
+
+    check()
+
+
+# ---- checkpoints, adapters, stores
+
+
+@pytest.fixture
+def native(folder) -> Path:
+    """A native checkpoint, opened as a command does."""
+    return hf_to_native(folder / "MODEL", folder / "checkpoint", tp=1, pp=1, verify=False)
+
+
+def read_a_tensor(folder: Path) -> None:
+    """A whole checkpoint, one of its tensors read."""
+    found = ModelFolder.open(folder)
+    name = "model.norm.weight"
+    found.source.read(name, tuple(slice(0, size) for size in found.source.shape(name)))
+
+
+SMALL = ["../latest_checkpointed_iteration.txt", "megakd_checkpoint.json", "metadata.json", "huggingface/config.json", ".metadata", "common.pt"]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_any_small_file_of_a_checkpoint_is_read_or_refused_in_one_line(name, native, folder):
+    file = native / name
+    whole = file.read_bytes()
+    document = json.loads(whole) if file.suffix == ".json" else None
+
+    @settings(examples("checkpoint"), max_examples=many("checkpoint", len(SMALL)))
+    @given(data=damaged_bytes(whole) if document is None else damaged_json(document))
+    def check(data):
+        file.write_bytes(data)
+        with refused_in_one_line(folder, "checkpoint", "--"):
+            read_a_tensor(folder / "checkpoint")
+            LoadCommonWithoutPickle().load_common(native)
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_any_file_of_an_adapter_is_read_or_refused_in_one_line(name, folder):
+    adapter, linear = folder / "adapter", "base_model.model.model.layers.0.self_attn.o_proj.lora_"
+    adapter.mkdir()
+    fields = {"peft_type": "LORA", "base_model_name_or_path": str(folder / "MODEL"), "r": 2, "lora_alpha": 4, "target_modules": ["o_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(fields))
+    save_file({f"{linear}A.weight": torch.ones(2, 64), f"{linear}B.weight": torch.ones(64, 2)}, adapter / "adapter_model.safetensors")
+    whole = (adapter / name).read_bytes()
+
+    @settings(examples("adapter"), max_examples=many("adapter", 2))
+    @given(data=damaged_json(fields) if name.endswith(".json") else damaged_safetensors(whole))
+    def check(data):
+        (adapter / name).write_bytes(data)
+        with refused_in_one_line(folder, "adapter", "--"):
+            source = ModelFolder.open(adapter).source
+            source.read("model.layers.0.self_attn.o_proj.weight", (slice(0, 4), slice(0, 4)))
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["store.json", "targets-00000.safetensors"])
+def test_any_file_of_a_teachers_store_is_read_or_refused_in_one_line(name, folder):
+    store = folder / "store"
+    store.mkdir()
+    fields = {
+        "kind": "topk", "top_k": 4, "dtype": "float32", "vocab_size": 97, "hidden_size": 64, "teacher": "MODEL", "checksum": "0", "quantize": "none",
+        "conditioning": {}, "data": {}, "texts": 1, "rows": 2, "files": 1, "contents": "0", "format": 1,
+    }  # fmt: skip
+    (store / "store.json").write_text(json.dumps(fields))
+    tensors = {"ids": torch.ones(2, 4, dtype=torch.int32), "log_probs": torch.ones(2, 4), "log_rest": torch.ones(2), "log_min": torch.ones(2)}
+    write_targets(store, 0, [b"0" * 16], [2], tensors)
+    whole = (store / name).read_bytes()
+
+    @settings(examples("store"), max_examples=many("store", 2))
+    @given(data=damaged_json(fields) if name.endswith(".json") else damaged_safetensors(whole))
+    def check(data):
+        (store / name).write_bytes(data)
+        with refused_in_one_line(folder, "store", "--"):
+            opened = TeacherStore(store)
+            opened.read(next(iter(opened._places)))
 
     check()

@@ -14,12 +14,13 @@ from transformers.utils import is_kernels_available
 
 ROOT = Path(__file__).parents[1]
 ROOMS = [  # a file imports from rooms above its own, or from its own
-    "megakd_kernels", "errors", "launch", "config", "reporting", "runtime", "data", "optimizer", "losses", "schedules", "models", "checkpointing",
+    "megakd_kernels", "errors", "launch", "model_files", "config", "reporting", "runtime", "data", "optimizer", "losses", "schedules", "models", "checkpointing",
     "loading", "generation", "teachers", "methods", "preflight", "run_data", "evaluation", "trainer", "api",
 ]  # fmt: skip
 WITHOUT_MEGATRON = [
     "kernels/megakd_kernels",
     "megakd/errors.py",
+    "megakd/model_files.py",
     "megakd/config",
     "megakd/data",
     "megakd/losses",

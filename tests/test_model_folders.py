@@ -621,7 +621,7 @@ TOKENIZERS = {
     "not an object": (lambda f: (f / "tokenizer.json").write_text("[]"), r"its tokenizer does not load"),
     "that git left": (lambda f: (f / "tokenizer.json").write_text(POINTER), rf"tokenizer.json: {LFS}"),
     "a sentencepiece model that git left": (lambda f: (f / "tokenizer.model").write_text(POINTER), rf"tokenizer.model: {LFS}"),
-    "a damaged config": (lambda f: (f / "tokenizer_config.json").write_text("{"), r"its tokenizer does not load"),
+    "a damaged config": (lambda f: (f / "tokenizer_config.json").write_text("{"), r"tokenizer_config.json: not JSON .*; copy or download it again"),
 }  # fmt: skip
 
 

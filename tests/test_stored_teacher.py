@@ -344,7 +344,7 @@ def test_what_is_no_store_is_told(inputs, tmp_path):
     refused(inputs, "--teacher-cache .*teacher: holds no store.json", teacher=("--teacher-cache", "teacher"))
     shutil.copytree(inputs / "hidden", tmp_path / "hidden")
     (tmp_path / "hidden" / "targets-00000.safetensors").write_bytes(b"broken")
-    with pytest.raises(UserError, match=r"targets-00000.safetensors: is damaged .*; remove it, and give the command that wrote it again"):
+    with pytest.raises(UserError, match=r"targets-00000.safetensors: 6 bytes, truncated or damaged .*; remove it, and give the command that wrote it again"):
         TeacherStore(tmp_path / "hidden")
 
 

@@ -8,7 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import megakd
-from megakd.errors import UserError
+from megakd.checkpointing.json_fields import described
+from megakd.errors import UserError, read_json
 
 FILE = "megakd_checkpoint.json"
 FORMAT_VERSION = 2  # 1 had no checksums
@@ -53,10 +54,10 @@ class Description:
                 f"{file}: missing, so this is not a megakd checkpoint; give a folder that megakd or hf_to_mp.py wrote"
             )
         try:
-            fields = json.loads(file.read_text())
+            fields = read_json(file)
             newer = fields["format_version"] > FORMAT_VERSION
-            found = None if newer else cls(**fields)
-        except (ValueError, TypeError, KeyError) as error:
+            found = None if newer else described(cls, fields)
+        except (TypeError, KeyError) as error:
             raise UserError(f"{file}: damaged ({error}); copy the checkpoint again") from error
         if newer:
             raise UserError(

@@ -9,39 +9,27 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from megakd.model_files import small_files
 from megakd.models.hf_checkpoint import HFCheckpoint
 from megakd.models.hf_config import CONFIG, settle_config
 from megakd.models.model_provider import family_of
+from megakd.models.safetensors_file import read_tensors
 
 FOLDER = "huggingface"
 SKIPPED_ROWS = "skipped_rows.safetensors"
-PATTERNS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "additional_chat_templates",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-)
 
 
 def copy_hf_files(source: Path, target: Path) -> None:
     """config, generation config, tokenizer and chat templates, byte for byte."""
     target.mkdir(parents=True, exist_ok=True)
-    for path in sorted({path for pattern in PATTERNS for path in source.glob(pattern)}):
-        copy = shutil.copytree if path.is_dir() else shutil.copyfile
-        copy(path, target / path.name)
+    for file in small_files(source):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def write_hf_folder(source: Path, checkpoint_folder: Path, config: PretrainedConfig, weights: HFCheckpoint | None = None) -> None:
@@ -64,4 +52,4 @@ def read_skipped_rows(hf_folder: Path) -> dict[str, Tensor]:
     file = hf_folder / SKIPPED_ROWS
     if not file.is_file():
         return {}
-    return load_file(file)
+    return read_tensors(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from megakd.checkpointing.peft_folder import MergedSource, PeftAdapter
 from megakd.data.end_ids import EndIds, end_ids
 from megakd.data.tokenizer import load_tokenizer
 from megakd.errors import UserError
+from megakd.model_files import small_files
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.hf_checkpoint import ADAPTER, WEIGHTS, HFCheckpoint
 from megakd.models.hub_cache import local_folder
@@ -46,10 +48,12 @@ class ModelFolder:
             UserError: neither a Hugging Face folder nor a native checkpoint, a damaged one, or a model that is not supported.
         """
         path = local_folder(path, flag=flag)
+        small_files(path, flag=flag)
         if (path / ADAPTER).is_file() and not any((path / weights).is_file() for weights in WEIGHTS):
             return cls.of_adapter(PeftAdapter.read(path, flag=flag), flag)
         if is_native(path):
             native = NativeCheckpoint(path, flag=flag)
+            small_files(native.hf_folder, flag=flag)
             if native.description.adapter:
                 raise UserError(f"{flag} {path}: holds adapters, not a model; give the run's export, {path.parent / 'hf'}")
             return cls(path, flag, native.hf_config, native.hf_folder, HuggingFaceView(native))
@@ -64,7 +68,7 @@ class ModelFolder:
         Raises:
             UserError: the base model is not there, or another.
         """
-        if not adapter.base.is_dir():
+        if not os.path.isdir(adapter.base):  # False for what is no path at all
             said = f"{flag} {adapter.folder}: {ADAPTER} says base_model_name_or_path {adapter.config.get('base_model_name_or_path')!r}"
             raise UserError(f"{said}, which is no folder here; write the base model's folder there")
         base = cls.open(adapter.base, flag=flag)

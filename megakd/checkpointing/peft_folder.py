@@ -7,21 +7,24 @@ PEFT's names are `base_model.model.<module>.lora_A.weight`, [r, in], and `lora_B
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megakd.checkpointing.native import NativeCheckpoint
-from megakd.errors import UserError, file_errors, read_json
+from megakd.errors import UserError, read_json
+from megakd.model_files import file_in
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.hf_checkpoint import ADAPTER, DTYPES
 from megakd.models.hub_cache import local_folder
 from megakd.models.lora import hf_rows, leaf, linear_mappings, modules_of, target_modules
 from megakd.models.param_mapping import Source
+from megakd.models.safetensors_file import read_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -112,9 +115,8 @@ class PeftAdapter:
                 raise UserError(f"{found}, which is not built; merge it with PEFT: merge_and_unload()")
         if not (folder / WEIGHTS).is_file():
             raise UserError(f"{flag} {folder}: no {WEIGHTS}; save the adapter as safetensors, PEFT's default")
-        with file_errors(folder / WEIGHTS):
-            tensors = load_file(folder / WEIGHTS)
-        return cls(folder, config, tensors)
+        file = file_in(folder, WEIGHTS, named_by=folder / ADAPTER, flag=flag)
+        return cls(folder, check_numbers(config, f"{flag} {folder}"), read_tensors(file, flag=flag))
 
     @property
     def base(self) -> Path:
@@ -124,7 +126,7 @@ class PeftAdapter:
             UserError: it is named as on the hub, and the cache lacks it.
         """
         named = Path(str(self.config.get("base_model_name_or_path") or ""))
-        if named.is_dir() or named.is_absolute():
+        if os.path.isdir(named) or named.is_absolute():
             return named
         beside = self.folder.parent / named
         return beside if beside.is_dir() else local_folder(named, flag=f"base_model_name_or_path of {self.folder}:")
@@ -138,9 +140,27 @@ class PeftAdapter:
     def of(self, tensor: str) -> tuple[Tensor, Tensor] | None:
         """(A, B) for a Hugging Face weight, where it has one."""
         name = PREFIX + tensor.removesuffix(".weight")
-        if tensor.endswith(".weight") and f"{name}.lora_A.weight" in self.tensors:
-            return self.tensors[f"{name}.lora_A.weight"], self.tensors[f"{name}.lora_B.weight"]
+        pair = tuple(self.tensors[file] for side in "AB" if (file := f"{name}.lora_{side}.weight") in self.tensors)
+        return pair if tensor.endswith(".weight") and len(pair) == 2 else None
+
+
+def product_shape(A: Tensor, B: Tensor) -> list[int] | None:
+    """Of B·A, the shorter side first; None where there is no such product."""
+    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or not (A.is_floating_point() and B.is_floating_point()):
         return None
+    return sorted((B.shape[0], A.shape[1]))
+
+
+def check_numbers(config: dict, name: str) -> dict:
+    """The same, its r and lora_alpha being numbers.
+
+    Raises:
+        UserError: one is not.
+    """
+    for field in ("r", "lora_alpha"):
+        if type(value := config.get(field, 8)) not in (int, float) or not 0 < value < 1e6:
+            raise UserError(f"{name}: {ADAPTER} has {field} {value!r}, which is no number above 0; copy or download it again")
+    return {"r": 8, "lora_alpha": 8} | config  # PEFT's defaults
 
 
 class MergedSource:
@@ -154,7 +174,7 @@ class MergedSource:
 
     def _check(self, tensor: str, flag: str) -> None:
         pair = self.adapter.of(tensor)
-        fits = pair is not None and tensor in self.base and sorted((pair[1].shape[0], pair[0].shape[1])) == sorted(self.base.shape(tensor))
+        fits = pair is not None and tensor in self.base and product_shape(*pair) == sorted(self.base.shape(tensor))
         if not fits:
             found = f"{flag} {self.adapter.folder}: {WEIGHTS} has an adapter of {tensor!r}"
             raise UserError(f"{found}, which does not fit the base model {self.adapter.base}; give the base that it was trained on")

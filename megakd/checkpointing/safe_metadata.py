@@ -6,14 +6,18 @@ Once an index has passed, torch's own reader, which does not look, meets the sam
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint import Metadata
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from megakd.errors import UserError
+from megakd.errors import UserError, check_file
+from megakd.model_files import check_inside
 
 METADATA = ".metadata"
+MOST_METADATA = 2**30  # bytes
 CLASSES = {
     "torch": {"Size", "device"},
     "torch.serialization": {"_get_layout"},
@@ -65,9 +69,13 @@ def read_metadata(folder: Path) -> Metadata:
     file = folder / METADATA
     if not file.is_file():
         raise UserError(f"{file}: missing; the checkpoint is incomplete, use another iteration or copy it again")
+    check_inside(file, folder)
+    check_file(file, most=MOST_METADATA)
     try:
         with file.open("rb") as stream:
             metadata = MetadataUnpickler(stream).load()
+        if isinstance(metadata, Metadata):
+            check_entries(metadata)
     except ForbiddenGlobal as error:
         raise UserError(
             f"{file}: names {error}, which a checkpoint index never needs and which could run code; do not trust it"
@@ -77,3 +85,33 @@ def read_metadata(folder: Path) -> Metadata:
     if not isinstance(metadata, Metadata):
         raise UserError(f"{file}: is a {type(metadata).__name__}, not a checkpoint index; copy the checkpoint again")
     return metadata
+
+
+def check_entries(metadata: Metadata) -> None:
+    """Every entry is of the type that it has in an index; that every chunk has a place in a file.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    places = metadata.storage_data
+    for place in places.values():
+        whole = type(place.offset) is int and type(place.length) is int and place.offset >= 0 and place.length >= 0
+        if not (isinstance(place.relative_path, str) and whole):
+            raise TypeError("a place in no file")
+    for key, entry in metadata.state_dict_metadata.items():
+        if not isinstance(key, str):
+            raise TypeError("a key that is no name")
+        for chunk in entry.chunks if isinstance(entry, TensorStorageMetadata) else ():
+            if MetadataIndex(key, chunk.offsets) not in places or len(chunk.offsets) != len(chunk.sizes):
+                raise ValueError("a chunk without a place")
+            check_sizes(chunk.offsets, chunk.sizes, entry.size)
+
+
+def check_sizes(offsets: Sequence[int], sizes: Sequence[int], whole: Sequence[int]) -> None:
+    """The chunk lies in its tensor.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if len(whole) != len(sizes) or any(not 0 <= first <= first + size <= end for first, size, end in zip(offsets, sizes, whole)):
+        raise ValueError("a chunk beyond its tensor")

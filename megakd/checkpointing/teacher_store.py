@@ -28,18 +28,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from megakd.checkpointing.fingerprint import OF_A_MODEL, checksum, model_files
+from megakd.checkpointing.json_fields import described
 from megakd.checkpointing.model_folder import ModelFolder
 from megakd.data.batch import Sample
 from megakd.data.end_ids import EndIds, end_ids
 from megakd.data.tokenizer import load_tokenizer
 from megakd.errors import UserError, file_errors, read_json
+from megakd.model_files import check_inside
 from megakd.models.hf_config import load_hf_config
+from megakd.models.safetensors_file import open_safetensors
 from megakd.reporting.own_folder import hidden, write_text
 
 FORMAT = 1
@@ -47,6 +50,7 @@ DESCRIPTION, TEACHER, HEAD = "store.json", "teacher", "head.safetensors"
 WEIGHTS = (".safetensors", ".bin", ".index.json")
 HALF = 8  # bytes of a key that are the prompt's; the response has as many
 WRITE = "write it with scripts/cache_teacher.py"
+REMOVE = "remove it, and give the command that wrote it again"
 WRITE_ANEW = "write another with scripts/cache_teacher.py, or give --teacher-model in its place"
 
 
@@ -92,9 +96,13 @@ class Description:
         if not (folder / DESCRIPTION).is_file():
             raise UserError(f"{flag} {folder}: holds no {DESCRIPTION}, so it is no teacher's store; {WRITE}")
         fields = read_json(folder / DESCRIPTION, flag=flag)
-        if not isinstance(fields, dict) or fields.get("format") != FORMAT or fields.keys() != {f.name for f in dataclasses.fields(cls)}:
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(fields, dict) or fields.get("format") != FORMAT or fields.keys() != names or fields["kind"] not in (*NAMES,):
             raise UserError(f"{flag} {folder / DESCRIPTION}: is of another version of megakd; {WRITE_ANEW}")
-        return cls(**fields)
+        try:
+            return described(cls, fields)
+        except TypeError as error:
+            raise UserError(f"{flag} {folder / DESCRIPTION}: is damaged ({error}); {WRITE_ANEW}") from error
 
     def write(self, folder: Path) -> None:
         """In one step."""
@@ -133,6 +141,7 @@ def copy_teacher(source: ModelFolder, folder: Path) -> None:
         (folder / TEACHER).mkdir(exist_ok=True)
         for file in sorted(source.hf_folder.iterdir()):
             if file.is_file() and file.suffix in OF_A_MODEL and not file.name.endswith(WEIGHTS):
+                check_inside(file, source.hf_folder)
                 shutil.copyfile(file, folder / TEACHER / file.name)
 
 
@@ -150,6 +159,8 @@ class TeacherStore:
         self.description = Description.read(self.path, flag=self.flag)
         self._files = [self._open(targets_file(self.path, number)) for number in range(self.description.files)]
         self._head = self._open(self.path / HEAD) if self.description.kind == "hidden" else None
+        for number in range(len(self._files)):
+            self._check(number)
         self._places = {key: place for number in range(len(self._files)) for key, place in self._index(number)}
 
     def _open(self, file: Path):
@@ -158,10 +169,18 @@ class TeacherStore:
                 f"{self.flag} {self.path}: {file.name} of {self.description.files} files is not there yet; the command that writes it, "
                 "given again, goes on with it"
             )
-        try:
-            return safe_open(file, framework="pt")
-        except SafetensorError as error:
-            raise UserError(f"{self.flag} {file}: is damaged ({error}); remove it, and give the command that wrote it again") from error
+        check_inside(file, self.path, flag=self.flag)
+        return open_safetensors(file, flag=self.flag, way_out=REMOVE)
+
+    def _check(self, number: int) -> None:
+        """A file has a key and a place in its rows for every text, and all that a row holds."""
+        file = self._files[number]
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no dict
+        texts, rows = shapes.get("keys", [0])[0], [shapes[name][:1] for name in NAMES[self.description.kind] if name in shapes]
+        ends = file.get_tensor("ends").tolist() if "ends" in shapes else []
+        whole = shapes.get("keys") == [texts, 2 * HALF] and shapes.get("ends") == [texts] and len(rows) == len(NAMES[self.description.kind])
+        if not (whole and min(ends, default=0) >= 0 and sorted(ends) == ends and all(row == [max(ends, default=0)] for row in rows)):
+            raise UserError(f"{self.flag} {targets_file(self.path, number)}: is damaged, its texts and rows do not fit; {REMOVE}")
 
     def _index(self, number: int) -> Iterator[tuple[bytes, tuple[int, int, int]]]:
         file, start = self._files[number], 0

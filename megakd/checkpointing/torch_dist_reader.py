@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from megakd.checkpointing.blocks import Index, row_pieces
 from megakd.checkpointing.safe_metadata import read_metadata
 from megakd.errors import UserError
+from megakd.model_files import check_inside
 
 TENSOR_DATA = "data/0"  # the name of the first storage in torch.save's zip file
 
@@ -108,6 +109,7 @@ class TorchDistReader:
             file = self.folder / name
             if Path(name).name != name or not file.is_file():
                 raise UserError(f"{file}: the index names this file, but it is not there; copy the checkpoint again")
+            check_inside(file, self.folder)
             if (size := file.stat().st_size) < end:
                 raise UserError(
                     f"{file}: {size:,} bytes, but the index describes {end:,}; it is truncated, copy the checkpoint again"

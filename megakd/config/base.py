@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from megakd.config.fields import as_words, flags_of, out_of_range
+from megakd.config.fields import as_words, flags_of, out_of_range, unusable_paths
 from megakd.errors import UserError
 
 
@@ -22,7 +22,7 @@ class BaseConfig:
         Raises:
             UserError: the first impossible value or combination, with its flag.
         """
-        for error in chain(out_of_range(self), self.validation_errors()):  # the first alone: a 0 would be divided by in the second
+        for error in chain(out_of_range(self), unusable_paths(self), self.validation_errors()):  # a 0 would be divided by in the last
             raise UserError(error)
 
     def validation_errors(self) -> Iterator[str]:

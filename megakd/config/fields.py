@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ import tyro
 Group = tyro.conf.OmitArgPrefixes  # Group[C]: a field that holds the flags of C, whose names do not begin with the field's
 TEMPLATE_HELP = "how an instruction becomes a prompt: alpaca (MiniLLM's), plain, or the path of a .jinja file"
 LARGEST_COUNT, LARGEST_NUMBER = 2**31 - 1, 1e30  # what fits into 32 bits, and with room to spare into a float32
+LONGEST_NAME, LONGEST_PATH = 255, 3800  # bytes; a path has 4,095, and a run writes into folders within its own
 COLDEST = 1e-5  # below it a logit divided by the temperature leaves float32
 
 
@@ -95,3 +97,24 @@ def out_of_range(config: Any) -> Iterator[str]:
             bounds = line.metadata.get("range")
             if bounds and number is not None and (complaint := bounds.complaint(number)):
                 yield f"{flag_name(line.name)} {number} {complaint}"
+
+
+def unusable_paths(config: Any) -> Iterator[str]:
+    """Paths that no system takes, whatever is there."""
+    for line, value in flags_of(config):
+        for path in filter(None, [value] if isinstance(value, str) else value or ()) if line.metadata.get("path") else ():
+            if complaint := path_complaint(path):
+                yield f"{flag_name(line.name)} {path[:60]!r}{'...' if len(path) > 60 else ''} {complaint}"
+
+
+def path_complaint(path: str) -> str | None:
+    """What is wrong with a path as such."""
+    try:
+        data = os.fsencode(path)
+    except UnicodeEncodeError:
+        return "holds half of a character; give a path of whole ones"
+    if b"\0" in data:
+        return "holds a NUL character, which no path has; take it out"
+    if (longest := max(map(len, data.split(b"/")))) > LONGEST_NAME:
+        return f"has a name of {longest:,} bytes, and the longest that a file may have is {LONGEST_NAME}; give a shorter one"
+    return f"has {len(data):,} bytes, and a path at most {LONGEST_PATH:,}; give a shorter one" if len(data) > LONGEST_PATH else None

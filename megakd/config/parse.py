@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
-import yaml
 
 from megakd.config.base import BaseConfig
 from megakd.config.fields import alike, as_words
 from megakd.config.train import Config
+from megakd.config.yaml_file import read_yaml
 from megakd.errors import UserError, fail, file_errors, tell
 
 AnyConfig = TypeVar("AnyConfig", bound=BaseConfig)
@@ -56,16 +56,11 @@ def from_yaml(file: str | Path, kind: type[AnyConfig] = Config) -> AnyConfig:
         UserError: no such file, not a mapping, or a key that is no flag.
     """
     file = Path(file).expanduser()
-    if not file.is_file():
-        raise UserError(f"--config {file}: no such file; check the path")
     with file_errors(file, flag="--config"):
-        text = file.read_text(encoding="utf-8")
-    try:
-        values = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date with 13 months
-        raise UserError(f"--config {file}: not YAML ({str(error).splitlines()[0]}); write one `flag-name: value` a line") from error
-    if not isinstance(values, dict):
-        raise UserError(f"--config {file}: holds a {type(values).__name__}; write one `flag-name: value` a line")
+        there = file.is_file()
+    if not there:
+        raise UserError(f"--config {file}: no such file; check the path")
+    values = read_yaml(file)
     values = {str(name).lstrip("-").replace("-", "_"): value for name, value in values.items()}
     if unknown := sorted(values.keys() - kind().flat().keys()):
         raise UserError(f"--config {file}: unknown key {unknown[0]!r}; {suggestion(alike(unknown[0], kind().flat()))}")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from megakd.data.bounded import bounded
 from megakd.data.templates import failure
 from megakd.data.tokenizer import own_eos_token
 from megakd.data.values import excerpt, first_difference, shown
@@ -139,7 +140,7 @@ class Chat:
         options = {"tools": self.tools, "chat_template": self.template, "add_generation_prompt": add_generation_prompt}
         options["eos_token"] = own_eos_token(self.tokenizer)
         try:
-            return self.tokenizer.apply_chat_template(list(turns), tokenize=False, **options)
+            return bounded(lambda: self.tokenizer.apply_chat_template(list(turns), tokenize=False, **options))
         except TemplateError as error:
             raise UserError(f"{self.where}: the chat template refuses these messages ({failure(error)}); change them") from error
         except Exception as error:  # a template is foreign code, and what it does with a turn may raise anything

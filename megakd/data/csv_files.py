@@ -5,10 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megakd.data.text_files import read_lines
-from megakd.data.values import short
+from megakd.data.values import MOST_TEXT, short
 from megakd.errors import UserError
-
-LARGEST_CELL = 2**31 - 1  # characters; Python's own limit is 131,072
 
 
 def csv_records(path: Path, *, delimiter: str = ",") -> Iterator[tuple[str, dict[str, str]]]:
@@ -30,7 +28,7 @@ def csv_records(path: Path, *, delimiter: str = ",") -> Iterator[tuple[str, dict
 
 def cells(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """The line in which each row begins, and its cells; blank lines are none, but count."""
-    csv.field_size_limit(LARGEST_CELL)
+    csv.field_size_limit(MOST_TEXT)  # Python's own limit is 131,072 characters
     reader = csv.reader((line for _, line in read_lines(path)), delimiter=delimiter, strict=True)
     begins = 1
     try:

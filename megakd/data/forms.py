@@ -222,7 +222,7 @@ def tools_of(fields: dict, where: str) -> list[dict] | None:
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: field tools is {shown(tools)}; it must be a list of tools, or JSON of one") from error
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise UserError(f"{where}: field tools is {shown(tools)}; it must be a list of tools, or JSON of one")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from megakd.data.text_files import PIECE, read_lines, read_pieces
+from megakd.data.text_files import MOST_LINE, PIECE, read_lines, read_pieces
 from megakd.data.values import short
 from megakd.errors import UserError
 
@@ -94,6 +94,8 @@ class ListText:
                 value, self._at = DECODER.raw_decode(self._text, self._at)
                 return value
             except json.JSONDecodeError as error:  # wrong, or not all there yet
+                if len(self._text) - self._at > MOST_LINE:
+                    self.refuse(f"{error.msg}, or a row of more than {MOST_LINE:,} characters")
                 if not self._read(size):
                     self._at = error.pos
                     self.refuse(error.msg)

@@ -17,7 +17,7 @@ from megakd.data.csv_files import csv_records
 from megakd.data.json_files import json_records
 from megakd.data.tables import TABLES, table_records
 from megakd.data.text_files import read_lines
-from megakd.data.values import check_record
+from megakd.data.values import MOST_TEXT, check_record
 from megakd.errors import UserError
 
 NEWLINE = "<@x(x!>"  # within a document of MiniLLM's corpora
@@ -67,7 +67,11 @@ def lines_as_documents(path: Path) -> Iterator[str]:
 def paragraphs(path: Path) -> Iterator[str]:
     """What stands between blank lines."""
     lines: list[str] = []
-    for _, line in read_lines(path):
+    size = 0
+    for number, line in read_lines(path):
+        size = size + len(line) if line.strip() else 0
+        if size > MOST_TEXT:
+            raise UserError(f"{path} line {number}: a document of more than {MOST_TEXT:,} characters; divide it by blank lines")
         if line.strip():
             lines.append(line)
         elif lines:

@@ -4,7 +4,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from megakd.errors import UserError, file_errors, read_json
+from megakd.errors import UserError, check_file, file_errors, read_json
+from megakd.model_files import file_in
 
 TABLES = (".parquet", ".arrow")
 ROWS_AT_ONCE = 256  # as Python's values a row takes many times its room in the file
@@ -30,7 +31,7 @@ def table_files(path: Path) -> list[Path]:
         splits = noted(path / "dataset_dict.json", "splits")
         raise UserError(f"{path} holds the splits {', '.join(splits)}; give the folder of one, as {path / splits[0]}")
     if (path / "state.json").is_file():
-        return [path / file["filename"] for file in noted(path / "state.json", "_data_files")]
+        return [noted_file(path, entry) for entry in noted(path / "state.json", "_data_files")]
     with file_errors(path):
         files = sorted(file for file in path.iterdir() if file.suffix in TABLES) if path.is_dir() else [path]
     if not files:
@@ -41,9 +42,16 @@ def table_files(path: Path) -> list[Path]:
 def noted(file: Path, key: str) -> list:
     """The list of that name that `save_to_disk` wrote."""
     notes = read_json(file)
-    if not (isinstance(notes, dict) and isinstance(notes.get(key), list) and notes[key]):
+    found = notes.get(key) if isinstance(notes, dict) else None
+    if not (isinstance(found, list) and found):
         raise UserError(f"{file} names no {key}, as `save_to_disk` does; save the dataset again")
-    return notes[key]
+    return found
+
+
+def noted_file(folder: Path, entry: object) -> Path:
+    """The file of an entry of state.json, which lies beside it."""
+    name = entry.get("filename") if isinstance(entry, dict) else None
+    return file_in(folder, name, named_by=folder / "state.json")
 
 
 def read_table(file: Path) -> Iterator[dict]:
@@ -53,6 +61,7 @@ def read_table(file: Path) -> Iterator[dict]:
         from pyarrow import ipc, parquet
     except ImportError as error:
         raise UserError(f"{file}: tables need `pip install pyarrow`; or convert them to .jsonl") from error
+    check_file(file)
     try:
         with file_errors(file):
             if file.suffix == ".parquet":

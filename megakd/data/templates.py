@@ -11,7 +11,10 @@ from pathlib import Path
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from megakd.errors import UserError, file_errors
+from megakd.data.bounded import MEMORY, SECONDS, bounded, limited_memory, limited_seconds
+from megakd.errors import UserError, read_text
+
+MOST_TEMPLATE = 2**20  # bytes
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -54,12 +57,12 @@ def jinja_template(path: Path, flag: str, fields: Sequence[str]) -> Callable[...
     Raises UserError where the file is none, or asks for another field.
     """
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-    with file_errors(path, flag=flag):
-        text = path.read_text(encoding="utf-8-sig")  # a byte-order mark is no part of a prompt
+    text = read_text(path, most=MOST_TEMPLATE, encoding="utf-8-sig", flag=flag)  # a byte-order mark is no part of a prompt
     way_out = f"its fields are {', '.join(fields[:-1])} and {fields[-1]}"
     try:
-        template = environment.from_string(text)
-        unknown = meta.find_undeclared_variables(environment.parse(text)) - {*fields, *environment.globals}
+        with limited_seconds(SECONDS), limited_memory(MEMORY):  # constants are computed where they stand
+            template = environment.from_string(text)
+            unknown = meta.find_undeclared_variables(environment.parse(text)) - {*fields, *environment.globals}
     except TemplateSyntaxError as error:
         raise UserError(f"{flag} {path} line {error.lineno}: {failure(error)}; correct it") from error
     except Exception as error:  # Python compiles what Jinja makes of it, and has limits of its own
@@ -69,7 +72,7 @@ def jinja_template(path: Path, flag: str, fields: Sequence[str]) -> Callable[...
 
     def render(*values: object) -> str:
         try:
-            return template.render(dict(zip(fields, values, strict=True)))
+            return bounded(lambda: template.render(dict(zip(fields, values, strict=True))))
         except Exception as error:  # a template is foreign code, and may raise anything
             raise UserError(f"{flag} {path}: {failure(error)}; {way_out}") from error
 

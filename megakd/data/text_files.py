@@ -7,21 +7,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megakd.errors import UserError, file_errors
+from megakd.errors import UserError, check_file, file_errors
 
 GZIP = b"\x1f\x8b"
 PIECE = 2**16  # characters
+MOST_LINE = 16 * 2**20  # characters; what is longer is no line of text, and would be in memory as a whole
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Number and text of every line, newline included. A byte-order mark is left out; CRLF and CR are newlines, U+2028 is none.
 
     Raises:
-        UserError: the file cannot be read or unpacked, or a line is not UTF-8.
+        UserError: the file cannot be read or unpacked, or a line is not UTF-8, or longer than MOST_LINE.
     """
+    number = 0
     with open_text(path) as text:
-        for number, line in enumerate(text, start=1):
+        while line := text.readline(MOST_LINE + 1):
+            number += 1
             check_utf8(line, path, number)
+            if len(line) > MOST_LINE:
+                raise UserError(f"{path} line {number} has more than {MOST_LINE:,} characters; give one row a line, or take it out")
             yield number, line
 
 
@@ -38,6 +43,7 @@ def read_pieces(path: Path) -> Iterator[str]:
 @contextmanager
 def open_text(path: Path) -> Iterator[io.TextIOWrapper]:
     """The file, unpacked where it begins as gzip's files do, whatever its name."""
+    check_file(path)
     try:
         with file_errors(path), path.open("rb") as file:
             packed = file.peek(len(GZIP)).startswith(GZIP)

@@ -10,10 +10,10 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megakd.data.end_ids import end_ids
-from megakd.errors import UserError, refuse_lfs_pointer, said
+from megakd.errors import UserError, read_json, said
+from megakd.model_files import file_in, small_files
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-OTHER_FILES = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 PROBE = "Below is an instruction.\n\n### Response:\n  It's 12,345 tokens — naïve?"  # merges, digits, spaces, bytes
 
 
@@ -25,9 +25,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     folder = Path(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{folder} holds none of {', '.join(TOKENIZER_FILES)}; copy the model's tokenizer files into it")
-    for name in (*TOKENIZER_FILES, *OTHER_FILES):
-        if (folder / name).is_file():
-            refuse_lfs_pointer(folder / name)
+    small_files(folder)
+    check_versions(folder / "tokenizer_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions, transformers whatever comes of odd fields
@@ -36,6 +35,20 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     tokenizer.eos_token_id = end_ids(folder, tokenizer).taught
     tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_versions(config: Path) -> None:
+    """Its field fast_tokenizer_files, of which transformers takes one in place of tokenizer.json, names files beside it.
+
+    Raises:
+        UserError: it names others, or the file is damaged.
+    """
+    fields = read_json(config) if config.is_file() else {}
+    if not isinstance(fields, dict):
+        raise UserError(f"{config}: holds a JSON {type(fields).__name__} where an object is needed; copy or download it again")
+    names = fields.get("fast_tokenizer_files") or ()
+    for name in names if isinstance(names, list | tuple) else [names]:
+        file_in(config.parent, name, named_by=config)
 
 
 def _way_out(error: Exception) -> str:

@@ -9,6 +9,7 @@ import re
 from megakd.errors import UserError
 
 FORMS = "prompt with response (or output), instruction with output, question with answer, messages, or text"
+MOST_TEXT = 4 * 2**20  # characters of one text, a few seconds of a tokenizer; no model reads so much
 MOST_LEVELS = 100  # of lists and objects within each other; Python's own writer gives up at about a thousand
 BROKEN = re.compile("[\0\ud800-\udfff]")  # NUL, and half of a surrogate pair
 
@@ -45,7 +46,9 @@ def check_value(value: object, what: str) -> None:
 
 
 def check_text(text: str, what: str) -> None:
-    """Refuses characters that no UTF-8 text has."""
+    """Refuses characters that no UTF-8 text has, and what is too long to be tokenized."""
+    if len(text) > MOST_TEXT:
+        raise UserError(f"{what} has {len(text):,} characters, and a text at most {MOST_TEXT:,}; cut it, or take it out")
     broken = None if text.isascii() and "\0" not in text else BROKEN.search(text)
     if broken:
         name = "NUL" if broken[0] == "\0" else "half a surrogate pair, an emoji cut in two"

@@ -10,11 +10,12 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from megakd.errors import UserError, file_errors, refuse_lfs_pointer, tell
+from megakd.errors import UserError, file_errors, tell
+from megakd.model_files import file_in
 from megakd.models.hf_config import CONFIG, load_hf_config, read_hf_json
 from megakd.models.mp_files import JoinedTensor, joined_tensors, mp_sizes
 from megakd.models.pytorch_file import tensors_of
@@ -29,6 +30,7 @@ from megakd.models.quantized import (
     dequantize,
     quantization,
 )
+from megakd.models.safetensors_file import open_safetensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -144,7 +146,7 @@ class HFCheckpoint:
         """As transformers looks for them: one file is taken before an index, which an earlier save may have left, and safetensors first."""
         for single, index in ((SINGLE, INDEX), (PYTORCH_SINGLE, PYTORCH_INDEX)):
             if (self.folder / single).is_file():
-                return [self.folder / single]
+                return [file_in(self.folder, single, named_by=self.folder, flag=self.flag)]
             if (self.folder / index).is_file():
                 return _indexed(self.folder / index, flag=self.flag)
         raise UserError(f"{self.flag} {self.folder}: {_no_weights(self.folder)}")
@@ -168,9 +170,9 @@ def _indexed(index: Path, *, flag: str) -> list[Path]:
     """
     weight_map = read_hf_json(index, flag=flag).get("weight_map")
     files = weight_map.values() if isinstance(weight_map, dict) else ()
-    if not files or not all(isinstance(name, str) and name == Path(name).name for name in files):
+    if not files or not all(isinstance(name, str) for name in files):
         raise UserError(f"{flag} {index}: has no weight_map from tensors to files; copy or download it again")
-    return [index.parent / name for name in sorted(set(files))]
+    return [file_in(index.parent, name, named_by=index, flag=flag) for name in sorted(set(files))]
 
 
 def _check_folder(folder: Path, name: str) -> None:
@@ -231,11 +233,6 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         raise UserError(f"{file}: the index names this file, but it is not there; download it again")
     if is_pytorch(file):
         return {name: StoredTensor(file, name, tuple(x.shape), NAMES.get(x.dtype, str(x.dtype))) for name, x in tensors_of(file).items()}
-    refuse_lfs_pointer(file)
-    try:
-        with file_errors(file), safe_open(file, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - no dict
-            return {name: StoredTensor(file, name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-    except SafetensorError as error:
-        size = file.stat().st_size
-        raise UserError(f"{file}: {size:,} bytes, truncated or damaged ({error}); copy or download it again") from error
+    with open_safetensors(file) as found:
+        slices = {name: found.get_slice(name) for name in found.keys()}  # noqa: SIM118 - no dict
+        return {name: StoredTensor(file, name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}

@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megakd.errors import UserError, file_errors, refuse_lfs_pointer
+from megakd.errors import UserError, file_errors, refuse_lfs_pointer, said
 
 WAY_OUT = "load it with transformers where you trust it, and give the folder that save_pretrained writes"
+MOST_PICKLE = 64 * 2**20  # bytes
 
 
 def tensors_of(file: Path) -> dict[str, Tensor]:
@@ -36,6 +37,7 @@ def _mapped(file: Path, _changed: int, _size: int) -> dict[str, Tensor]:
     with file_errors(file):
         if not zipfile.is_zipfile(file):
             raise UserError(f"{file}: PyTorch's format of before version 1.6, or damaged; {WAY_OUT}")
+    check_records(file)
     try:
         found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
@@ -44,3 +46,22 @@ def _mapped(file: Path, _changed: int, _size: int) -> dict[str, Tensor]:
     if not (isinstance(found, dict) and all(isinstance(name, str) and isinstance(x, Tensor) for name, x in found.items())):
         raise UserError(f"{file}: holds no dictionary of tensors by name; {WAY_OUT}")
     return found
+
+
+def check_records(file: Path) -> None:
+    """Its parts lie in it as they are, and its index is no larger than one can be.
+
+    Raises:
+        UserError: a part is packed, of which a small one could become anything, or the index is too large.
+    """
+    try:
+        with file_errors(file), zipfile.ZipFile(file) as archive:
+            parts = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise UserError(f"{file}: damaged ({said(error)}); {WAY_OUT}") from error
+    for part in parts:
+        if part.compress_type != zipfile.ZIP_STORED or (part.filename.endswith(".pkl") and part.file_size > MOST_PICKLE):
+            raise UserError(
+                f"{file}: its part {part.filename[:80]} is packed, or an index of more than {MOST_PICKLE:,} bytes, and torch.save "
+                f"writes none; {WAY_OUT}"
+            )

@@ -424,6 +424,23 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (DATA + "sft_dataset.py", "if len(prompt) <= max_prompt_length]", "]"),
         (DATA + "sft_dataset.py", "whole = len(self._stream) // self.max_length * self.max_length", "whole = len(self._stream)"),
     ],
+    of("test_input_limits", "a_hostile_model_is_refused_soon"): [
+        ("megakd/model_files.py", "real.is_relative_to(home) or", "True or"),
+        ("megakd/model_files.py", "most=MOST_SMALL", "most=2**40"),
+        (MODELS + "safetensors_file.py", "if MOST_HEADER < length <= size:", "if False:"),
+        (MODELS + "pytorch_file.py", "part.compress_type != zipfile.ZIP_STORED or", "False or"),
+    ],
+    of("test_input_limits", "a_hostile_chat_template_is_ended", "a_hostile_prompt_template_is_ended"): [
+        (DATA + "bounded.py", "signal.setitimer(signal.ITIMER_REAL, seconds)", "signal.setitimer(signal.ITIMER_REAL, 100 * seconds)"),
+        (DATA + "bounded.py", "if len(text) > MOST_TEXT:", "if False:"),
+    ],
+    of("test_input_limits", "hostile_settings_are_refused_soon"): [
+        (CONFIG + "yaml_file.py", "if self.levels > MOST_LEVELS:", "if False:"),
+        (CONFIG + "base.py", "unusable_paths(self), ", ""),
+    ],
+    of("test_input_limits", "the_hubs_own_cache_is_read"): [
+        ("megakd/model_files.py", 'real.match("models--*/blobs/*")', "False"),
+    ],
     of("test_generation", "noise_is_uniform_over_tokens_rows_positions_and_seeds"): [
         (GENERATION + "sampling.py", "mix64(mix64(torch.full_like(ids_B, seed)) + ids_B * GOLDEN_GAMMA)", "mix64(ids_B * GOLDEN_GAMMA)"),
         (GENERATION + "sampling.py", "mix64(mix64(torch.full_like(ids_B, seed)) + ids_B * GOLDEN_GAMMA)", "mix64(torch.full_like(ids_B, seed))"),
