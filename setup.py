@@ -18,6 +18,7 @@ setup(
     python_requires=">=3.10,<3.14",  # megatron-core 0.16.1 comes as wheels for these
     packages=[*find_packages(include=["megakd", "megakd.*"]), *find_packages("kernels")],
     package_dir={"megakd_kernels": "kernels/megakd_kernels"},
+    package_data={"megakd.simulation": ["shim.cpp"]},
     install_requires=[
         "torch>=2.10",  # addmm adds bfloat16 products to a float32 sum, which the fused heads do on a GPU
         "megatron-core>=0.16.1,<0.17",  # 0.17 needs Python 3.12

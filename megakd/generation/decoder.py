@@ -51,7 +51,9 @@ class Decoder:
         self.lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         self.width = max(map(len, prompts))
         self.slices = slices_of_like_length([len(prompt) for prompt in prompts])
-        columns = -(-(self.soft_length + self.width + max_new_tokens) // ALIGNED) * ALIGNED
+        columns = aligned(self.soft_length + self.width + max_new_tokens)
+        prompts_end = self.soft_length + self.width
+        self.prompt_columns = prompts_end if self.device.type == "cpu" else aligned(prompts_end)  # what is behind them is masked
         self.cache = KVCache([layer.self_attention for layer in model.decoder.layers], len(prompts), columns, self.dtype, self.device)
         self.columns_L = torch.arange(columns, device=self.device)
         self.is_token_BL = self._is_token()
@@ -86,7 +88,7 @@ class Decoder:
         positions_BS = torch.cat([soft_columns.expand(len(part.rows), -1), self.soft_length + positions], 1)
         columns_S = torch.cat([soft_columns, self.soft_length + columns])
         tokens_BS = tokens_BW[rows, self.width - part.width :]
-        return self.run(tokens_BS, positions_BS, columns_S, rows, self.soft_length + self.width, hidden, self.soft_prompt_PH)
+        return self.run(tokens_BS, positions_BS, columns_S, rows, self.prompt_columns, hidden, self.soft_prompt_PH)
 
     def decode(self, tokens_B: Tensor, step: Tensor, filled: int | None, hidden: Tensor | None = None) -> Tensor:
         """The `step`-th response token (from 0) of each row, on later stages its hidden state: to a hidden state, or logits.
@@ -143,6 +145,11 @@ class Decoder:
     def _added(self, visible: Tensor) -> Tensor:
         mask = torch.zeros(visible.shape, dtype=self.dtype, device=self.device).masked_fill_(~visible, float("-inf"))
         return mask[:, None]
+
+
+def aligned(columns: int) -> int:
+    """The next multiple of ALIGNED."""
+    return -(-columns // ALIGNED) * ALIGNED
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,140 @@
+"""A whole iteration of every method, its evaluation and its checkpoint, as a GPU would meet them; faults that it must notice.
+
+Simulated, not run: megakd/simulation/ says what that sees. `make test` has one layout a method, `-m slow` the whole table.
+`python tests/gpu_simulation/golden.py` writes the peaks anew.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from checks import disagreement, refusals, waits
+from jobs import LAYOUTS, job
+
+from megakd.config import METHODS
+from megakd.simulation import shim
+from megakd.simulation.ranks import simulate
+from megakd.simulation.record import Record
+
+pytestmark = pytest.mark.skipif(not shutil.which(shim.COMPILER), reason=f"no {shim.COMPILER}: the simulation of a GPU needs a C++ compiler")
+
+CASES = [(method, layout) for method in METHODS for layout in LAYOUTS]
+DIAGONAL = [("sft", "TP1"), ("kd", "TP2 SP"), ("seqkd", "TP1"), ("distillm", "TP1"), ("minillm", "DP2 zero"), ("promptkd", "TP2 PP2"),
+            ("response_priming", "TP1")]  # fmt: skip
+assert {method for method, _ in DIAGONAL} == set(METHODS)
+GOLDEN = Path(__file__).with_name("golden.json")
+BUDGET = {"sft": 6, "kd": 6, "seqkd": 6, "distillm": 6, "minillm": 8, "promptkd": 40, "response_priming": 6}  # waits of an iteration, at most
+CAPTURES = 3  # of an iteration that samples 8 rows: one for 8, 4 and 2 of them
+
+
+def simulated(cases: list[tuple[str, str]]) -> dict[tuple[str, str], list[Record]]:
+    """All of them in one go: torch is imported once."""
+    ranks = [(case, rank) for case in cases for rank in job(*case)]
+    found: dict[tuple[str, str], list[Record]] = {case: [] for case in cases}
+    for (case, _), record in zip(ranks, simulate([rank for _, rank in ranks])):
+        found[case].append(record)
+    return found
+
+
+@pytest.fixture(scope="module")
+def diagonal() -> dict[tuple[str, str], list[Record]]:
+    return simulated(DIAGONAL)
+
+
+def check(method: str, layout: str, records: list[Record]) -> None:
+    """Everything that holds of every case."""
+    for rank, record in enumerate(records):
+        assert not refusals(record), f"rank {rank}: {refusals(record)[0]}"
+        assert sum(waits(record).values()) <= BUDGET[method], f"rank {rank} waits more often than before: {waits(record)}"
+        assert record.captures <= CAPTURES
+        assert record.parts["student_step"].launches > 100 and record.messages  # something was seen
+    assert disagreement(records) is None
+    for rank, (record, golden) in enumerate(zip(records, json.loads(GOLDEN.read_text())[f"{method}, {layout}"])):
+        assert record.peaks.keys() == golden.keys()
+        assert record.peaks == pytest.approx(golden, rel=0.03), f"rank {rank}: peaks in bytes by part; golden.py writes them anew"
+
+
+@pytest.mark.parametrize("method, layout", DIAGONAL)
+def test_an_iteration_asks_a_gpu_for_nothing_that_it_refuses(method, layout, diagonal):
+    check(method, layout, diagonal[method, layout])
+
+
+@pytest.mark.slow
+def test_no_method_asks_for_it_at_any_layout():
+    for (method, layout), records in simulated(CASES).items():
+        check(method, layout, records)
+
+
+def test_what_lives_between_iterations_is_weights_gradients_and_moments(diagonal):
+    """Bytes a parameter: the student's bfloat16 and float32 weight, float32 gradient, two moments; of the teacher, weights alone."""
+    (record,) = diagonal["distillm", "TP1"]
+    student, teacher = (parameters_of_gpt2(hidden) for hidden in (128, 256))
+    assert record.resident["student"] == pytest.approx(2 * student, rel=0.03)
+    assert record.resident["teacher weights"] == pytest.approx(2 * teacher, rel=0.03)
+    assert record.resident["gradients and optimizer"] == pytest.approx((4 + 4) * student, rel=0.03)
+    assert record.resident["optimizer"] == pytest.approx((4 + 4) * student, rel=0.03)
+
+
+def parameters_of_gpt2(hidden: int, *, layers: int = 2, vocabulary: int = 1024, positions: int = 64) -> int:
+    """jobs.py's, its vocabulary padded."""
+    layer = 12 * hidden**2 + 13 * hidden
+    return (vocabulary + positions) * hidden + layers * layer + 2 * hidden
+
+
+def test_a_checkpoint_is_written_and_read(tmp_path):
+    (rank,) = job("promptkd", "TP1", folder=str(tmp_path / "checkpoints"), source=str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(rank.student))
+    (record,) = simulate([rank])
+    assert not refusals(record)
+    assert (tmp_path / "checkpoints" / "iter_0000002" / "common.pt").is_file()
+    assert any(part == "save" and what == "copy to host" for part, what, _ in record.waits)
+
+
+FAULTS = {  # planted in faults.py: (method, layout), what is said
+    "batches_stay_on_the_host": (("sft", "TP1"), "CPU tensor"),
+    "counts_are_summed_on_the_host": (("sft", "DP2 zero"), "NCCL: a CPU tensor in allreduce_"),
+    "a_loss_in_another_type": (("sft", "TP1"), "dtype"),
+    "a_decode_step_that_looks": (("promptkd", "TP1"), "in a CUDA graph: item"),
+    "the_last_rank_reduces_once_more": (("sft", "TP2 SP"), "rank 0 and rank 1 differ"),
+    "a_stage_sends_less": (("sft", "TP2 PP2"), "sends"),
+    "every_loss_is_looked_at": (("sft", "TP1"), "budget"),
+    "gradients_are_kept_twice": (("sft", "TP1"), "golden"),
+}
+
+
+@pytest.fixture(scope="module")
+def faulty(pytestconfig) -> dict[str, list[Record]]:
+    ranks = []
+    for fault, (case, _) in FAULTS.items():
+        ranks += [(fault, rank) for rank in job(*case, plant=f"faults:{fault}", iterations=1 + (case[0] == "sft"), after=())]
+    found: dict[str, list[Record]] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        for (fault, _), record in zip(ranks, simulate([rank for _, rank in ranks])):
+            found.setdefault(fault, []).append(record)
+    return found
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen(fault, faulty):
+    (method, layout), said = FAULTS[fault]
+    records = faulty[fault]
+    seen = [*(text for record in records for text in refusals(record)), disagreement(records) or ""]
+    if sum(waits(records[0]).values()) > BUDGET[method]:
+        seen.append("budget")
+    golden = json.loads(GOLDEN.read_text())[f"{method}, {layout}"][0]
+    if max(records[0].peaks.values()) > 1.03 * max(golden.values()):
+        seen.append("golden")
+    assert any(said in text for text in seen), seen
+
+
+def test_without_a_compiler_it_is_one_line(monkeypatch, tmp_path):
+    from megakd.errors import UserError
+
+    monkeypatch.setattr(shim, "COMPILER", "no-such-compiler")
+    monkeypatch.setattr(shim, "CACHE", tmp_path)
+    with pytest.raises(UserError, match=r"^the simulation of a GPU needs a C\+\+ compiler once, and there is no no-such-compiler; install g\+\+"):
+        shim.compiled()
