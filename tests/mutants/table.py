@@ -493,7 +493,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         ("megakd/checkpointing/best.py", "self.sign * value <= self.sign * self.value", "self.sign * value < self.sign * self.value"),
         ("megakd/checkpointing/best.py", 'kept["value"] if kept.get("metric") == metric else None', "None"),
         ("megakd/checkpointing/native.py", "for path in found[:-kept]:", "for path in found[: 1 - kept or None]:"),
-        ("megakd/preflight.py", "if latest is not None or is_export(folder / BEST):", "if latest is not None:"),
+        ("megakd/preflight.py", "if iteration is not None or is_export(folder / BEST):", "if iteration is not None:  # alone"),
     ],
     of("test_evaluation", "a_response_that_has_ended_adds_nothing_and_samples_are_averaged", "exposure_bias_has_the_spread_of_its_ratio_and_none_where_it_is_undefined"): [
         (EVALUATION + "exposure_bias.py", "padded.cumsum(1).mean(0)", "padded.cumsum(1).sum(0)"),
