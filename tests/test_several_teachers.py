@@ -129,6 +129,41 @@ def test_a_run_with_two_teachers_is_the_same_on_replicas_and_evaluates_each_row_
     assert abs(parts[0] - parts[1]) > 1e-3
 
 
+@pytest.mark.parametrize(
+    "ranks, flags", [(2, ["--teacher-tp", 2]), (2, ["--tp", 2, "--teacher-tp", 1]), (4, ["--pp", 2, "--teacher-tp", 2, "--teacher-pp", 2])], ids=str
+)
+def test_several_in_a_layout_of_their_own_teach_the_same(inputs, ranks, flags):
+    """Replicas of the student have unlike numbers of either's rows, and every rank has a part in each pass."""
+    save = "apart-" + "".join(map(str, flags))
+    run_distributed(train, 1, command(inputs, f"{save}-alone"))
+    run_distributed(train, ranks, command(inputs, save, *flags))
+    for ours, theirs in zip(numbers(inputs / save), numbers(inputs / f"{save}-alone"), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-4, abs=1e-5)
+
+
+def test_a_template_gives_each_teacher_its_own_text(inputs):
+    """The row names its teacher, and a template has the row."""
+    template = inputs / "own.jinja"
+    template.write_text("{% if row.kind == 'math' %}Count. {% endif %}{{ question }}")
+    run_distributed(train, 1, command(inputs, "own-text", "--teacher-priming", template))
+    for name in TEACHERS:
+        for part in ("train", "valid"):
+            rows = [line for line in (inputs / f"{part}.jsonl").open() if json.loads(line)["kind"] == name]
+            (inputs / f"{part}-{name}.jsonl").write_text("".join(rows))
+    held_out = {}
+    for name, text in (("math", ["--teacher-priming", "Count. "]), ("code", [])):
+        flags = ["--train-iters", 1, "--global-batch-size", 2, "--teacher-model", inputs / name, "--teacher-field", "", *text]
+        run_distributed(train, 1, command(inputs, f"own-text-{name}", *flags, "--train-data", inputs / f"train-{name}.jsonl", "--valid-data", inputs / f"valid-{name}.jsonl"))
+        held_out[name] = numbers(inputs / f"own-text-{name}")[0]["valid/reverse_kl"]
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "student")
+    rows = {name: SFTDataset(inputs / f"valid-{name}.jsonl", tokenizer, max_length=32, max_prompt_length=24) for name in TEACHERS}
+    tokens = {name: sum(found[i].num_labels for i in range(len(found))) for name, found in rows.items()}
+    whole = sum(tokens[name] * held_out[name] for name in TEACHERS) / sum(tokens.values())
+    assert numbers(inputs / "own-text")[0]["valid/reverse_kl"] == pytest.approx(whole, rel=1e-5)
+    run_distributed(train, 1, command(inputs, "no-text"))
+    assert abs(numbers(inputs / "no-text")[0]["valid/reverse_kl"] - whole) > 1e-4
+
+
 def refused(root, *more):
     def check(layout, arguments):
         with pytest.raises(UserError) as found:
@@ -184,7 +219,7 @@ FLAGS = "--model m --train-data d --save s --train-iters 1 "
         ("--method minillm --teacher-mixed-alpha 0 --teacher-model math=a code=b --teacher-field f", "keeps the teacher's hidden states"),
         ("--method seqkd --teacher-model math=a code=b --teacher-field f", "lets the teacher write the responses"),
         ("--method kd --teacher-model math=a code=b --teacher-field f --hidden-coef 1", "--hidden-coef matches the layers of one teacher"),
-        ("--method kd --teacher-model math=a code=b --teacher-field f --teacher-tp 2", "several teachers have the student's layout"),
+        ("--method kd --teacher-model math=a code=b --teacher-field f --teacher-ranks 1", "--teacher-ranks 1 are one teacher's"),
         ("--method kd --teacher-model t --teacher-quantize int8 --teacher-ranks 1", "--teacher-quantize int8 is for a teacher that stays with"),
         ("--method kd --teacher-cache c --teacher-offload", "--teacher-offload is of a model, and --teacher-cache loads none"),
         ("--method kd --teacher-model self --teacher-ema 0.9 --teacher-quantize int8", "--teacher-quantize int8 freezes the weights that --teacher-ema"),

@@ -44,13 +44,13 @@ class TeacherConfig:
             yield f"--teacher-field {self.teacher_field} chooses among several teachers; name them, as in --teacher-model math=DIR code=DIR"
 
     def _here(self, config: Config, elsewhere: str) -> Iterator[str]:
-        """What is only built for a teacher in the student's layout that stays on its device; several may be away."""
+        """What is only built for a teacher in the student's layout that stays on its device; several may have another one, or be away."""
         if self.teacher_cache:
             yield f"{elsewhere} is of a model, and --teacher-cache loads none; leave it out"
         if self.teacher_quantize != "none":
             yield f"--teacher-quantize {self.teacher_quantize} is for a teacher that stays with the student; leave it out, or {elsewhere}"
-        if config.models.named_teachers and elsewhere != "--teacher-offload":
-            yield f"{elsewhere}: several teachers have the student's layout; leave it out, or give one --teacher-model"
+        if config.models.named_teachers and config.teacher_parallel.teacher_ranks:
+            yield f"--teacher-ranks {config.teacher_parallel.teacher_ranks} are one teacher's; leave it out, or give one --teacher-model"
 
     def _beyond_several(self, config: Config) -> Iterator[str]:
         words, names = config.models.teacher_model, config.models.named_teachers

@@ -34,10 +34,10 @@ def build_teacher(
         return None
     if folders.store:
         return StoredTeacher(folders.store, student)
-    live = partial(in_the_students_layout, config, first)
+    place = partial(in_its_layout, grids, student, live=partial(in_the_students_layout, config, first))
     if "" not in folders.teachers:
-        return SeveralTeachers(dict(zip(folders.teachers, map(live, models))))
-    return in_its_layout(grids, student, next(iter(models), None), live)
+        return SeveralTeachers(dict(zip(folders.teachers, map(place, models))))
+    return place(next(iter(models), None))
 
 
 def in_the_students_layout(config: Config, first: Sequence[Sample], model: HiddenStateGPTModel) -> LiveTeacher:
