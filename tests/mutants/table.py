@@ -631,12 +631,12 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     ],
     of("test_several_teachers", "two_routed_teachers_equal_two_runs_on_the_parts", "a_micro_batch_has_one_teacher"): [
         (TEACHERS + "several.py", "if batch.teacher == name", "if True"),
-        (TEACHERS + "several.py", "[found[i] for i in sorted(found)]", "list(found.values())[::-1]"),
+        (TEACHERS + "several.py", "dict(sorted(teachers.items()))", "dict(sorted(teachers.items(), reverse=True))"),
         (DATA + "batch.py", "[sample for sample in samples if sample.teacher == name]", "list(samples)[: len(name)]"),
     ],
     of("test_several_teachers", "a_run_with_two_teachers_is_the_same_on_replicas_and_evaluates_each_row_with_its_own"): [
         ("megakd/run_data.py", "valid = routed(open_responses(", "valid = (lambda rows, _: rows)(open_responses("),
-        (TEACHERS + "build.py", "zip(folders.teachers, map(live, models))", "zip(folders.teachers, map(live, models[:1] * 2))"),
+        (TEACHERS + "build.py", "zip(folders.teachers, map(place, models))", "zip(folders.teachers, map(place, models[:1] * 2))"),
     ],
     of("test_quantised_teacher", "scales_of_a_row_are_those_of_all_its_columns", "a_quantised_teacher_is_the_model_of_its_numbers"): [
         (MODELS + "weight_only.py", "module.tp_group if isinstance(module, RowParallelLinear) else None", "None"),
