@@ -40,6 +40,7 @@ from megakd.reporting.jsonl import JsonLines
 from megakd.reporting.logger import RunLogger
 from megakd.reporting.own_folder import write_text
 from megakd.reporting.plots import plot_training
+from megakd.reporting.wandb_run import WandbRun
 from megakd.run_data import RunData
 from megakd.runtime.initialize import agreed, is_rank_zero, prepare, seed_everything
 from megakd.runtime.lock import locked
@@ -138,6 +139,7 @@ class Trainer:
             resumed_iteration=self.iteration or None,
             log_interval=config.output.log_interval,
             eval_interval=self.eval_interval,
+            wandb=self._open_wandb(),
         )
         self.rollouts = self._open_rollouts()
 
@@ -235,6 +237,12 @@ class Trainer:
                 (self.folder / "rollouts.jsonl").unlink(missing_ok=True)
         selection = self.config.selection
         return BestStudent(self.folder, selection.metric, lower_is_better=selection.lower_is_better) if selection.metric else None
+
+    def _open_wandb(self) -> WandbRun | None:
+        output = self.config.output
+        if not (output.wandb_project and is_rank_zero()):
+            return None
+        return WandbRun(self.folder, output.wandb_project, output.wandb_name, self.config.flat(), continued=self.iteration > 0)
 
     def _open_rollouts(self) -> JsonLines | None:
         if not (self.config.output.save_rollouts and is_rank_zero()):

@@ -66,6 +66,8 @@ class OutputConfig:
     )
     eval_iters: int | None = flag(None, "global batches of an evaluation; default: all of --valid-data", range=POSITIVE)
     log_interval: Annotated[int, alias("--logging-steps")] = flag(1, "iterations between progress lines", range=POSITIVE)
+    wandb_project: str = flag("", "log to Weights & Biases, too, under this project; needs wandb, WANDB_MODE=offline needs no account")
+    wandb_name: Annotated[str, alias("--wandb-exp-name")] = flag("", "of the run there; default: the last part of --save")
     save_rollouts: bool = flag(
         False,
         "write rollouts.jsonl: ids and loss mask of every response, so that any step can be recomputed",
@@ -188,6 +190,7 @@ class Config(BaseConfig):
             **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_eps"), adam),
             "min_lr": (training.lr_decay_style != "constant", "with --lr-decay-style constant"),
             **dict.fromkeys(("eval_interval", "eval_iters"), held_out),
+            "wandb_name": (self.output.wandb_project, "without --wandb-project"),
             **self.distillation.unless(),
             **self.selection.unless(self),
             **self.page.unless(self),

@@ -538,6 +538,9 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (REPORTING + "flops.py", "(6 if sizes.gated else 4)", "4"),
         (REPORTING + "jsonl.py", '<= resumed_iteration]', "< resumed_iteration]"),
         (REPORTING + "logger.py", "return due if evaluated else due + 1", "return due"),
+        (REPORTING + "wandb_run.py", "if continued and file.is_file():", "if file.is_file():"),
+        (REPORTING + "wandb_run.py", 'name=name or folder.name', 'name=name'),
+        (REPORTING + "plots.py", "if not name.startswith((*PANELS, *COUNTS))]", 'if name.startswith("valid/")]'),
         (REPORTING + "stopwatch.py", "self._seconds.clear()", "pass"),
     ],
     "tests/test_bad_inputs.py|tests/test_config.py": [
