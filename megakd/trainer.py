@@ -36,6 +36,7 @@ from megakd.loading import ModelFolders, Places, start_apart
 from megakd.methods import METHODS, build_method
 from megakd.methods.base import Method
 from megakd.models.lora import adapt
+from megakd.models.shared_weights import with_adapters_of_its_own, without_adapters
 from megakd.reporting.jsonl import JsonLines
 from megakd.reporting.logger import RunLogger
 from megakd.reporting.own_folder import write_text
@@ -197,9 +198,12 @@ class Trainer:
     # ---- set-up
 
     def _build_method(self) -> Method:
-        student, models = self.folders.load_apart(self.places, self.config.models.dtype, **model_options(self.config))
-        if self.config.lora.rank:
-            adapt(student, self.config.lora, seed=self.config.training.seed)
+        config, shared = self.config, self.config.teacher_shares_weights
+        student, models = self.folders.load_apart(self.places, config.models.dtype, **model_options(config), with_teachers=not shared)
+        if config.lora.rank:
+            adapt(student, config.lora, seed=config.training.seed)
+        if shared:
+            models = [without_adapters(student) if config.models.teacher_ema is None else with_adapters_of_its_own(student)]
         first = self.data.loader.samples(0)
         teacher = build_teacher(self.config, self.folders, self.places.grids, student, models, first)
         self.teacher = teacher or Teacher()  # of whom nothing is asked
