@@ -37,6 +37,7 @@ setup(
     ],
     extras_require={
         "real": ["gguf"],  # scripts/get_model.py
+        "wandb": ["wandb"],  # --wandb-project
         "quantize": ["torchao>=0.15"],  # --teacher-quantize
         "gpu": ["triton>=3.6", "flash-attn"],  # torch pins its own Triton; tests interpret kernels, which takes 3.7 beside NumPy 2.4
         "test": ["gguf", "hypothesis", "peft", "pytest", "pytest-xdist", "ruff", "triton>=3.7", "pyarrow", "torchao>=0.15"],

@@ -123,14 +123,14 @@ class ModelFolders:
 
     def load_apart(
         self, places: Places, dtype: str, *, sequence_parallel: bool = False,
-        student: Mapping[str, Any] = {}, teacher: Mapping[str, Any] = {},
+        student: Mapping[str, Any] = {}, teacher: Mapping[str, Any] = {}, with_teachers: bool = True,
     ) -> tuple[HiddenStateGPTModel | None, list[HiddenStateGPTModel]]:
         """Of each what this rank has: its stage, or none."""
         sizes = [folder.config.vocab_size for folder in (*self, self.store) if folder]
         options = align_vocabularies(sizes, *(grid.tp_size for grid in places.grids))
         options |= {"dtype": resolve_dtype(dtype), "sequence_parallel": sequence_parallel}
         learner = places.student and load_model(self.student, places.student, **options, **student)
-        here = self.teachers.values() if places.teacher else ()
+        here = self.teachers.values() if places.teacher and with_teachers else ()
         return learner, [frozen(load_model(folder, places.teacher, **options, **teacher)) for folder in here]
 
 

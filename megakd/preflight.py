@@ -22,6 +22,7 @@ from megakd.models.hf_checkpoint import ADAPTER
 from megakd.models.lora import target_modules
 from megakd.models.weight_only import check_quantization
 from megakd.reporting.own_folder import OwnFolder
+from megakd.reporting.wandb_run import check_installed
 from megakd.runtime.peers import Peers
 from megakd.runtime.stop import host_group
 
@@ -32,6 +33,7 @@ MAY_CHANGE = {  # between a run and its resumption: the layout, and what is only
     "save", "save_interval", "eval_interval", "eval_iters", "log_interval", "save_rollouts", "show_data", "merge_lora",
     "eval_answers", "eval_decoding", "keep_best", "keep_last", "exact_match_rule", "gsm8k_rule", "rouge_tokenizer",
     "exit_duration_in_mins", "exit_signal", "resume",
+    "wandb_project", "wandb_name",
 }  # fmt: skip
 
 
@@ -44,6 +46,7 @@ def check(config: Config, folders: ModelFolders) -> None:
     Raises:
         UserError: the first thing that does not fit.
     """
+    check_installed(config.output.wandb_project)
     folders.check(config.parallel, config.teacher_parallel)
     check_lengths(config, folders)
     check_hidden_layers(config, folders.student)

@@ -36,10 +36,12 @@ from megakd.loading import ModelFolders, Places, start_apart
 from megakd.methods import METHODS, build_method
 from megakd.methods.base import Method
 from megakd.models.lora import adapt
+from megakd.models.shared_weights import with_adapters_of_its_own, without_adapters
 from megakd.reporting.jsonl import JsonLines
 from megakd.reporting.logger import RunLogger
 from megakd.reporting.own_folder import write_text
 from megakd.reporting.plots import plot_training
+from megakd.reporting.wandb_run import WandbRun
 from megakd.run_data import RunData
 from megakd.runtime.initialize import agreed, is_rank_zero, prepare, seed_everything
 from megakd.runtime.lock import locked
@@ -138,6 +140,7 @@ class Trainer:
             resumed_iteration=self.iteration or None,
             log_interval=config.output.log_interval,
             eval_interval=self.eval_interval,
+            wandb=self._open_wandb(),
         )
         self.rollouts = self._open_rollouts()
 
@@ -195,9 +198,12 @@ class Trainer:
     # ---- set-up
 
     def _build_method(self) -> Method:
-        student, models = self.folders.load_apart(self.places, self.config.models.dtype, **model_options(self.config))
-        if self.config.lora.rank:
-            adapt(student, self.config.lora, seed=self.config.training.seed)
+        config, shared = self.config, self.config.teacher_shares_weights
+        student, models = self.folders.load_apart(self.places, config.models.dtype, **model_options(config), with_teachers=not shared)
+        if config.lora.rank:
+            adapt(student, config.lora, seed=config.training.seed)
+        if shared:
+            models = [without_adapters(student) if config.models.teacher_ema is None else with_adapters_of_its_own(student)]
         first = self.data.loader.samples(0)
         teacher = build_teacher(self.config, self.folders, self.places.grids, student, models, first)
         self.teacher = teacher or Teacher()  # of whom nothing is asked
@@ -235,6 +241,12 @@ class Trainer:
                 (self.folder / "rollouts.jsonl").unlink(missing_ok=True)
         selection = self.config.selection
         return BestStudent(self.folder, selection.metric, lower_is_better=selection.lower_is_better) if selection.metric else None
+
+    def _open_wandb(self) -> WandbRun | None:
+        output = self.config.output
+        if not (output.wandb_project and is_rank_zero()):
+            return None
+        return WandbRun(self.folder, output.wandb_project, output.wandb_name, self.config.flat(), continued=self.iteration > 0)
 
     def _open_rollouts(self) -> JsonLines | None:
         if not (self.config.output.save_rollouts and is_rank_zero()):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from distributed import run_distributed
 from rouge_score.rouge_scorer import RougeScorer
+from test_reporting import StandIn
 from test_trainer import command, numbers, run
 from tiny import tiny_folder
 from train_tokenizer import train_tokenizer
@@ -193,3 +195,18 @@ def test_rows_of_gsm8k_are_scored_by_their_number(inputs, tmp_path):
 def test_what_cannot_be_kept_is_told(inputs, flags, message):
     with pytest.raises(UserError, match=message):
         from_flags(command(inputs, "refused", "sft", **flags), Config()).check()
+
+
+def told_to_wandb(layout, arguments: list[str]) -> list:
+    wandb = StandIn()
+    sys.modules["wandb"] = wandb
+    run(layout, arguments)
+    return wandb.calls
+
+
+def test_a_run_tells_wandb_what_it_logs(inputs):
+    flags = {"train-iters": 2, "eval-interval": 2, "wandb-project": "distil", "wandb-name": "first", "valid-data": inputs / "valid.jsonl"}
+    told, nothing = run_distributed(told_to_wandb, 2, command(inputs, "told", "sft", **flags), tp=2)
+    assert told[0][0] == "init" and (told[0][2]["project"], told[0][2]["name"]) == ("distil", "first") and not nothing, "rank 0 alone"
+    logged = [words[0] for name, words, _ in told if name == "log"]
+    assert logged == read_jsonl(inputs / "told" / "metrics.jsonl")

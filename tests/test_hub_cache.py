@@ -71,7 +71,7 @@ def test_an_adapters_base_may_be_in_the_cache(inputs, cache, tmp_path):  # noqa:
     read = ModelFolder.open(adapter).source.read("transformer.h.0.attn.c_attn.weight", (slice(None), slice(None)))
     assert read.equal(weights + 1)
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/other", "r": 1, "lora_alpha": 1}')
-    with pytest.raises(UserError, match=r"base_model_name_or_path of .*: org/other: no such folder, .* fetch it with `hf download org/other`"):
+    with pytest.raises(UserError, match=r"base_model_name_or_path org/other: no such folder, .* fetch it with `hf download org/other`"):
         ModelFolder.open(adapter)
 
 

@@ -132,5 +132,5 @@ def test_a_family_that_nobody_cuts_so_is_refused(tmp_path):
     (folder / "mp1").mkdir()
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "mp1" / "pytorch_model_0.bin")
-    with pytest.raises(UserError, match=r"mp1 of a gpt2 model; pieces of llama, mistral, opt are read, as MiniLLM.s conversion makes them"):
+    with pytest.raises(UserError, match=r"mp1 of a gpt2 model; pieces of llama, mistral, opt are read, as MiniLLM makes them"):
         ModelFolder.open(folder)

@@ -3,15 +3,19 @@
 import csv
 import json
 import math
+import sys
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megakd.errors import UserError
+from megakd.reporting import wandb_run
 from megakd.reporting.flops import TransformerSizes, forward_flops_per_token, peak_flops
 from megakd.reporting.logger import RunLogger, progress_line
-from megakd.reporting.plots import plot_comparison, plot_training
+from megakd.reporting.plots import panels_of, plot_comparison, plot_training, series_of
 from megakd.reporting.stopwatch import Stopwatch
+from megakd.reporting.wandb_run import WandbRun, check_installed
 
 
 def rows_of(path) -> list[dict]:
@@ -119,6 +123,83 @@ def test_figures_come_with_their_numbers(tmp_path):
     picture, numbers = plot_comparison(results, {"exact_match": "%"}, tmp_path / "comparison.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert numbers.read_text().split() == ["method,exact_match,exact_match_sd", "SFT,61.0,2.0", "PromptKD,74.0,"]
+
+
+def test_every_number_but_counts_is_drawn_in_its_panel():
+    names = ("loss/lm", "loss/hidden", "grad_norm", "grad_norm/prompt", "lr", "on_policy_share", "real_share", "memory_gib", "tokens_per_second")
+    names += ("time/teacher", "valid/gsm8k_strict", "valid/response_length", "my_own", "tokens", "positions")
+    panels = panels_of(series_of([{"iteration": 1, **dict.fromkeys(names, 1.0)}]))
+    drawn = [name for _, _, shown in panels for name in shown]
+    assert sorted(drawn) == sorted(set(names) - {"tokens", "positions"})
+    assert ("DistiLLM's share of own text", "of batches", ["on_policy_share"]) in panels and ("my_own", "", ["my_own"]) in panels
+    assert ("Held-out GSM8K, strict", "% of answers", ["valid/gsm8k_strict"]) in panels
+
+
+# ---- Weights & Biases
+
+
+class StandIn:
+    """wandb's functions that are used, noted."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        def call(*words, **options):
+            self.calls.append((name, words, options))
+            return self
+
+        return call
+
+
+def logged_to_wandb(folder, monkeypatch, *, resumed=None) -> list:
+    wandb = StandIn()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    own = WandbRun(folder, "distil", "", {"lr": 1e-3}, continued=resumed is not None)
+    logger = RunLogger(folder, total_iterations=9, enabled=True, resumed_iteration=resumed, wandb=own)
+    logger.log(3, {"loss/lm": 2.0})
+    logger.close()
+    return wandb.calls
+
+
+def test_wandb_is_told_every_iteration_and_a_run_that_goes_on_is_the_same_one(tmp_path, monkeypatch):
+    (init, define, log, finish) = logged_to_wandb(tmp_path, monkeypatch)
+    assert init[2]["project"] == "distil" and init[2]["name"] == tmp_path.name and init[2]["config"] == {"lr": 1e-3}
+    assert define == ("define_metric", ("*",), {"step_metric": "iteration"})
+    assert log == ("log", ({"iteration": 3, "loss/lm": 2.0},), {}) and finish[0] == "finish"
+    known = init[2]["id"]
+    assert logged_to_wandb(tmp_path, monkeypatch, resumed=2)[0][2]["id"] == known
+    assert logged_to_wandb(tmp_path, monkeypatch)[0][2]["id"] != known, "a run that begins anew is another"
+
+
+def test_without_wandb_or_an_account_one_line_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(wandb_run.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"--wandb-project distil: wandb is not installed; pip install wandb, or leave it out"):
+        check_installed("distil")
+    check_installed("")
+    wandb = StandIn()
+
+    def refuse(**_):
+        raise wandb.Error("api_key not configured (no-tty)")
+
+    wandb.init = refuse
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(UserError, match=r"--wandb-project distil: api_key not configured \(no-tty\); run `wandb login`, set WANDB_MODE=offline"):
+        WandbRun(tmp_path, "distil", "", {}, continued=False)
+
+
+def test_the_real_wandb_writes_an_offline_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    own = WandbRun(tmp_path, "distil", "first", {"lr": 1e-3}, continued=False)
+    own.log(1, {"loss/lm": 2.0})
+    own.close()
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"loss/lm" in file.read_bytes()
 
 
 def test_a_run_without_metrics_says_so(tmp_path):

@@ -176,7 +176,6 @@ def test_show_data_prints_rows_as_they_are_read_and_leaves_nothing(inputs, tmp_p
         ("--method kd --teacher-model t --teacher-ema 0.9", "--teacher-ema 0.9 is an average of the student, and --teacher-model t another model; give"),
         ("--method seqkd --teacher-model self --teacher-ema 0.9", "--teacher-ema 0.9: --method seqkd keeps what its teacher said over many steps;"),
         ("--method minillm --teacher-model self --teacher-ema 0.9", "--teacher-ema 0.9: --method minillm keeps what its teacher said over many steps;"),
-        ("--method kd --teacher-model self --teacher-ema 0.9 --lora-rank 4", "--teacher-ema 0.9 with --lora-rank 4: adapters are not averaged;"),
         ("--method kd --teacher-model self --teacher-ema 1", "--teacher-ema 1.0 must be at least 0 and below 1"),
         ("--method kd --teacher-model t --optimizer sgd --use-distributed-optimizer", "--use-distributed-optimizer splits AdamW's moments, which"),
     ],

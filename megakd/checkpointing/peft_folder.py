@@ -129,7 +129,7 @@ class PeftAdapter:
         if os.path.isdir(named) or named.is_absolute():
             return named
         beside = self.folder.parent / named
-        return beside if beside.is_dir() else local_folder(named, flag=f"base_model_name_or_path of {self.folder}:")
+        return beside if beside.is_dir() else local_folder(named, flag=f"{self.folder}: base_model_name_or_path")
 
     @property
     def scale(self) -> float:

@@ -22,12 +22,13 @@ from megakd.config.methods.minillm import MiniLLMConfig
 from megakd.config.methods.promptkd import PromptKDConfig
 from megakd.config.methods.response_priming import ResponsePrimingConfig
 from megakd.config.models import SELF, ModelConfig
+from megakd.config.output import OutputConfig
 from megakd.config.parallel import LayoutConfig, ParallelConfig, TeacherLayoutConfig, TeacherParallelConfig
 from megakd.config.parse import AnyConfig, from_flags, from_values, from_yaml, parse
 from megakd.config.sampling import GenerationConfig, ResponseConfig, SamplingConfig
 from megakd.config.scores import ScoreConfig, SelectionConfig
 from megakd.config.teacher import TeacherConfig
-from megakd.config.train import METHODS, Config, DataConfig, OutputConfig
+from megakd.config.train import METHODS, Config, DataConfig
 from megakd.config.training import TrainingConfig
 
 __all__ = [

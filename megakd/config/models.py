@@ -27,8 +27,8 @@ class ModelConfig:
     )
     teacher_ema: float | None = flag(
         None,
-        "with --teacher-model self: after each step the teacher becomes so much of itself and the rest of the student; 0: the student of "
-        "the step before; default: it stays as it began",
+        "with --teacher-model self: after each step the teacher becomes so much of itself and the rest of the student (of its adapters, if "
+        "it has any); 0: the student of the step before; default: it stays as it began",
         range=SHARE_BELOW_1,
         read_by="needs_teacher",
     )
@@ -56,8 +56,9 @@ class ModelConfig:
         """What cannot be, one line each."""
         if self.teacher_ema is None:
             return
-        if config.lora.rank:
-            yield f"--teacher-ema {self.teacher_ema} with --lora-rank {config.lora.rank}: adapters are not averaged; leave one of them out"
+        if config.lora.rank and config.training.reference_compat.teacher_dropout:
+            given = f"--teacher-ema {self.teacher_ema} with --lora-rank {config.lora.rank}"
+            yield f"{given}: such a teacher has no dropout; leave teacher-dropout out"
         if self.teacher_model != SELF:
             yield (
                 f"--teacher-ema {self.teacher_ema} is an average of the student, and --teacher-model {self.teacher_model} another model; "

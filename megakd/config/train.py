@@ -16,7 +16,7 @@ import tyro
 from megakd.config.base import BaseConfig
 from megakd.config.conditioning import ConditioningConfig
 from megakd.config.distillation import DistillationConfig
-from megakd.config.fields import NOT_NEGATIVE, POSITIVE, TEMPLATE_HELP, Group, alias, as_words, flag
+from megakd.config.fields import POSITIVE, TEMPLATE_HELP, Group, alias, as_words, flag
 from megakd.config.lora import LoRAConfig
 from megakd.config.methods.base import MethodConfig
 from megakd.config.methods.distillm import DistiLLMConfig
@@ -26,7 +26,8 @@ from megakd.config.methods.promptkd import PromptKDConfig
 from megakd.config.methods.response_priming import ResponsePrimingConfig
 from megakd.config.methods.seqkd import SeqKDConfig
 from megakd.config.methods.sft import SFTConfig
-from megakd.config.models import ModelConfig
+from megakd.config.models import SELF, ModelConfig
+from megakd.config.output import OutputConfig
 from megakd.config.parallel import ParallelConfig, TeacherParallelConfig
 from megakd.config.running import RunningConfig
 from megakd.config.sampling import GenerationConfig
@@ -46,36 +47,6 @@ class DataConfig:
         512, "tokens of prompt and response together; longer responses are cut", range=POSITIVE
     )
     max_prompt_length: int = flag(256, "tokens of a prompt; rows with a longer one are left out", range=POSITIVE)
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutputConfig:
-    """What a run leaves in --save."""
-
-    save: Annotated[str, alias("--output-dir")] = flag(
-        "", "folder of the run: config, metrics, checkpoints, Hugging Face export, figures", path=True
-    )
-    save_interval: Annotated[int | None, alias("--save-steps")] = flag(
-        None, "iterations between checkpoints; default: only the last", range=POSITIVE
-    )
-    keep_last: int | None = flag(None, "of the checkpoints keep so many, the newest; default: all", range=POSITIVE)
-    eval_interval: Annotated[int | None, alias("--eval-steps")] = flag(
-        None,
-        "iterations between evaluations; default: before and after, distillm: every epoch, ten a run at least",
-        range=POSITIVE,
-    )
-    eval_iters: int | None = flag(None, "global batches of an evaluation; default: all of --valid-data", range=POSITIVE)
-    log_interval: Annotated[int, alias("--logging-steps")] = flag(1, "iterations between progress lines", range=POSITIVE)
-    save_rollouts: bool = flag(
-        False,
-        "write rollouts.jsonl: ids and loss mask of every response, so that any step can be recomputed",
-        read_by="writes_responses",
-    )
-    show_data: int = flag(
-        0,
-        "print so many rows of --train-data as the student and the teacher read them, the part that the loss is on marked, and end",
-        range=NOT_NEGATIVE,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +89,14 @@ class Config(BaseConfig):
     def needs_teacher(self) -> bool:
         """Whether the method learns from one."""
         return self.page.needs_teacher
+
+    @property
+    def teacher_shares_weights(self) -> bool:
+        """Whether the teacher is the student with its adapters off, and has no weights of its own."""
+        teacher, layout = self.teacher, self.teacher_parallel
+        elsewhere = layout.flags_given(self.parallel) or layout.teacher_offload or teacher.teacher_cache
+        is_another = teacher.teacher_quantize != "none" or self.training.reference_compat.teacher_dropout
+        return bool(self.needs_teacher and self.lora.rank and self.models.teacher_model == SELF and not (elsewhere or is_another))
 
     @property
     def max_new_tokens(self) -> int:
@@ -188,6 +167,7 @@ class Config(BaseConfig):
             **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_eps"), adam),
             "min_lr": (training.lr_decay_style != "constant", "with --lr-decay-style constant"),
             **dict.fromkeys(("eval_interval", "eval_iters"), held_out),
+            "wandb_name": (self.output.wandb_project, "without --wandb-project"),
             **self.distillation.unless(),
             **self.selection.unless(self),
             **self.page.unless(self),

@@ -89,8 +89,8 @@ def joined_tensors(folder: Path, size: int, hf: PretrainedConfig, *, flag: str) 
         raise UserError(f"{flag} {folder}: {missing[0]} is not there, one of the {size} pieces of mp{size}; copy the folder again")
     if hf.model_type not in FAMILIES:
         raise UserError(
-            f"{flag} {folder}: mp{size} of a {hf.model_type} model; pieces of {', '.join(FAMILIES)} are read, as MiniLLM's conversion "
-            "makes them; give the folder that save_pretrained wrote"
+            f"{flag} {folder}: mp{size} of a {hf.model_type} model; pieces of {', '.join(FAMILIES)} are read, as MiniLLM makes them; "
+            "give the folder that save_pretrained wrote"
         )
     names = [tensors_of(part).keys() for part in parts]
     if odd := sorted(set().union(*names) - set.intersection(*map(set, names))):

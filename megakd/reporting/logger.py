@@ -1,4 +1,4 @@
-"""The numbers of a run, told three times: progress line, metrics.jsonl, TensorBoard. And samples.jsonl: what the student writes.
+"""The numbers of a run: progress line, metrics.jsonl, TensorBoard, wandb where it is asked for. And samples.jsonl: what the student writes.
 
     iteration   120/5000 | loss/reverse_kl 0.4127 | grad_norm 0.91 | lr 4.8e-06 | 38,412 tok/s | rollout 1.20 s | ETA 1:05:12
 
@@ -16,6 +16,7 @@ from typing import Any
 
 from megakd.errors import file_errors
 from megakd.reporting.jsonl import JsonLines
+from megakd.reporting.wandb_run import WandbRun
 
 FORMATS = {  # by the name before its slash
     "loss": "{name} {value:.4f}",
@@ -47,9 +48,10 @@ class RunLogger:
         resumed_iteration: int | None = None,
         log_interval: int = 1,
         eval_interval: int | None = None,
+        wandb: WandbRun | None = None,
     ) -> None:
         self.total_iterations = total_iterations
-        self.enabled = enabled
+        self.enabled, self._wandb = enabled, wandb
         self.log_interval = log_interval
         self.eval_interval = eval_interval or total_iterations
         self._iterations: deque[float] = deque(maxlen=50)  # seconds
@@ -75,6 +77,8 @@ class RunLogger:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, iteration)
         held_out = any(name.startswith("valid/") for name in metrics)
+        if self._wandb:
+            self._wandb.log(iteration, metrics)
         eta = self._eta(iteration, self._evaluations if held_out else self._iterations)
         if held_out or iteration % self.log_interval == 0 or iteration == self.total_iterations:
             print(progress_line(iteration, self.total_iterations, metrics, eta), flush=True)
@@ -92,6 +96,8 @@ class RunLogger:
             self._samples.close()
             with file_errors(self._tensorboard.log_dir):
                 self._tensorboard.close()
+            if self._wandb:
+                self._wandb.close()
 
     def _eta(self, iteration: int, kind: deque[float]) -> float | None:
         """Seconds to go: iterations and evaluations still to come, each by the median of its own kind. None before the first iteration."""

@@ -24,12 +24,19 @@ PANELS = {  # names begin with: title, unit
     "grad_norm": ("Gradient norm", "before clipping"),
     "tokens_per_second": ("Throughput", "tokens per second"),
     "time/": ("Where the time goes", "seconds per iteration"),
+    "lr": ("Learning rate", ""),
+    "on_policy_share": ("DistiLLM's share of own text", "of batches"),
+    "real_share": ("Real positions", "of those computed"),
+    "memory_gib": ("Peak memory", "GiB"),
 }
+COUNTS = ("tokens", "positions")  # of a batch: no curve
 HELD_OUT = {  # valid/*: title, unit
     "valid/reverse_kl": ("Held-out KL(q‖p)", "nats per token"),
     "valid/lm_loss": ("Held-out LM loss", "nats per token"),
     "valid/exact_match": ("Held-out exact match", "% of answers"),
     "valid/rouge_l": ("Held-out Rouge-L", "F-measure × 100"),
+    "valid/response_length": ("Held-out answers", "tokens"),
+    **{f"valid/gsm8k_{rule}": (f"Held-out GSM8K, {rule}", "% of answers") for rule in ("robust", "strict", "flexible")},
 }
 EXPOSURE_BIAS = {  # statistic: title, unit
     "ex_acc_err": ("ExAccErr(l)", "%"),
@@ -117,10 +124,10 @@ def series_of(rows: Sequence[Mapping[str, float]]) -> Series:
 
 
 def panels_of(series: Series) -> list[tuple[str, str, list[str]]]:
-    """Title, unit and metrics of each panel. Held-out metrics have a panel each: their units differ."""
+    """Title, unit and metrics of each panel. Held-out metrics, and what a method logs beside, have a panel each: their units differ."""
     shown = [name for name in series if name != "time/evaluation"]  # now and then, not in an iteration
     panels = [(title, unit, [name for name in shown if name.startswith(start)]) for start, (title, unit) in PANELS.items()]
-    panels += [(*HELD_OUT.get(name, (name, "")), [name]) for name in series if name.startswith("valid/")]
+    panels += [(*HELD_OUT.get(name, (name, "")), [name]) for name in series if not name.startswith((*PANELS, *COUNTS))]
     return [panel for panel in panels if panel[2]]
 
 

@@ -6,20 +6,24 @@ privileged information.)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from megakd.models.gpt_model import HiddenStateGPTModel
+from megakd.models.lora import Adapter
 from megakd.teachers.live import LiveTeacher
 
 
 class MovingAverage(LiveTeacher):
-    """`model` begins as the student does, in its layout. Weights of 16 bits are rounded from the average, which is kept beside them."""
+    """`model` begins as the student does, in its layout. Weights of 16 bits are rounded from the average, which is kept beside them. Where
+    adapters learn, each of their two factors is averaged, and the weights beside them are the student's own, which never change."""
 
     def __init__(self, model: HiddenStateGPTModel, decay: float):
         super().__init__(model)
         self.decay = decay
-        self.average = {name: weight.detach().float() for name, weight in model.named_parameters()}  # of float32 the weights themselves
+        self.average = {name: weight.detach().float() for name, weight in moving(model)}  # of float32 the weights themselves
 
     @torch.no_grad()
     def after_step(self, student: HiddenStateGPTModel) -> None:
@@ -33,5 +37,11 @@ class MovingAverage(LiveTeacher):
 
     @torch.no_grad()
     def after_load(self) -> None:
-        for name, weight in self.model.named_parameters():
+        for name, weight in moving(self.model):
             weight.copy_(self.average[name])
+
+
+def moving(model: HiddenStateGPTModel) -> Iterator[tuple[str, Tensor]]:
+    """The weights that the student's steps change: of adapters theirs, or all."""
+    adapters = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Adapter))
+    return ((name, weight) for name, weight in model.named_parameters() if name.startswith(adapters or ("",)))

@@ -466,6 +466,15 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (EVALUATION + "evaluator.py", "for row, tokens in zip(rows, said):", "for row, tokens in zip(rows, responses):"),
         (EVALUATION + "scoring.py", "range(group.rank(), len(answers), group.size())", "range(group.rank(), 1, group.size())"),
     ],
+    "tests/test_shared_weights.py": [
+        ("megakd/models/shared_weights.py", "            module.config = config\n", "            pass\n"),
+        ("megakd/models/shared_weights.py", "            module.hidden_dropout = 0.0\n", "            pass\n"),
+        ("megakd/models/shared_weights.py", "            module.adapters = None\n", "            module.adapters = model.decoder.layers[0].mlp.linear_fc1.adapters\n"),
+        ("megakd/models/shared_weights.py", "copy.deepcopy(parameter).requires_grad_(False)", "parameter"),
+        ("megakd/teachers/moving_average.py", 'if name.startswith(adapters or ("",)))', 'if True)'),
+        (TRAINER, "if config.models.teacher_ema is None else with_adapters_of_its_own(student)", "if True else student"),
+        (CONFIG + "train.py", "not (elsewhere or is_another)", "not elsewhere"),
+    ],
     "tests/test_mp_files.py": [
         ("megakd/models/mp_files.py", 'yield tensor.name, mapping.axis', 'yield tensor.name, 0'),
         ("megakd/models/mp_files.py", "        found, first = [], 0\n", "        found, first = [], 1\n"),
@@ -538,6 +547,9 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (REPORTING + "flops.py", "(6 if sizes.gated else 4)", "4"),
         (REPORTING + "jsonl.py", '<= resumed_iteration]', "< resumed_iteration]"),
         (REPORTING + "logger.py", "return due if evaluated else due + 1", "return due"),
+        (REPORTING + "wandb_run.py", "if continued and file.is_file():", "if file.is_file():"),
+        (REPORTING + "wandb_run.py", 'name=name or folder.name', 'name=name'),
+        (REPORTING + "plots.py", "if not name.startswith((*PANELS, *COUNTS))]", 'if name.startswith("valid/")]'),
         (REPORTING + "stopwatch.py", "self._seconds.clear()", "pass"),
     ],
     "tests/test_bad_inputs.py|tests/test_config.py": [
