@@ -18,6 +18,9 @@ from transformers import AutoConfig, Gemma3Config, Gemma3ForCausalLM, Gemma3ForC
 
 from megakd.checkpointing.model_folder import ModelFolder
 from megakd.errors import UserError
+from megakd.generation import rows
+from megakd.generation.generate import generate
+from megakd.generation.sampling import Sampling
 from megakd.models.model_provider import build_model, family_of, load_weights
 from megakd.models.soft_prompt import word_embeddings
 
@@ -33,6 +36,10 @@ PAIRS = {  # student, teacher, as in stories.PAIRS
     "gemma3": (
         {"family": "gemma3_text", "layers": 2, "num_key_value_heads": 1, "pad_token_id": 1},
         {"family": "gemma3_text", "layers": 2, "hidden": 96, "pad_token_id": 1},
+    ),
+    "qwen3-moe": (
+        {"family": "qwen3_moe", "layers": 2, "pad_token_id": 1},
+        {"family": "qwen3_moe", "layers": 2, "hidden": 96, "norm_topk_prob": False, "pad_token_id": 1},
     ),
     "smollm3 of a mistral": (
         {"family": "smollm3", "layers": 2, "no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 5, "pad_token_id": 1},
@@ -66,13 +73,13 @@ def test_hidden_states_as_narrow_as_the_head_travel(monkeypatch):
 
 
 def test_a_store_of_hidden_states_holds_what_the_head_reads(tmp_path):
-    rows = make_rows(24, seed=0)
-    tokenizer = train_tokenizer([row["prompt"] + row["response"] for row in rows])
+    texts = make_rows(24, seed=0)
+    tokenizer = train_tokenizer([row["prompt"] + row["response"] for row in texts])
     for seed, name in enumerate(("student", "teacher")):
         tiny_folder(tmp_path / name, vocab_size=len(tokenizer), seed=seed, **PAIRS["opt-350m"][0])
         tokenizer.save_pretrained(tmp_path / name)
     for name in ("train", "valid"):
-        write_rows(tmp_path / f"{name}.jsonl", rows)
+        write_rows(tmp_path / f"{name}.jsonl", texts)
     run_distributed(cache, 1, cache_command(tmp_path, "hidden"))
     (live, _), (read, _) = trained(tmp_path, "live"), trained(tmp_path, "read", **stored("hidden"))
     assert all(one == pytest.approx(other, rel=1e-5) for one, other in zip(live, read, strict=True))
@@ -107,6 +114,18 @@ def test_a_gemma_that_reads_images_is_refused_and_its_text_model_taken(tmp_path)
         torch.testing.assert_close(taken(ids).logits, whole(ids).logits)
 
 
+def test_a_sparse_models_step_is_not_captured(monkeypatch):
+    """Its shapes depend on where tokens are routed."""
+
+    def check(layout):
+        model = build_model(tiny_config("qwen3_moe", layers=1), layout, padded_vocab_size=128)
+        return generate(model, [[5, 6, 7], [9, 3]], [0, 1], Sampling(max_new_tokens=3, greedy=True), eos_id=-1)
+
+    monkeypatch.setattr(rows, "is_capturable", lambda device, sampling: True)
+    monkeypatch.setattr(rows, "CapturedStep", None)
+    run_distributed(check, 1)
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
@@ -120,3 +139,9 @@ def test_a_gemma_that_reads_images_is_refused_and_its_text_model_taken(tmp_path)
 def test_a_gemma_that_is_not_like_googles_says_why(fields, message):
     with pytest.raises(UserError, match=message):
         family_of(tiny_config("gemma3_text", **fields))
+
+
+@pytest.mark.parametrize("fields", [{"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}])
+def test_a_sparse_model_with_dense_layers_is_refused(fields):
+    with pytest.raises(UserError, match="some of its layers are dense"):
+        family_of(tiny_config("qwen3_moe", **fields))

@@ -46,10 +46,19 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (MODELS + "qwen3.py", '{"qk_layernorm": True}', '{"qk_layernorm": False}'),
         (MODELS + "gpt_model.py", "torch.arange(x.shape[1], device=x.device)", "torch.zeros(x.shape[1], dtype=torch.long, device=x.device)"),
         (MODELS + "narrow_words.py", "    if model.pre_process or model.post_process:", "    if False:"),
+        (MODELS + "sparse_mlp.py", "(copy_to_tensor_model_parallel_region(y, group=group) for y", "(y for y"),
+        (MODELS + "sparse_mlp.py", "if self.routing.normalised:", "if False:"),
+        (MODELS + "sparse_mlp.py", "tensor_parallel_output_grad=False", "tensor_parallel_output_grad=True"),
     ],
     "tests/test_families.py::test_gemmas_embeddings_are_scaled_as_transformers_rounds_the_scale": [
         (MODELS + "gpt_model.py", "torch.tensor(embedding_scale).to(config.params_dtype).item()", "embedding_scale"),
         (MODELS + "soft_prompt.py", "model.word_embeddings(torch.tensor", "model.embedding.word_embeddings(torch.tensor"),
+    ],
+    "tests/test_families.py::test_a_sparse_models_step_is_not_captured": [
+        (GENERATION + "rows.py", "and all(decoder.has_fixed_steps for decoder in self.decoders)", ""),
+    ],
+    "tests/test_lora.py::test_all_linear_is_refused_where_it_would_be_less_than_pefts": [
+        (MODELS + "lora.py", 'WITHOUT = ("project_in", "experts")', "WITHOUT = ()"),
     ],
     "tests/test_families.py::test_hidden_states_as_narrow_as_the_head_travel": [
         ("megakd/teachers/relayed.py", "model.embedding_size", "model.config.hidden_size"),
