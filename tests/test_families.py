@@ -46,7 +46,7 @@ PAIRS = {  # student, teacher, as in stories.PAIRS
         {"family": "mistral", "layers": 2, "sliding_window": 4},
     ),
 }
-LAYOUTS = {"TP1": (1, 1, False, 4), "TP2": (2, 1, False, 4), "PP2": (1, 2, False, 2), "TP2 PP2 SP": (2, 2, True, 2)}
+LAYOUTS = {"TP2": (2, 1, False, 4), "PP2": (1, 2, False, 2), "TP2 PP2 SP": (2, 2, True, 2)}
 
 
 @pytest.fixture(autouse=True)
