@@ -12,9 +12,10 @@ from stories import story
 from tasks import make_rows
 from test_methods import check_stories
 from test_stored_teacher import cache, cache_command, stored, trained, write_rows
+from test_trainer import command, numbers, run
 from tiny import tiny_config, tiny_folder, tiny_model
 from train_tokenizer import train_tokenizer
-from transformers import AutoConfig, Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
 from megakd.checkpointing.model_folder import ModelFolder
 from megakd.errors import UserError
@@ -72,17 +73,36 @@ def test_hidden_states_as_narrow_as_the_head_travel(monkeypatch):
     test_relayed_teachers.check("promptkd", test_relayed_teachers.apart("TP1", "PP2"))
 
 
-def test_a_store_of_hidden_states_holds_what_the_head_reads(tmp_path):
+def write_inputs(root, spec) -> None:
+    """A student, a teacher like it, and data."""
     texts = make_rows(24, seed=0)
     tokenizer = train_tokenizer([row["prompt"] + row["response"] for row in texts])
     for seed, name in enumerate(("student", "teacher")):
-        tiny_folder(tmp_path / name, vocab_size=len(tokenizer), seed=seed, **PAIRS["opt-350m"][0])
-        tokenizer.save_pretrained(tmp_path / name)
+        tiny_folder(root / name, vocab_size=len(tokenizer), seed=seed, **spec)
+        tokenizer.save_pretrained(root / name)
     for name in ("train", "valid"):
-        write_rows(tmp_path / f"{name}.jsonl", texts)
+        write_rows(root / f"{name}.jsonl", texts)
+
+
+def test_a_store_of_hidden_states_holds_what_the_head_reads(tmp_path):
+    write_inputs(tmp_path, PAIRS["opt-350m"][0])
     run_distributed(cache, 1, cache_command(tmp_path, "hidden"))
     (live, _), (read, _) = trained(tmp_path, "live"), trained(tmp_path, "read", **stored("hidden"))
     assert all(one == pytest.approx(other, rel=1e-5) for one, other in zip(live, read, strict=True))
+
+
+def test_a_sparse_models_run_goes_on_at_another_layout_and_is_exported(tmp_path):
+    write_inputs(tmp_path, PAIRS["qwen3-moe"][0])
+    cut, staged = {"tensor-model-parallel-size": 2, "sequence-parallel": True}, {"pipeline-model-parallel-size": 2}
+    distributed = {"use-distributed-optimizer": True}
+    run_distributed(run, 1, command(tmp_path, "unbroken", "sft"))
+    run_distributed(run, 2, command(tmp_path, "moved", "sft", **cut, **distributed), 4)
+    run_distributed(run, 2, command(tmp_path, "moved", "sft", **staged, **distributed))
+    for one, other in zip(numbers(tmp_path / "unbroken"), numbers(tmp_path / "moved"), strict=True):
+        assert other == pytest.approx(one, rel=2e-5, abs=1e-6)
+    whole, moved = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "hf").state_dict() for name in ("unbroken", "moved"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(moved[name], tensor, rtol=1e-3, atol=2e-5)
 
 
 def test_gemmas_embeddings_are_scaled_as_transformers_rounds_the_scale():
