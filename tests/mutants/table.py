@@ -77,7 +77,6 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     ],
     of("test_models", "logits_equal_transformers[1-1-1-False]"): [
         (MODELS + "smollm3.py", "int(not turns)", "int(turns)"),
-        (MODELS + "smollm3.py", "if hf.use_sliding_window else {}", "if True else {}"),
         (MODELS + "llama.py", "(hf.sliding_window - 1, 0)", "(hf.sliding_window, 0)"),
         (MODELS + "llama.py", 'int(kind == "sliding_attention")', "1"),
         (MODELS + "opt.py", "return LAYER if hf.do_layer_norm_before else POST_NORM", "return LAYER"),
