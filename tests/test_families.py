@@ -18,6 +18,7 @@ from train_tokenizer import train_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
 from megakd.checkpointing.model_folder import ModelFolder
+from megakd.checkpointing.soft_prompt_folder import SoftPromptFolder
 from megakd.errors import UserError
 from megakd.generation import rows
 from megakd.generation.generate import generate
@@ -89,6 +90,15 @@ def test_a_store_of_hidden_states_holds_what_the_head_reads(tmp_path):
     run_distributed(cache, 1, cache_command(tmp_path, "hidden"))
     (live, _), (read, _) = trained(tmp_path, "live"), trained(tmp_path, "read", **stored("hidden"))
     assert all(one == pytest.approx(other, rel=1e-5) for one, other in zip(live, read, strict=True))
+
+
+def test_a_soft_prompt_is_as_wide_as_the_words_in_front_of_which_it_stands(tmp_path):
+    write_inputs(tmp_path, PAIRS["opt-350m"][0])
+    run_distributed(run, 2, command(tmp_path, "prompted", "promptkd", **{"train-iters": 1}), tp=2)
+    prompt, teacher = SoftPromptFolder.read(tmp_path / "prompted" / "soft_prompt"), ModelFolder.open(tmp_path / "teacher")
+    prompt.check(teacher)
+    with pytest.raises(UserError, match=r"has vectors of 64 numbers, and .* embeddings of 32; give the model"):
+        SoftPromptFolder(tmp_path, torch.zeros(7, 64)).check(teacher)
 
 
 def test_a_sparse_models_run_goes_on_at_another_layout_and_is_exported(tmp_path):
