@@ -231,11 +231,26 @@ def response_logits(model, prompt, response, soft_prompt=None):
     return logits[0, len(prompt) - 1 :]
 
 
+def expert_by_expert(tensors):
+    """As transformers writes what it holds as one tensor for all experts."""
+    found = {}
+    for name, tensor in tensors.items():
+        stem, _, kind = name.rpartition(".")
+        if kind == "gate_up_proj":
+            for number, (gate, up) in enumerate(one.chunk(2) for one in tensor):
+                found |= {f"{stem}.{number}.gate_proj.weight": gate, f"{stem}.{number}.up_proj.weight": up}
+        elif kind == "down_proj":
+            found |= {f"{stem}.{number}.down_proj.weight": one for number, one in enumerate(tensor)}
+        else:
+            found[name] = tensor
+    return found
+
+
 class StateDictSource:
     """A transformers model or its state dict as the weight source that the models read."""
 
     def __init__(self, model):
-        self.tensors = model if isinstance(model, dict) else model.state_dict()
+        self.tensors = expert_by_expert(model if isinstance(model, dict) else model.state_dict())
 
     def shape(self, name):
         return tuple(self.tensors[name].shape)

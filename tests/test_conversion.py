@@ -44,6 +44,7 @@ VARIANTS = {
     "qwen3, tied": {"family": "qwen3", "tie_word_embeddings": True, "num_key_value_heads": 1},
     "mistral": {"family": "mistral", "sliding_window": 5},
     "gemma3": {"family": "gemma3_text"},
+    "qwen3-moe": {"family": "qwen3_moe", "num_key_value_heads": 1},
     "smollm3": {"family": "smollm3", "no_rope_layer_interval": 2, "attention_bias": True, "tie_word_embeddings": True},
 }
 TOKENIZER = {"tokenizer.json": "{}", "tokenizer_config.json": '{"model_max_length": 64}', "chat_template.jinja": "{{ messages }}"}

@@ -12,12 +12,17 @@ from stories import story
 from tasks import make_rows
 from test_methods import check_stories
 from test_stored_teacher import cache, cache_command, stored, trained, write_rows
+from test_trainer import command, numbers, run
 from tiny import tiny_config, tiny_folder, tiny_model
 from train_tokenizer import train_tokenizer
-from transformers import AutoConfig, Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
 from megakd.checkpointing.model_folder import ModelFolder
+from megakd.checkpointing.soft_prompt_folder import SoftPromptFolder
 from megakd.errors import UserError
+from megakd.generation import rows
+from megakd.generation.generate import generate
+from megakd.generation.sampling import Sampling
 from megakd.models.model_provider import build_model, family_of, load_weights
 from megakd.models.soft_prompt import word_embeddings
 
@@ -34,12 +39,16 @@ PAIRS = {  # student, teacher, as in stories.PAIRS
         {"family": "gemma3_text", "layers": 2, "num_key_value_heads": 1, "pad_token_id": 1},
         {"family": "gemma3_text", "layers": 2, "hidden": 96, "pad_token_id": 1},
     ),
+    "qwen3-moe": (
+        {"family": "qwen3_moe", "layers": 2, "pad_token_id": 1},
+        {"family": "qwen3_moe", "layers": 2, "hidden": 96, "norm_topk_prob": False, "pad_token_id": 1},
+    ),
     "smollm3 of a mistral": (
         {"family": "smollm3", "layers": 2, "no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 5, "pad_token_id": 1},
         {"family": "mistral", "layers": 2, "sliding_window": 4},
     ),
 }
-LAYOUTS = {"TP1": (1, 1, False, 4), "TP2": (2, 1, False, 4), "PP2": (1, 2, False, 2), "TP2 PP2 SP": (2, 2, True, 2)}
+LAYOUTS = {"TP2": (2, 1, False, 4), "PP2": (1, 2, False, 2), "TP2 PP2 SP": (2, 2, True, 2)}
 
 
 @pytest.fixture(autouse=True)
@@ -65,17 +74,45 @@ def test_hidden_states_as_narrow_as_the_head_travel(monkeypatch):
     test_relayed_teachers.check("promptkd", test_relayed_teachers.apart("TP1", "PP2"))
 
 
-def test_a_store_of_hidden_states_holds_what_the_head_reads(tmp_path):
-    rows = make_rows(24, seed=0)
-    tokenizer = train_tokenizer([row["prompt"] + row["response"] for row in rows])
+def write_inputs(root, spec) -> None:
+    """A student, a teacher like it, and data."""
+    texts = make_rows(24, seed=0)
+    tokenizer = train_tokenizer([row["prompt"] + row["response"] for row in texts])
     for seed, name in enumerate(("student", "teacher")):
-        tiny_folder(tmp_path / name, vocab_size=len(tokenizer), seed=seed, **PAIRS["opt-350m"][0])
-        tokenizer.save_pretrained(tmp_path / name)
+        tiny_folder(root / name, vocab_size=len(tokenizer), seed=seed, **spec)
+        tokenizer.save_pretrained(root / name)
     for name in ("train", "valid"):
-        write_rows(tmp_path / f"{name}.jsonl", rows)
+        write_rows(root / f"{name}.jsonl", texts)
+
+
+def test_a_store_of_hidden_states_holds_what_the_head_reads(tmp_path):
+    write_inputs(tmp_path, PAIRS["opt-350m"][0])
     run_distributed(cache, 1, cache_command(tmp_path, "hidden"))
     (live, _), (read, _) = trained(tmp_path, "live"), trained(tmp_path, "read", **stored("hidden"))
     assert all(one == pytest.approx(other, rel=1e-5) for one, other in zip(live, read, strict=True))
+
+
+def test_a_soft_prompt_is_as_wide_as_the_words_in_front_of_which_it_stands(tmp_path):
+    write_inputs(tmp_path, PAIRS["opt-350m"][0])
+    run_distributed(run, 2, command(tmp_path, "prompted", "promptkd", **{"train-iters": 1}), tp=2)
+    prompt, teacher = SoftPromptFolder.read(tmp_path / "prompted" / "soft_prompt"), ModelFolder.open(tmp_path / "teacher")
+    prompt.check(teacher)
+    with pytest.raises(UserError, match=r"has vectors of 64 numbers, and .* embeddings of 32; give the model"):
+        SoftPromptFolder(tmp_path, torch.zeros(7, 64)).check(teacher)
+
+
+def test_a_sparse_models_run_goes_on_at_another_layout_and_is_exported(tmp_path):
+    write_inputs(tmp_path, PAIRS["qwen3-moe"][0])
+    cut, staged = {"tensor-model-parallel-size": 2, "sequence-parallel": True}, {"pipeline-model-parallel-size": 2}
+    distributed = {"use-distributed-optimizer": True}
+    run_distributed(run, 1, command(tmp_path, "unbroken", "sft"))
+    run_distributed(run, 2, command(tmp_path, "moved", "sft", **cut, **distributed), 4)
+    run_distributed(run, 2, command(tmp_path, "moved", "sft", **staged, **distributed))
+    for one, other in zip(numbers(tmp_path / "unbroken"), numbers(tmp_path / "moved"), strict=True):
+        assert other == pytest.approx(one, rel=2e-5, abs=1e-6)
+    whole, moved = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "hf").state_dict() for name in ("unbroken", "moved"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(moved[name], tensor, rtol=1e-3, atol=2e-5)
 
 
 def test_gemmas_embeddings_are_scaled_as_transformers_rounds_the_scale():
@@ -107,6 +144,18 @@ def test_a_gemma_that_reads_images_is_refused_and_its_text_model_taken(tmp_path)
         torch.testing.assert_close(taken(ids).logits, whole(ids).logits)
 
 
+def test_a_sparse_models_step_is_not_captured(monkeypatch):
+    """Its shapes depend on where tokens are routed."""
+
+    def check(layout):
+        model = build_model(tiny_config("qwen3_moe", layers=1), layout, padded_vocab_size=128)
+        return generate(model, [[5, 6, 7], [9, 3]], [0, 1], Sampling(max_new_tokens=3, greedy=True), eos_id=-1)
+
+    monkeypatch.setattr(rows, "is_capturable", lambda device, sampling: True)
+    monkeypatch.setattr(rows, "CapturedStep", None)
+    run_distributed(check, 1)
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
@@ -120,3 +169,9 @@ def test_a_gemma_that_reads_images_is_refused_and_its_text_model_taken(tmp_path)
 def test_a_gemma_that_is_not_like_googles_says_why(fields, message):
     with pytest.raises(UserError, match=message):
         family_of(tiny_config("gemma3_text", **fields))
+
+
+@pytest.mark.parametrize("fields", [{"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}])
+def test_a_sparse_model_with_dense_layers_is_refused(fields):
+    with pytest.raises(UserError, match="some of its layers are dense"):
+        family_of(tiny_config("qwen3_moe", **fields))

@@ -33,6 +33,7 @@ VARIANTS = {
         "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 8},
     },
     "mistral": {"family": "mistral", "layers": 2, "sliding_window": 6},
+    "qwen3-moe": {"family": "qwen3_moe", "layers": 2},
     "gemma3": {"family": "gemma3_text", "layers": 3, "num_key_value_heads": 1},
     "smollm3": {"family": "smollm3", "layers": 3, "no_rope_layers": [1, 0, 0], "use_sliding_window": True, "sliding_window": 4, "num_key_value_heads": 1},
 }

@@ -13,7 +13,7 @@ from distributed import run_distributed
 from safetensors.torch import load_file
 from tasks import make_rows
 from test_trainer import command, numbers, run
-from tiny import tiny_folder
+from tiny import tiny_config, tiny_folder
 from train_tokenizer import train_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,7 +28,7 @@ from megakd.loading import align_vocabularies, load_model
 from megakd.models.lora import ALL_LINEAR, adapt, initial_A, target_modules
 
 LAYOUTS = {"TP1": (1, 1, False), "TP2": (2, 1, False), "PP2": (1, 2, False), "TP2 PP2 SP": (2, 2, True)}
-FAMILIES = {"gpt2": ALL_LINEAR, "opt": ALL_LINEAR, "llama": ALL_LINEAR, "qwen2": ("q_proj", "v_proj", "down_proj"), "qwen3": ALL_LINEAR, "gemma3_text": ALL_LINEAR}
+FAMILIES = {"gpt2": ALL_LINEAR, "opt": ALL_LINEAR, "llama": ALL_LINEAR, "qwen2": ("q_proj", "v_proj", "down_proj"), "qwen3": ALL_LINEAR, "gemma3_text": ALL_LINEAR, "qwen3_moe": ("q_proj", "k_proj", "v_proj", "o_proj")}
 RANK, ALPHA, ITERATIONS, LR, SEED = 4, 6.0, 3, 1e-2, 5
 
 
@@ -65,6 +65,7 @@ def oracle(inputs: Path, family: str):
     """(losses, gradient norms, adapters by PEFT's name, merged weights), by PEFT and torch in float64."""
     peft = pytest.importorskip("peft")
     model = AutoModelForCausalLM.from_pretrained(inputs / family, dtype=torch.float64, attn_implementation="eager")
+    model.config._experts_implementation = "eager"  # the others know no float64
     targets = FAMILIES[family]
     settings = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets if targets == ALL_LINEAR else list(targets), task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
@@ -232,6 +233,12 @@ def test_targets_are_pefts_and_a_wrong_one_names_those_that_are(inputs):
     assert target_modules(config, ("c_proj",)) == {"transformer.h.*.attn.c_proj", "transformer.h.*.mlp.c_proj"}
     with pytest.raises(UserError, match=r"--lora-target-modules q_proj: .* use some of c_attn, c_fc, c_proj, or all-linear"):
         target_modules(config, ("q_proj",))
+
+
+@pytest.mark.parametrize("family, fields, part", [("opt", {"word_embed_proj_dim": 32}, "project_in"), ("qwen3_moe", {}, "experts")])
+def test_all_linear_is_refused_where_it_would_be_less_than_pefts(family, fields, part):
+    with pytest.raises(UserError, match=rf"--lora-target-modules all-linear: {part} of this {family} model has no adapters here; use some of .*q_proj"):
+        target_modules(tiny_config(family, **fields), (ALL_LINEAR,))
 
 
 def test_a_flag_of_adapters_without_adapters_is_refused():

@@ -32,7 +32,7 @@ from megakd.models.model_provider import build_model, padded_vocab_size
 from megakd.models.quantized import block_shape
 from megakd.schedules import forward_only
 
-FAMILIES = ("gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "smollm3", "gemma3_text")
+FAMILIES = ("gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "smollm3", "gemma3_text", "qwen3_moe")
 EMBEDDING = {"gpt2": "transformer.wte.weight", "opt": "model.decoder.embed_tokens.weight"}
 HEAD = "lm_head.weight"
 

@@ -42,7 +42,9 @@ VARIANTS = {
     "qwen3, tied, biases, one key/value head": {"family": "qwen3", "tie_word_embeddings": True, "attention_bias": True, "num_key_value_heads": 1},
     "mistral": {"family": "mistral", "sliding_window": 5},
     "qwen2, late layers slide": {"family": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
-    "smollm3": {"family": "smollm3", "no_rope_layer_interval": 2},
+    "smollm3": {"family": "smollm3", "no_rope_layer_interval": 2, "sliding_window": 6},
+    "qwen3-moe": {"family": "qwen3_moe"},
+    "qwen3-moe, weights as they are": {"family": "qwen3_moe", "norm_topk_prob": False, "num_experts_per_tok": 3, "tie_word_embeddings": True},
     "gemma3": {"family": "gemma3_text"},
     "gemma3, own head, biases, one key/value head": {
         "family": "gemma3_text", "tie_word_embeddings": False, "attention_bias": True, "num_key_value_heads": 1,

@@ -34,10 +34,13 @@ def published(folder: Path, family: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt"])
-def test_a_published_folder_is_read_converted_and_trained_as_its_safetensors_are(inputs, tmp_path, family):  # noqa: F811
-    safe = tiny_folder(tmp_path / "safe", family)
-    folder = published(tiny_folder(tmp_path / "hf", family), family)
+@pytest.mark.parametrize(
+    "family, fields",
+    [("gpt2", {}), ("opt", {}), pytest.param("opt", {"word_embed_proj_dim": 32, "do_layer_norm_before": False}, id="opt-350m")],
+)
+def test_a_published_folder_is_read_converted_and_trained_as_its_safetensors_are(inputs, tmp_path, family, fields):  # noqa: F811
+    safe = tiny_folder(tmp_path / "safe", family, **fields)
+    folder = published(tiny_folder(tmp_path / "hf", family, **fields), family)
     ours, theirs = ModelFolder.open(folder).source, ModelFolder.open(safe).source
     for name in load_file(safe / "model.safetensors"):
         index = tuple(slice(1, size - 1) for size in theirs.shape(name))

@@ -15,6 +15,7 @@ from transformers import (
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 from transformers.utils import logging
@@ -25,12 +26,14 @@ LLAMAS = {
     "llama": LlamaConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
+    "qwen3_moe": Qwen3MoeConfig,
     "mistral": MistralConfig,
     "smollm3": SmolLM3Config,
     "gemma3_text": Gemma3TextConfig,
 }
 OWN = {  # what is not as in Llama, or would not be tiny
     "qwen3": {"head_dim": 32},
+    "qwen3_moe": {"head_dim": 32, "moe_intermediate_size": 48, "num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": True},
     "smollm3": {"pad_token_id": None},
     "gemma3_text": {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 5, "sliding_window_pattern": 2, "tie_word_embeddings": True},
 }
@@ -68,7 +71,8 @@ def tiny_config(family: str, *, layers: int = 4, hidden: int = 64, vocab_size: i
 def tiny_model(config: PretrainedConfig, *, seed: int = 7):
     """A transformers model in float32, in evaluation mode."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    eager = {f"{part}_implementation": "eager" for part in ("attn", "experts") if part == "attn" or hasattr(config, "num_experts")}
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **eager)
     with torch.no_grad():
         for param in model.parameters():
             param.add_(torch.randn_like(param) * 0.05)

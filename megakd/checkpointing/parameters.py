@@ -18,7 +18,7 @@ from megakd.models.param_mapping import Mapping, Table
 from megakd.models.shapes import megatron_shape
 
 HEAD = "output_layer.weight"
-FIRST_STAGE = "embedding."
+FIRST_STAGE = ("embedding.", "project_in.")
 
 
 @dataclass(frozen=True)

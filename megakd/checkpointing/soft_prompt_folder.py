@@ -1,6 +1,6 @@
 """PEFT's folder of a soft prompt, adapter_config.json and adapter_model.safetensors: what PromptKD leaves of its teacher.
 
-    prompt_embeddings [P, H]      stands before the embeddings of a text and takes positions 0 to P - 1
+    prompt_embeddings [P, H]      as wide as the embeddings, stands before the embeddings of a text and takes positions 0 to P - 1
 
 PromptKD's own code leaves the same in SAVE/.../teacher, as adapter_model.bin.
 """
@@ -19,7 +19,9 @@ from megakd.checkpointing.peft_folder import WEIGHTS
 from megakd.checkpointing.publish import published
 from megakd.errors import UserError, file_errors, read_json
 from megakd.models.hf_checkpoint import ADAPTER
+from megakd.models.model_provider import family_of
 from megakd.models.pytorch_file import tensors_of
+from megakd.models.shapes import head_size
 
 FOLDER = "soft_prompt"
 TENSOR, PICKLED_WEIGHTS = "prompt_embeddings", "adapter_model.bin"
@@ -75,10 +77,10 @@ class SoftPromptFolder:
         Raises:
             UserError: it is as wide as another's.
         """
-        width, hidden = self.vectors.shape[1], model.config.hidden_size
-        if width != hidden:
+        width, words = self.vectors.shape[1], head_size(family_of(model.config), model.config)
+        if width != words:
             raise UserError(
-                f"{flag} {self.path} has vectors of {width} numbers, and {model.flag} {model.path} embeddings of {hidden}; "
+                f"{flag} {self.path} has vectors of {width} numbers, and {model.flag} {model.path} embeddings of {words}; "
                 "give the model that it was trained in front of, PromptKD's teacher"
             )
 

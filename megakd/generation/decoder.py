@@ -6,7 +6,8 @@ stands before the padding:
     columns    0 .. P-1 soft prompt | P .. P+W-1 padding, then prompt | P+W .. response
     positions  0 .. P-1             |                  P .. P+n-1     | P+n .. response            n = length of the row's prompt
 
-All that changes from step to step is in tensors, and with `filled` fixed a step can be captured as a CUDA graph.
+All that changes from step to step is in tensors, and with `filled` fixed a step can be captured as a CUDA graph, but
+for a sparse model's (`has_fixed_steps`).
 
 Prompts are read in slices of rows of like length, each as wide as its longest row: padding lies in the cache, hardly computed.
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from megakd.models.decoding import check_layers
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.kv_cache import CacheStep, KVCache
+from megakd.models.sparse_mlp import SparseMLP
 
 FEW_ROWS = 8
 ALIGNED = 8  # columns: a GPU's attention copies a mask of other widths at every layer and step
@@ -58,6 +60,7 @@ class Decoder:
         self.columns_L = torch.arange(columns, device=self.device)
         self.is_token_BL = self._is_token()
         self.rotary = model.rotary_tables(columns)
+        self.has_fixed_steps = not any(isinstance(layer.mlp, SparseMLP) for layer in model.decoder.layers)
         self.windows = {layer.self_attention.core_attention.window for layer in model.decoder.layers}
 
     def _is_token(self) -> Tensor:

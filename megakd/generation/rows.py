@@ -88,7 +88,7 @@ class RowGroup:
         self.read = 0  # response tokens that this stage has read
         self.unseen: list[Tensor] = []  # [B] each, read since the last ones came to the host
         self.prefilled = self.finished = False
-        self.captures = is_capturable(self.device, sampler.sampling)
+        self.captures = is_capturable(self.device, sampler.sampling) and all(decoder.has_fixed_steps for decoder in self.decoders)
         self.captured: CapturedStep | None = None
 
     def buffers(self) -> list[Tensor]:

@@ -38,6 +38,7 @@ LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linea
 DEFAULT_TARGETS = {"gpt2": ("c_attn",)}  # PEFT's; of other families the usual ones
 USUAL_TARGETS = ("q_proj", "v_proj")
 ALL_LINEAR = "all-linear"
+WITHOUT = ("project_in", "experts")  # to which PEFT gives adapters, too
 
 
 class Adapter(nn.Module):
@@ -198,13 +199,16 @@ def target_modules(hf: PretrainedConfig, targets: tuple[str, ...]) -> set[str]:
         UserError: a target that is none of them.
     """
     every = [module for mapping in linear_mappings(hf).values() for module in modules_of(mapping)]
+    known = ", ".join(sorted({leaf(module) for module in every}))
     if targets == (ALL_LINEAR,):
+        if bare := next((part for part in WITHOUT for name in family_of(hf).table(hf, hf.vocab_size) if part in name), None):
+            what = f"{bare} of this {hf.model_type} model has no adapters here"
+            raise UserError(f"--lora-target-modules {ALL_LINEAR}: {what}; use some of {known}")
         return set(every)
     found: set[str] = set()
     for target in targets or DEFAULT_TARGETS.get(hf.model_type, USUAL_TARGETS):
         matches = {module for module in every if f".{module}".endswith(f".{target}")}
         if not matches:
-            known = ", ".join(sorted({leaf(module) for module in every}))
             raise UserError(
                 f"--lora-target-modules {target}: no linear module of this {hf.model_type} model; use some of {known}, or {ALL_LINEAR}"
             )
@@ -215,7 +219,8 @@ def target_modules(hf: PretrainedConfig, targets: tuple[str, ...]) -> set[str]:
 def linear_mappings(hf: PretrainedConfig) -> dict[str, Mapping]:
     """Of the weights of a layer's linear layers, by their path in the layer."""
     table = family_of(hf).table(hf, hf.vocab_size)
-    return {path: table[f"decoder.layers.*.{path}.weight"] for path in LINEARS}
+    names = {path: f"decoder.layers.*.{path}.weight" for path in LINEARS}
+    return {path: table[name] for path, name in names.items() if name in table}
 
 
 def modules_of(mapping: Mapping) -> list[str]:

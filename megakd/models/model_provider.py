@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megakd.errors import UserError
-from megakd.models import gemma3, gpt2, llama, mistral, opt, qwen2, qwen3, smollm3
+from megakd.models import gemma3, gpt2, llama, mistral, opt, qwen2, qwen3, qwen3_moe, smollm3
 from megakd.models.decoding import check_layers
 from megakd.models.family import Family
 from megakd.models.gpt_model import METHOD_PARTS, HiddenStateGPTModel
@@ -21,7 +21,7 @@ from megakd.models.param_mapping import HFTensor, Mapping, Source, Table
 from megakd.models.rope import ropes_of
 from megakd.runtime.parallel_layout import ParallelLayout
 
-FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (gpt2, opt, llama, qwen2, qwen3, mistral, smollm3, gemma3)}
+FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (gpt2, opt, llama, qwen2, qwen3, qwen3_moe, mistral, smollm3, gemma3)}
 INSTEAD = {
     "gemma3": "it reads images too; save its text model with transformers' Gemma3ForCausalLM.from_pretrained(FOLDER, "
     "config=AutoConfig.from_pretrained(FOLDER).text_config, key_mapping={'^language_model.model': 'model'})"

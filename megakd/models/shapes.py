@@ -25,6 +25,7 @@ def megatron_shape(name: str, family: Family, hf: PretrainedConfig, vocab_size: 
         "linear_proj": (hidden, heads * size),
         "linear_fc1": (2 * ffn if config.get("gated_linear_unit") else ffn, hidden),
         "linear_fc2": (hidden, ffn),
+        "router": (getattr(hf, "num_experts", 0), hidden),
         "output_layer": (vocab_size, words),
         "q_layernorm": (size,),
         "k_layernorm": (size,),

@@ -16,8 +16,7 @@ def unsupported(hf: SmolLM3Config) -> str | None:
 
 def transformer_config(hf: SmolLM3Config) -> dict:
     without = [int(not turns) for turns in hf.no_rope_layers[: hf.num_hidden_layers]]  # Hugging Face's 1 is a layer that turns them
-    slides = llama.sliding(hf) if hf.use_sliding_window else {}
-    return llama.transformer_config(hf) | slides | {"no_rope_freq": without}
+    return llama.transformer_config(hf) | llama.sliding(hf) | {"no_rope_freq": without}
 
 
 FAMILY = Family("smollm3", unsupported, transformer_config, llama.model_arguments, llama.table, skipped_rows={})

@@ -17,6 +17,10 @@ def story(layout: str, cases: str) -> str:
     return f"tests/test_methods.py::test_iterations_equal_float64_transformers[{layout}-{cases}]"
 
 
+def family(case: str) -> str:
+    return f"tests/test_families.py::test_iterations_equal_float64_transformers[{case}]"
+
+
 def of(file: str, *names: str) -> str:
     return "|".join(f"tests/{file}.py::test_{name}" for name in names)
 
@@ -42,21 +46,37 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (CHECKPOINTS + "peft_folder.py", "torch.empty_like(B).index_copy_(0, rows, B)", "B"),
         (CHECKPOINTS + "peft_folder.py", "delta.t() if transposed else delta", "delta.t()"),
     ],
-    "tests/test_families.py::test_iterations_equal_float64_transformers": [
+    family("TP2-qwen3"): [
         (MODELS + "qwen3.py", '{"qk_layernorm": True}', '{"qk_layernorm": False}'),
+    ],
+    family("TP2-opt-350m"): [
         (MODELS + "gpt_model.py", "torch.arange(x.shape[1], device=x.device)", "torch.zeros(x.shape[1], dtype=torch.long, device=x.device)"),
+    ],
+    family("PP2-opt-350m"): [
         (MODELS + "narrow_words.py", "    if model.pre_process or model.post_process:", "    if False:"),
+    ],
+    family("TP2-qwen3-moe"): [
+        (MODELS + "sparse_mlp.py", "(copy_to_tensor_model_parallel_region(y, group=group) for y", "(y for y"),
+        (MODELS + "sparse_mlp.py", "if self.routing.normalised:", "if False:"),
+    ],
+    family("TP2 PP2 SP-qwen3-moe"): [
+        (MODELS + "sparse_mlp.py", "tensor_parallel_output_grad=False", "tensor_parallel_output_grad=True"),
     ],
     "tests/test_families.py::test_gemmas_embeddings_are_scaled_as_transformers_rounds_the_scale": [
         (MODELS + "gpt_model.py", "torch.tensor(embedding_scale).to(config.params_dtype).item()", "embedding_scale"),
         (MODELS + "soft_prompt.py", "model.word_embeddings(torch.tensor", "model.embedding.word_embeddings(torch.tensor"),
     ],
+    "tests/test_families.py::test_a_sparse_models_step_is_not_captured": [
+        (GENERATION + "rows.py", "and all(decoder.has_fixed_steps for decoder in self.decoders)", ""),
+    ],
+    "tests/test_lora.py::test_all_linear_is_refused_where_it_would_be_less_than_pefts": [
+        (MODELS + "lora.py", 'WITHOUT = ("project_in", "experts")', "WITHOUT = ()"),
+    ],
     "tests/test_families.py::test_hidden_states_as_narrow_as_the_head_travel": [
         ("megakd/teachers/relayed.py", "model.embedding_size", "model.config.hidden_size"),
     ],
-    "tests/test_models.py::test_logits_equal_transformers": [
+    of("test_models", "logits_equal_transformers[1-1-1-False]"): [
         (MODELS + "smollm3.py", "int(not turns)", "int(turns)"),
-        (MODELS + "smollm3.py", "if hf.use_sliding_window else {}", "if True else {}"),
         (MODELS + "llama.py", "(hf.sliding_window - 1, 0)", "(hf.sliding_window, 0)"),
         (MODELS + "llama.py", 'int(kind == "sliding_attention")', "1"),
         (MODELS + "opt.py", "return LAYER if hf.do_layer_norm_before else POST_NORM", "return LAYER"),
