@@ -31,7 +31,7 @@ MAY_CHANGE = {  # between a run and its resumption: the layout, and what is only
     "teacher_tensor_model_parallel_size", "teacher_pipeline_model_parallel_size", "teacher_ranks", "teacher_offload",
     "save", "save_interval", "eval_interval", "eval_iters", "log_interval", "save_rollouts", "show_data", "merge_lora",
     "eval_answers", "eval_decoding", "keep_best", "keep_last", "exact_match_rule", "gsm8k_rule", "rouge_tokenizer",
-    "exit_duration_in_mins", "exit_signal", "resume",
+    "exit_duration_in_mins", "exit_signal", "resume", "on_nonfinite",
 }  # fmt: skip
 
 
