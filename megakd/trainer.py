@@ -46,6 +46,7 @@ from megakd.runtime.initialize import agreed, is_rank_zero, prepare, seed_everyt
 from megakd.runtime.lock import locked
 from megakd.runtime.peers import Peers
 from megakd.runtime.stop import agree_to_stop, name_of, stop_after
+from megakd.runtime.waiting import set_timeout, wait_for_all
 from megakd.schedules import TOKENS
 from megakd.teachers.build import build_teacher
 from megakd.teachers.relayed import RelayedTeacher
@@ -71,6 +72,7 @@ def train(config: Config, *, callbacks: Callbacks = Callbacks(), write_inputs: C
         UserError: something does not fit; before any weight is loaded where that can be known.
     """
     stop_after(config.running.exit_duration_in_mins)
+    set_timeout(config.running.timeout_minutes)
     preflight.check_run_folder(config)
     with nullcontext() if config.output.show_data else locked(Path(config.output.save)):
         write_inputs()
@@ -81,7 +83,13 @@ def _train(config: Config, callbacks: Callbacks) -> None:
     folders = open_folders(config)
     preflight.check(config, folders)
     prepare()
-    preflight.check_same_on_all_ranks(config, Peers.meet())
+    peers = Peers.meet()
+    with peers.watched():
+        _run_on(config, callbacks, folders, peers)
+
+
+def _run_on(config: Config, callbacks: Callbacks, folders: ModelFolders, peers: Peers) -> None:
+    preflight.check_same_on_all_ranks(config, peers)
     places = start_apart(config.parallel, config.teacher_parallel, seed=config.training.seed)
     agreed(lambda: preflight.verify_checkpoint(config, rank=dist.get_rank(), ranks=dist.get_world_size()))
     data = agreed(lambda: places.student and RunData.open(config, folders, places.student))  # a teacher's own ranks learn of an error, too
@@ -355,8 +363,8 @@ class Trainer:
         self._save_into(self.folder / NATIVE)
         if is_rank_zero():
             self.best.export(merge_adapter=self.config.lora.merge_lora)
-        self.teacher.on_teacher_ranks(dist.barrier)
-        dist.barrier()
+        self.teacher.on_teacher_ranks(wait_for_all)
+        wait_for_all()
 
     def _finish(self) -> None:
         soft_prompt = self.method.soft_prompt()
@@ -372,8 +380,8 @@ class Trainer:
 
     def _close(self) -> None:
         self.logger.close()
-        self.teacher.on_teacher_ranks(dist.barrier)
-        dist.barrier()
+        self.teacher.on_teacher_ranks(wait_for_all)
+        wait_for_all()
 
 
 def open_folders(config: Config) -> ModelFolders:
