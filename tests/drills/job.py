@@ -62,6 +62,19 @@ class Job:
         """The last that was logged."""
         return self.rows[-1]["iteration"] if self.rows else -1
 
+    @property
+    def attempts(self) -> int:
+        """How often its ranks have continued."""
+        return sum(line.startswith("continuing") for line in self.said())
+
+    def wait_for_iteration(self, iteration: int) -> None:
+        """Until it is logged."""
+        self.wait_for(lambda: self.iteration >= iteration, 300)
+
+    def wait_for_attempt(self, attempt: int) -> None:
+        """Until its ranks continue for the so-manyth time."""
+        self.wait_for(lambda: self.attempts >= attempt, 300)
+
     def wait_for(self, happens: Callable[[], bool], seconds: float = 120) -> None:
         """Until it does, while the job lives."""
         end = time.monotonic() + seconds
