@@ -32,5 +32,9 @@ mutants: install
 drill: install
 	OMP_NUM_THREADS=1 MEGAKD_FUZZ=4 $(BIN)/python -m pytest tests/test_fuzz.py
 
+# Kills, signals, a full disk, locks, restarts, two launchers: hours. WORDS="signals lock" takes some of it; docs/reliability.md has the figures.
+drill: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/drills/run.py $(WORDS)
+
 clean:
 	rm -rf $(VENV) quickstart

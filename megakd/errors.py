@@ -38,9 +38,17 @@ WAYS_OUT = {  # of what the system says about a file
 class UserError(ValueError):
     """What a user can mend: the one exception that becomes one line, whatever stands in the names that it quotes."""
 
+    code = 2  # what a command that it ends exits with
+
     def __init__(self, message: str):
         line = message.replace("\n", "\\n")
         super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}")
+
+
+class LostRankError(UserError):
+    """Another rank has ended or stands still: the same command again may do."""
+
+    code = 75  # EX_TEMPFAIL
 
 
 @contextmanager
@@ -131,7 +139,7 @@ def told_in_one_line(*, interrupted: str = "interrupted") -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        fail(str(error))
+        fail(str(error), code=error.code)
     except KeyboardInterrupt:
         fail(interrupted, code=INTERRUPTED)
 

@@ -53,6 +53,7 @@ class StudentOptimizer:
             use_gloo_process_groups=False,
             pg_collection=model.layout.groups,
         )
+        self._grad_norm, self.optimizer.get_grad_norm = self.optimizer.get_grad_norm, self._finite_norm
         for part in self.optimizer.chained_optimizers:  # upstream knows this group from its global state alone
             part.data_parallel_group_gloo = model.layout.host_dp_group
             part.init_state_fn = part.init_state_fn or _begin_momentum  # upstream has none for SGD, and calls it to load a checkpoint
@@ -72,15 +73,33 @@ class StudentOptimizer:
         self.optimizer.zero_grad()
 
     def step(self, iteration: int) -> dict[str, float]:
-        """One step with the iteration's learning rate."""
+        """One step with the iteration's learning rate; none where the gradient's norm is NaN or infinite, which is returned."""
         lr = learning_rate(iteration, lr=self.config.lr, total_iters=self.total_iters, config=self.config)
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = lr, self.config.weight_decay * group["wd_mult"]
         for part in self.optimizer.chained_optimizers:
             choose_kernel(part.optimizer)
-        finite, grad_norm, _ = self.optimizer.step()
+        try:
+            finite, grad_norm, _ = self.optimizer.step()
+        except NonFiniteNormError as error:
+            return {"grad_norm": error.norm, "lr": lr}
         assert finite, "fp16 is not built: bf16 and fp32 never skip a step"
         return {"grad_norm": float(grad_norm), "lr": lr}
+
+    def _finite_norm(self) -> float:
+        """Of the whole gradient; megatron-core asks for it before it clips, and steps only then."""
+        norm = float(self._grad_norm())
+        if not math.isfinite(norm):
+            raise NonFiniteNormError(norm)
+        return norm
+
+
+class NonFiniteNormError(ArithmeticError):
+    """The gradient's norm is NaN or infinite; nothing was changed yet."""
+
+    def __init__(self, norm: float):
+        super().__init__(f"the gradient's norm is {norm}")
+        self.norm = norm
 
 
 def choose_kernel(optimizer: torch.optim.Optimizer) -> None:
@@ -144,14 +163,16 @@ class SoftPromptOptimizer:
         self.adam.zero_grad()
 
     def step(self, iteration: int, tokens: torch.Tensor) -> dict[str, float]:
-        """One step on Σ loss / `tokens` of the global batch, the same on every rank."""
+        """One step on Σ loss / `tokens` of the global batch, the same on every rank; none where the gradient's norm is NaN or infinite."""
         self.prompt.synchronize_gradient(tokens)
         limit = self.config.clip_grad or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.prompt.parameters(), limit)
+        norm = torch.nn.utils.clip_grad_norm_(self.prompt.parameters(), limit).item()
+        if not math.isfinite(norm):
+            return {"grad_norm/prompt": norm}
         choose_kernel(self.adam)
         self.adam.param_groups[0]["lr"] = learning_rate(iteration, lr=self.lr, total_iters=self.total_iters, config=self.config)
         self.adam.step()
-        return {"grad_norm/prompt": norm.item()}
+        return {"grad_norm/prompt": norm}
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """The prompt and its moments by name: a checkpoint saves them, and fills them in place."""

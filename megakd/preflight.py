@@ -24,7 +24,7 @@ from megakd.models.weight_only import check_quantization
 from megakd.reporting.own_folder import OwnFolder
 from megakd.reporting.wandb_run import check_installed
 from megakd.runtime.peers import Peers
-from megakd.runtime.stop import host_group
+from megakd.runtime.waiting import host_group
 
 MAY_CHANGE = {  # between a run and its resumption: the layout, and what is only written down
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel", "use_distributed_optimizer", "micro_batch_size",
@@ -32,7 +32,7 @@ MAY_CHANGE = {  # between a run and its resumption: the layout, and what is only
     "teacher_tensor_model_parallel_size", "teacher_pipeline_model_parallel_size", "teacher_ranks", "teacher_offload",
     "save", "save_interval", "eval_interval", "eval_iters", "log_interval", "save_rollouts", "show_data", "merge_lora",
     "eval_answers", "eval_decoding", "keep_best", "keep_last", "exact_match_rule", "gsm8k_rule", "rouge_tokenizer",
-    "exit_duration_in_mins", "exit_signal", "resume",
+    "exit_duration_in_mins", "exit_signal", "resume", "on_nonfinite", "timeout_minutes",
     "wandb_project", "wandb_name",
 }  # fmt: skip
 

@@ -30,6 +30,7 @@ from megakd.data.dataloader import DataLoader
 from megakd.errors import UserError, tell
 from megakd.evaluation.held_out import held_out_losses
 from megakd.evaluation.held_out_answers import HeldOutAnswers
+from megakd.faults import NonFiniteError, all_finite, find, write_down
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
 from megakd.loading import ModelFolders, Places, start_apart
@@ -47,12 +48,14 @@ from megakd.runtime.initialize import agreed, is_rank_zero, prepare, seed_everyt
 from megakd.runtime.lock import locked
 from megakd.runtime.peers import Peers
 from megakd.runtime.stop import agree_to_stop, name_of, stop_after
+from megakd.runtime.waiting import set_timeout, wait_for_all
 from megakd.schedules import TOKENS
 from megakd.teachers.build import build_teacher
 from megakd.teachers.relayed import RelayedTeacher
 from megakd.teachers.teacher import Teacher
 
 SAMPLES_SHOWN = 4  # held-out prompts that the student answers greedily at every evaluation, for people to read
+LEFT_OUT_IN_A_ROW = 10  # iterations of which a run with --on-nonfinite skip takes no step, before it gives up
 GIB = 1024**3
 
 
@@ -71,6 +74,7 @@ def train(config: Config, *, callbacks: Callbacks = Callbacks(), write_inputs: C
         UserError: something does not fit; before any weight is loaded where that can be known.
     """
     stop_after(config.running.exit_duration_in_mins)
+    set_timeout(config.running.timeout_minutes)
     preflight.check_run_folder(config)
     with nullcontext() if config.output.show_data else locked(Path(config.output.save)):
         write_inputs()
@@ -81,7 +85,13 @@ def _train(config: Config, callbacks: Callbacks) -> None:
     folders = open_folders(config)
     preflight.check(config, folders)
     prepare()
-    preflight.check_same_on_all_ranks(config, Peers.meet())
+    peers = Peers.meet()
+    with peers.watched():
+        _run_on(config, callbacks, folders, peers)
+
+
+def _run_on(config: Config, callbacks: Callbacks, folders: ModelFolders, peers: Peers) -> None:
+    preflight.check_same_on_all_ranks(config, peers)
     places = start_apart(config.parallel, config.teacher_parallel, seed=config.training.seed)
     agreed(lambda: preflight.verify_checkpoint(config, rank=dist.get_rank(), ranks=dist.get_world_size()))
     data = agreed(lambda: places.student and RunData.open(config, folders, places.student))  # a teacher's own ranks learn of an error, too
@@ -131,7 +141,7 @@ class Trainer:
             tell(remark)
         self.method = self._build_method()
         self.iteration = self.resumed = self.saved = self._resume()
-        self.stopped_by = 0
+        self.stopped_by = self.left_out = 0
         self.best = self._begin_folder()
         self.logger = RunLogger(
             self.folder,
@@ -259,15 +269,38 @@ class Trainer:
         seed_everything(self.config.training.seed, self.layout, iteration=self.iteration)  # nothing random has to be saved
         self.method.rollouts = ()  # an iteration that writes none has none to show
         start = time.perf_counter()
-        metrics = self.method.train_iteration(self.data.loader, self.iteration)
-        seconds = time.perf_counter() - start
-        check_finite(metrics, self.iteration, self.checkpoints)
+        try:
+            metrics = self.method.train_iteration(self.data.loader, self.iteration)
+        except NonFiniteError as error:
+            return self._leave_out(error)
+        self.left_out, seconds = 0, time.perf_counter() - start
         metrics |= {"tokens_per_second": metrics["positions"] / seconds, "memory_gib": peak_memory() / GIB}
         metrics |= self.method.time.take()
         self.logger.log(self.iteration, metrics)
         if self.config.output.save_rollouts and self.method.rollouts:
             self._write_rollouts()
         self.callbacks.on_iteration(self.iteration, metrics)
+
+    def _leave_out(self, error: NonFiniteError) -> None:
+        """No step was taken; where from it came is looked for and written down.
+
+        Raises:
+            UserError: the run is to stop, or has left out LEFT_OUT_IN_A_ROW iterations.
+        """
+        teacher = self.method.teacher
+        with teacher.on_device() if teacher else nullcontext():
+            findings = find(error, self.method.student, teacher and teacher.model)
+        self.left_out += 1
+        latest, file = read_latest(self.checkpoints), "on rank 0"
+        if is_rank_zero():
+            file = write_down(self.folder / "fault", self.iteration, error, findings, self.config.flat(), latest)
+        first = f"; first {findings[0]}" if findings else ""
+        told = f"iteration {self.iteration}: {error}{first}; no step was taken, {file} has its rows"
+        if self.config.running.on_nonfinite == "stop" or self.left_out == LEFT_OUT_IN_A_ROW:
+            raise UserError(f"{told}; {way_out(latest)}, or leave such steps out with --on-nonfinite skip")
+        tell(told)
+        self.method.time.take()
+        self.logger.log(self.iteration, {"left_out": 1.0})
 
     def _write_rollouts(self) -> None:
         """Every replica's responses of this iteration, on rank 0."""
@@ -291,6 +324,9 @@ class Trainer:
                 rows = self.config.generation.rollout_batch_size
                 metrics |= self.answers.scores(self.method.student, self.ends, batch_size=rows)
             self._show_samples()
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                tell(f"iteration {self.iteration}: {name} is {value}, of the held-out data")
         self.method.on_evaluation(metrics)
         metrics |= self.method.time.take()
         self.logger.log(self.iteration, metrics)
@@ -315,6 +351,9 @@ class Trainer:
     # ---- what is left behind
 
     def _save(self) -> None:
+        if not all_finite(self.method.student):
+            latest = read_latest(self.checkpoints)
+            raise UserError(f"iteration {self.iteration}: the student's weights are NaN or infinite, and are not saved; {way_out(latest)}")
         self._save_into(
             self.checkpoints,
             optimizer=self.method.optimizer.optimizer,
@@ -336,8 +375,8 @@ class Trainer:
         self._save_into(self.folder / NATIVE)
         if is_rank_zero():
             self.best.export(merge_adapter=self.config.lora.merge_lora)
-        self.teacher.on_teacher_ranks(dist.barrier)
-        dist.barrier()
+        self.teacher.on_teacher_ranks(wait_for_all)
+        wait_for_all()
 
     def _finish(self) -> None:
         soft_prompt = self.method.soft_prompt()
@@ -353,8 +392,8 @@ class Trainer:
 
     def _close(self) -> None:
         self.logger.close()
-        self.teacher.on_teacher_ranks(dist.barrier)
-        dist.barrier()
+        self.teacher.on_teacher_ranks(wait_for_all)
+        wait_for_all()
 
 
 def open_folders(config: Config) -> ModelFolders:
@@ -454,14 +493,10 @@ def valid_losses(method: Method, samples: Sequence[Sample]) -> dict[str, float]:
     return {f"valid/{name}": value for name, value in means.items() if name != TOKENS}
 
 
-def check_finite(metrics: dict[str, float], iteration: int, checkpoints: Path) -> None:
-    """A loss that is not a number ends the run with its name. A checkpoint is whole, but continued with its own settings only."""
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            where = "" if read_latest(checkpoints) is None else ", both with another --save"
-            raise UserError(
-                f"iteration {iteration}: {name} is {value}; lower --lr, or use --dtype fp32 to see whether precision is the reason{where}"
-            )
+def way_out(latest: int | None) -> str:
+    """Of numbers that are none. A checkpoint is whole, but continued with its own settings only."""
+    where = "" if latest is None else ", both with another --save"
+    return f"lower --lr, or use --dtype fp32 to see whether precision is the reason{where}"
 
 
 def peak_memory() -> int:

@@ -291,15 +291,6 @@ def test_a_mistake_ends_in_one_clear_line(lines, name):
     assert re.search(CASES[name][1], lines[name]), lines[name]
 
 
-def test_a_loss_that_is_no_number_names_itself(tmp_path):
-    check = lambda value: trainer.check_finite({"loss/lm": value}, 3, tmp_path)
-    with pytest.raises(UserError, match=r"iteration 3: loss/lm is nan; lower --lr, or use --dtype fp32 to see whether precision is the reason$"):
-        check(float("nan"))
-    native.write_latest(tmp_path, 2)
-    with pytest.raises(UserError, match=r"lower --lr, or use --dtype fp32 .*, both with another --save$"):
-        check(float("inf"))
-    check(torch.tensor(1.0).item())
-
 
 def test_a_mistake_that_rank_zero_does_not_share_is_told_by_whoever_has_it(monkeypatch, capsys):
     monkeypatch.setattr(errors, "GRACE_SECONDS", 0.0)

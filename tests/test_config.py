@@ -194,7 +194,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
     text = [line.name for line, value in flags if isinstance(value, (str, tuple))]
     paths = {line.name for line, _ in flags if line.metadata.get("path")}
     words = {"method", "dtype", "lr_decay_style", "kd_objective", "prompt_init", "prompt_init_text", "teacher_kld_type", "base_kld_type"}
-    words |= {"reference_behaviour", "seeds", "preset", "baseline", "measure", "hidden_loss", "hidden_layers", "teacher_prompt_field", "teacher_field", "teacher_quantize", "cache_kind", "optimizer", "priming_objective", "gsm8k_rule", "exact_match_rule", "rouge_tokenizer", "exit_signal", "resume", "eval_decoding", "keep_best", "peft", "lora_target_modules", "wandb_project", "wandb_name"}
+    words |= {"reference_behaviour", "seeds", "preset", "baseline", "measure", "hidden_loss", "hidden_layers", "teacher_prompt_field", "teacher_field", "teacher_quantize", "cache_kind", "optimizer", "priming_objective", "gsm8k_rule", "exact_match_rule", "rouge_tokenizer", "exit_signal", "resume", "on_nonfinite", "eval_decoding", "keep_best", "peft", "lora_target_modules", "wandb_project", "wandb_name"}
     assert set(text) == words | paths, "a flag that may be a path says so"
 
 

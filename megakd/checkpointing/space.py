@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, is_ma
 
 from megakd.errors import UserError
 from megakd.runtime.initialize import on_rank_zero
-from megakd.runtime.stop import host_group
+from megakd.runtime.waiting import host_group
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 BESIDE = 1 << 20  # index, tokenizer, what tells of them

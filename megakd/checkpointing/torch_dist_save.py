@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 
 from megakd.errors import UserError, file_errors
+from megakd.runtime.waiting import patient_group
 
 
 class Writer(dcp.FileSystemWriter):
@@ -74,7 +75,9 @@ class SynchronousSave(SaveShardedStrategy):
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         try:
-            dcp.save(mcore_to_pyt_state_dict(by_key), storage_writer=Writer(checkpoint_dir), planner=planner)
+            dcp.save(
+                mcore_to_pyt_state_dict(by_key), storage_writer=Writer(checkpoint_dir), planner=planner, process_group=patient_group()
+            )
         except dcp.api.CheckpointException as error:
             told = [failure for failure, _traceback in error.failures.values() if isinstance(failure, UserError)]
             if not told:

@@ -39,6 +39,7 @@ from megakd.errors import UserError
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.runtime.initialize import agreed
 from megakd.runtime.parallel_layout import Grid, ParallelLayout
+from megakd.runtime.waiting import patient_group, wait_for_all
 
 OPTIMIZER_SHARDING = "fully_reshardable"  # megatron-core's default kind cannot be saved at all in 0.16.1
 KINDS = {"distrib_optim_sharding_type": OPTIMIZER_SHARDING}
@@ -149,19 +150,19 @@ def published_by_rank_zero(target: Path, state: dict[str, Any]) -> Iterator[Path
     first, needed = dist.get_rank() == 0, bytes_to_write(state)
     check_room(target, needed)
     with telling_what_is_needed(needed), published(target) if first else nullcontext(hidden(target)) as folder:
-        dist.barrier()
+        wait_for_all()
         yield folder
         write_all_checksums(folder)
-        dist.barrier()
+        wait_for_all()
     if first:
         write_latest(target.parent, number_of(target))
-    dist.barrier()
+    wait_for_all()
 
 
 def write_all_checksums(folder: Path) -> None:
     """Each rank reads its share, rank 0 writes all down."""
     rank, everyone = dist.get_rank(), [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, agreed(lambda: checksums(folder, rank=rank, ranks=len(everyone))))
+    dist.all_gather_object(everyone, agreed(lambda: checksums(folder, rank=rank, ranks=len(everyone))), group=patient_group())
     if rank == 0:
         write_checksums(folder, {name: digest for share in everyone for name, digest in share.items()})
 

@@ -14,6 +14,12 @@ class RunningConfig:
     """A job among others: signals, limits of time, restarts."""
 
     resume: str = flag("latest", "which checkpoint of --save a run continues from: latest, previous, or the number of an iteration")
+    on_nonfinite: Literal["stop", "skip"] = flag(
+        "stop", "when a loss or a gradient is NaN or infinite: end before the step is taken, or leave the step out and go on"
+    )
+    timeout_minutes: float = flag(
+        10.0, "how long a rank waits for another that stands still; one that has ended is noticed at once", range=POSITIVE
+    )
     exit_duration_in_mins: float | None = flag(
         None, "finish the iteration, save and end when the job has run so many minutes; the same command goes on", range=POSITIVE
     )

@@ -14,6 +14,7 @@ from megakd.data.batch import Batch, Sample, collate, micro_batches
 from megakd.data.conditioning import Conditioning
 from megakd.data.dataloader import DataLoader
 from megakd.data.end_ids import EndIds
+from megakd.faults import check_finite
 from megakd.losses.distillation import sft_loss
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.optimizer import StudentOptimizer
@@ -119,17 +120,24 @@ class Method:
         self, batches: list[Batch], loss: LossFunction, iteration: int, *, context: Context = ()
     ) -> dict[str, float]:
         """Gradients of the token mean over the global batch, and one optimizer step; `context` is what the loss gets beside each
-        micro-batch."""
+        micro-batch.
+
+        Raises:
+            NonFiniteError: a loss or the gradient's norm is NaN or infinite; no step was taken.
+        """
         with self.time("student_step"):
             self.student.train()
             self.optimizer.zero_grad()
             loss = normalised(loss, batches, self.config, self.layout)
             means = forward_backward(self.optimizer.ddp, batches, loss, context=context, layout=self.layout)
         with self.time("optimizer"):
+            learnt = to_floats(means)
+            check_finite(learnt, batches, context, loss)
             step = self.optimizer.step(iteration)
+            check_finite(step, batches, context, loss)
             if self.teacher:
                 self.teacher.after_step(self.student)
-        return to_floats(means) | step | self.positions(batches)
+        return learnt | step | self.positions(batches)
 
     def cross_entropy_step(self, samples: Sequence[Sample], iteration: int) -> dict[str, float]:
         """One step on −log q of the responses: no teacher reads."""

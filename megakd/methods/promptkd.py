@@ -14,6 +14,7 @@ from functools import partial
 
 from megakd_kernels import VocabShard
 
+from megakd.faults import check_finite
 from megakd.losses.distillation import PROMPT_LOSSES, prompt_loss, reverse_kl_loss
 from megakd.methods.base import Method, normalised, to_floats
 from megakd.methods.rollout import rollout
@@ -37,6 +38,7 @@ class PromptKD(Method):
             self.rollouts = self.respond(samples, iteration)
         batches = self.batches(self.rollouts)
         metrics = self.teacher.learn(self.student, batches, iteration, time=self.time)
+        check_finite(metrics, batches)
         with self.time("teacher"):
             prompted = self.teacher.read_prompted(batches, to=self.layout)
         loss = lambda q, batch, p_P: reverse_kl_loss(q, p_P, self.vocabulary)

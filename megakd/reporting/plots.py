@@ -58,6 +58,8 @@ def plot_training(run_folder: str | Path) -> list[Path]:
         raise UserError(f"{run_folder / 'metrics.jsonl'} holds no iteration; give the --save folder of a run that has started")
     series = series_of(rows)
     panels = panels_of(series)
+    if not panels:  # every iteration was left out
+        return []
     columns = min(4, len(panels))
     figure, axes = new_figure(rows=math.ceil(len(panels) / columns), columns=columns)
     for ax, (title, unit, names) in zip(axes, panels):

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import atexit
-import datetime
 import os
 import random
 import sys
@@ -22,9 +21,9 @@ from megakd.errors import UserError
 from megakd.runtime import cpu_backend, megatron_repairs
 from megakd.runtime.meeting import common_store
 from megakd.runtime.parallel_layout import Grid, ParallelLayout, parallel_state
+from megakd.runtime.waiting import patient_group, waiting
 
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}  # what torchrun would say to a single rank
-TIMEOUT = datetime.timedelta(minutes=30)  # of a rank that waits for another
 
 def initialize(
     *, tensor_model_parallel_size: int = 1, pipeline_model_parallel_size: int = 1, seed: int = 1234
@@ -78,7 +77,7 @@ def form_groups(tp: int, pp: int, *, ranks: int | None = None) -> None:
         return
     close_groups()
     with with_world_size(shape[-1]):
-        parallel_state.initialize_model_parallel(tp, pp)
+        parallel_state.initialize_model_parallel(tp, pp, distributed_timeout_minutes=waiting.timeout.total_seconds() / 60)
     _shape[:] = [shape]
 
 
@@ -124,16 +123,16 @@ def join() -> None:
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
     alone = os.environ["WORLD_SIZE"] == "1"  # talks to itself, without a port that another program may have taken meanwhile
-    store, rank, size = (dist.HashStore(), 0, 1) if alone else common_store(TIMEOUT)
+    store, rank, size = (dist.HashStore(), 0, 1) if alone else common_store(waiting.timeout)
     place = {"store": store, "rank": rank, "world_size": size}
     if torch.cuda.is_available():
         device = torch.device("cuda", own_gpu(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()))
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape of a micro-batch, tens of milliseconds a plan
-        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device, **place)
+        dist.init_process_group("nccl", timeout=waiting.timeout, device_id=device, **place)
     else:
         share_cores()
-        dist.init_process_group("gloo", timeout=TIMEOUT, **place)
+        dist.init_process_group("gloo", timeout=waiting.timeout, **place)
 
 
 def own_gpu(local_rank: int, visible: int) -> int:
@@ -195,7 +194,7 @@ def on_rank_zero(work: Callable[[], None]) -> None:
             work()
         except UserError as error:
             found = [error]
-    dist.broadcast_object_list(found)
+    dist.broadcast_object_list(found, group=patient_group())
     if found[0]:
         raise found[0]
 
@@ -203,7 +202,7 @@ def on_rank_zero(work: Callable[[], None]) -> None:
 def from_rank_zero(make: Callable[[], Any]) -> Any:
     """What rank 0 makes, on every rank."""
     found = [make() if is_rank_zero() else None]
-    dist.broadcast_object_list(found)
+    dist.broadcast_object_list(found, group=patient_group())
     return found[0]
 
 
@@ -219,7 +218,7 @@ def agreed(work: Callable[[], Any]) -> Any:
     except UserError as error:
         mine = error
     everyone: list[UserError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    dist.all_gather_object(everyone, mine, group=patient_group())
     if raised := next(filter(None, [mine, *everyone]), None):
         raise raised
     return result

@@ -18,6 +18,8 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
+from megakd.runtime.waiting import waiting
+
 AXES = ("pp", "dp", "tp")  # from the slowest to the fastest, megatron's order: neighbours share a layer, then repeat the model
 
 
@@ -180,7 +182,7 @@ class ParallelLayout:
 
 def form_group(lists: Sequence[Sequence[int]], backend: str | None = None) -> ProcessGroup | None:
     """A group for each list of ranks, the one with this rank in it. Every rank of the job calls it."""
-    groups = [(dist.new_group(list(ranks), backend=backend), ranks) for ranks in lists]
+    groups = [(dist.new_group(list(ranks), backend=backend, timeout=waiting.timeout), ranks) for ranks in lists]
     return next((group for group, ranks in groups if dist.get_rank() in ranks), None)
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megakd.errors import tell
+from megakd.runtime.waiting import host_group
 
 ALWAYS = ("SIGTERM", "SIGINT")
 TOGETHER = 2.0  # seconds: schedulers signal all processes of a job, and the launcher among them hands its own on: that is one request
@@ -93,15 +94,3 @@ def agree_to_stop() -> int:
     reason = torch.tensor(requests.now(), dtype=torch.int32)
     dist.all_reduce(reason, dist.ReduceOp.MAX, group=host_group())
     return int(reason)
-
-
-def host_group() -> dist.ProcessGroup:
-    """All ranks of the job, over gloo. Formed when first asked for, by all ranks together."""
-    if dist.get_backend() == "gloo":
-        return dist.group.WORLD
-    if _group[:1] != [dist.group.WORLD]:
-        _group[:] = [dist.group.WORLD, dist.new_group(backend="gloo")]
-    return _group[1]
-
-
-_group: list[dist.ProcessGroup] = []  # the world, and the same over gloo

@@ -37,6 +37,7 @@ from torch import Tensor
 from megakd.data.batch import Batch, unpack
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.runtime.parallel_layout import Grid, own_device
+from megakd.runtime.waiting import waiting
 from megakd.schedules import forward_only, supervised, supervised_hidden
 
 Key = tuple[int, int]  # (replica of the student, its micro-batch)
@@ -94,7 +95,7 @@ class Relay:
 
     def __init__(self, student: Side, teacher: Side):
         self.student, self.teacher, self.device = student, teacher, own_device()
-        self.group = dist.new_group()
+        self.group = dist.new_group(timeout=waiting.timeout)
         self.host_group = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
         self.shares_ranks = student.grid.first == teacher.grid.first
         self.sent: Counter[str] = Counter()  # bytes that this rank has given away, and the `tokens` that its replica asked about

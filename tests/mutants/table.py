@@ -98,6 +98,14 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         ("megakd/preflight.py", "if asked.isdecimal():", "if False:"),
         (TRAINER, "remove_left_behind(self.folder, self.checkpoints)", "pass"),
     ],
+    "tests/test_faults.py": [
+        ("megakd/faults.py", "if not math.isfinite(value):", "if False:"),
+        ("megakd/faults.py", "sorted(everywhere(mine, student.layout)", "sorted(mine"),
+        (OPTIMIZER, "        if not math.isfinite(norm):\n            raise", "        if False:\n            raise"),
+        (METHODS + "base.py", "check_finite(step, batches, context, loss)", "pass"),
+        (TRAINER, "if not all_finite(self.method.student):", "if False:"),
+        (TRAINER, 'self.config.running.on_nonfinite == "stop"', "True"),
+    ],
     "tests/test_one_run.py": [
         (RUNTIME + "lock.py", "start_of(self.process) == self.started", "True"),
         (RUNTIME + "lock.py", "return not (self.job and self.job == me.job)", "return True"),
