@@ -76,8 +76,7 @@ def train(config: Config, *, callbacks: Callbacks = Callbacks(), write_inputs: C
 
 
 def _train(config: Config, callbacks: Callbacks) -> None:
-    folders = open_folders(config)
-    preflight.check(config, folders)
+    folders = open_checked(config)
     prepare()
     preflight.check_same_on_all_ranks(config, Peers.meet())
     places = start_apart(config.parallel, config.teacher_parallel, seed=config.training.seed)
@@ -89,6 +88,17 @@ def _train(config: Config, callbacks: Callbacks) -> None:
     data.show(config.output.show_data or int(config.conditioning.adds_text), config, folders.student.tokenizer)
     if not config.output.show_data:
         Trainer(config, folders, data, places, callbacks, answers).run()
+
+
+def open_checked(config: Config) -> ModelFolders:
+    """How every run begins, a dry one too, once its folder is its own: all that can be checked before ranks meet.
+
+    Raises:
+        UserError: something does not fit.
+    """
+    folders = open_folders(config)
+    preflight.check(config, folders)
+    return folders
 
 
 def serve(config: Config, folders: ModelFolders, places: Places) -> None:
