@@ -46,7 +46,7 @@ def dry_run(config: Config) -> None:
     config = with_ranks(config)
     check_run_folder(config)
     folders = open_checked(config)
-    grids = grids_of(config.parallel, config.teacher_parallel, ranks=config.output.ranks)
+    grids = grids_of(config.parallel, config.teacher_parallel, ranks=config.preview.ranks)
     data = RunData.open(config, folders, FirstReplica(grids[0].dp_size))
     open_answers(config, folders, data)
     if os.environ.get("RANK", "0") != "0":
@@ -65,15 +65,15 @@ def with_ranks(config: Config) -> Config:
     if teacher.flags_given(parallel) and not teacher.own_ranks:
         tp, pp = teacher.sizes(parallel)
         fewest = math.lcm(fewest, tp * pp)
-    ranks = config.output.ranks or int(os.environ.get("WORLD_SIZE", fewest + teacher.own_ranks))
-    return dataclasses.replace(config, output=dataclasses.replace(config.output, ranks=ranks))
+    ranks = config.preview.ranks or int(os.environ.get("WORLD_SIZE", fewest + teacher.own_ranks))
+    return dataclasses.replace(config, preview=dataclasses.replace(config.preview, ranks=ranks))
 
 
 def page(config: Config, folders: ModelFolders, grids: tuple[Grid, Grid], data: RunData) -> Iterator[str]:
     """What the run would be, line by line."""
     student, teacher = grids
     apart = f"; the teacher {layout(teacher)}" if folders.teachers and teacher != student else ""
-    yield f"dry run of --method {config.method} on {config.output.ranks} rank(s), {layout(student)}{apart}"
+    yield f"dry run of --method {config.method} on {config.preview.ranks} rank(s), {layout(student)}{apart}"
     for name, folder in (("student", folders.student), *((f"teacher {name}".strip(), one) for name, one in folders.teachers.items())):
         yield f"  {name:9} {model_line(folder)}"
     load = load_of(config, data.loader, student)

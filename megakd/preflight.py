@@ -45,7 +45,7 @@ def check(config: Config, folders: ModelFolders) -> None:
     Raises:
         UserError: the first thing that does not fit.
     """
-    ranks = config.output.ranks if config.output.dry_run else None
+    ranks = config.preview.ranks if config.preview.dry_run else None
     folders.check(config.parallel, config.teacher_parallel, ranks=ranks)
     check_lengths(config, folders)
     check_hidden_layers(config, folders.student)

@@ -22,7 +22,7 @@ def main() -> None:
 
         listen([config.running.exit_signal])
         with process_group_closed_at_exit():
-            dry_run(config) if config.output.dry_run else train(config)
+            dry_run(config) if config.preview.dry_run else train(config)
 
 
 if __name__ == "__main__":

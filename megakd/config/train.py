@@ -28,6 +28,7 @@ from megakd.config.methods.seqkd import SeqKDConfig
 from megakd.config.methods.sft import SFTConfig
 from megakd.config.models import ModelConfig
 from megakd.config.parallel import ParallelConfig, TeacherParallelConfig
+from megakd.config.preview import PreviewConfig
 from megakd.config.running import RunningConfig
 from megakd.config.sampling import GenerationConfig
 from megakd.config.scores import ScoreConfig, SelectionConfig
@@ -76,12 +77,6 @@ class OutputConfig:
         "print so many rows of --train-data as the student and the teacher read them, the part that the loss is on marked, and end",
         range=NOT_NEGATIVE,
     )
-    dry_run: bool = flag(
-        False, "check all that can be checked without weights, say what the run would take, show two rows as the models read them, and end"
-    )
-    ranks: int | None = flag(
-        None, "of --dry-run: how many ranks the run will have; default: WORLD_SIZE, or as few as the layouts need", range=POSITIVE
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +106,7 @@ class Config(BaseConfig):
     response_priming: Group[ResponsePrimingConfig] = ResponsePrimingConfig()
     generation: Group[GenerationConfig] = GenerationConfig()
     output: Group[OutputConfig] = OutputConfig()
+    preview: Group[PreviewConfig] = PreviewConfig()
     selection: Group[SelectionConfig] = SelectionConfig()
     scores: Group[ScoreConfig] = ScoreConfig()
     running: Group[RunningConfig] = RunningConfig()
@@ -194,7 +190,7 @@ class Config(BaseConfig):
             **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_eps"), adam),
             "min_lr": (training.lr_decay_style != "constant", "with --lr-decay-style constant"),
             **dict.fromkeys(("eval_interval", "eval_iters"), held_out),
-            "ranks": (self.output.dry_run, "without --dry-run"),
+            "ranks": (self.preview.dry_run, "without --dry-run"),
             **self.distillation.unless(),
             **self.selection.unless(self),
             **self.page.unless(self),
