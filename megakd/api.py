@@ -82,7 +82,7 @@ def distill(
         UserError: something does not fit; before any weight is loaded where that can be known.
         TypeError: a keyword is no flag, or a model or data are of no kind that can be used.
     """
-    check_keywords("distill", flags, Config().flat().keys() - {*CALLED, "show_data"}, called=CALLED)
+    check_keywords("distill", flags, Config().flat().keys() - {*CALLED, "show_data", "dry_run", "ranks"}, called=CALLED)
     if isinstance(teacher, Mapping):
         teacher = tuple(f"{name}={os.fspath(path)}" for name, path in teacher.items())
     given = {"model": student, "teacher_model": teacher, "train_data": train_data, "valid_data": valid_data}

@@ -84,13 +84,13 @@ class ModelFolders:
         positions = min(context_length(teacher.config) for teacher in self.teachers.values() or [self.store]) - taken
         return Conditioning.open(settings, *tokenizers, template=template, positions=positions, new_tokens=new_tokens)
 
-    def check(self, parallel: LayoutConfig, teacher: TeacherLayoutConfig = AS_THE_STUDENT) -> None:
-        """Layouts and tokenizers.
+    def check(self, parallel: LayoutConfig, teacher: TeacherLayoutConfig = AS_THE_STUDENT, *, ranks: int | None = None) -> None:
+        """Layouts, on `ranks` ranks or those that were started, and tokenizers.
 
         Raises:
             UserError: the first thing that does not fit.
         """
-        student, own = grids_of(parallel, teacher)
+        student, own = grids_of(parallel, teacher, ranks=ranks)
         for folder in self:
             grid = student if folder is self.student else own
             prefix = "--teacher-" if folder is not self.student and teacher.flags_given(parallel) else "--"
@@ -175,13 +175,13 @@ def start_apart(parallel: LayoutConfig, teacher: TeacherLayoutConfig, *, seed: i
     return Places(grids, layout, layout if grids[0] == grids[1] else layout_over(grids[1]))
 
 
-def grids_of(parallel: LayoutConfig, teacher: TeacherLayoutConfig) -> tuple[Grid, Grid]:
-    """The student's and the teacher's places on the ranks that were started.
+def grids_of(parallel: LayoutConfig, teacher: TeacherLayoutConfig, *, ranks: int | None = None) -> tuple[Grid, Grid]:
+    """The student's and the teacher's places on `ranks` ranks, by default those that were started.
 
     Raises:
         UserError: one of them does not fit.
     """
-    ranks, own = int(os.environ.get("WORLD_SIZE", "1")), teacher.own_ranks
+    ranks, own = ranks or int(os.environ.get("WORLD_SIZE", "1")), teacher.own_ranks
     if own >= ranks:
         raise UserError(
             f"--teacher-ranks {own} leaves the student none of the {ranks} rank(s) started; "

@@ -18,6 +18,7 @@ from megakd.config import Config, flag_name, from_yaml
 from megakd.errors import UserError, tell
 from megakd.loading import ModelFolders, check_context, grids_of
 from megakd.losses.own_divergence import objective_of
+from megakd.memory import GIB, free_bytes, written_bytes
 from megakd.models.hf_checkpoint import ADAPTER
 from megakd.models.lora import target_modules
 from megakd.models.weight_only import check_quantization
@@ -30,7 +31,7 @@ MAY_CHANGE = {  # between a run and its resumption: the layout, and what is only
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel", "use_distributed_optimizer", "micro_batch_size",
     "micro_batch_tokens", "rollout_batch_size", "recompute",
     "teacher_tensor_model_parallel_size", "teacher_pipeline_model_parallel_size", "teacher_ranks", "teacher_offload",
-    "save", "save_interval", "eval_interval", "eval_iters", "log_interval", "save_rollouts", "show_data", "merge_lora",
+    "save", "save_interval", "eval_interval", "eval_iters", "log_interval", "save_rollouts", "show_data", "dry_run", "ranks", "merge_lora",
     "eval_answers", "eval_decoding", "keep_best", "keep_last", "exact_match_rule", "gsm8k_rule", "rouge_tokenizer",
     "exit_duration_in_mins", "exit_signal", "resume", "on_nonfinite", "timeout_minutes",
     "wandb_project", "wandb_name",
@@ -47,7 +48,8 @@ def check(config: Config, folders: ModelFolders) -> None:
         UserError: the first thing that does not fit.
     """
     check_installed(config.output.wandb_project)
-    folders.check(config.parallel, config.teacher_parallel)
+    ranks = config.preview.ranks if config.preview.dry_run else None
+    folders.check(config.parallel, config.teacher_parallel, ranks=ranks)
     check_lengths(config, folders)
     check_hidden_layers(config, folders.student)
     check_adapter(config, folders.student)
@@ -55,8 +57,9 @@ def check(config: Config, folders: ModelFolders) -> None:
     check_quantization(config.teacher.teacher_quantize)
     if folders.store:
         check_store(config, folders.store)
-    student, _teacher = grids_of(config.parallel, config.teacher_parallel)
+    student, _teacher = grids_of(config.parallel, config.teacher_parallel, ranks=ranks)
     check_batch(config, student.dp_size)
+    check_disk(config, folders)
 
 
 def check_lengths(config: Config, folders: ModelFolders) -> None:
@@ -109,6 +112,16 @@ def check_batch(config: Config, dp: int) -> None:
         raise UserError(
             f"--global-batch-size {whole} is not a multiple of --micro-batch-size {micro} × {dp} data-parallel rank(s); "
             f"use a multiple of {micro * dp}"
+        )
+
+
+def check_disk(config: Config, folders: ModelFolders) -> None:
+    """One checkpoint and the export have room where --save is."""
+    needed, free = sum(written_bytes(config, folders)), free_bytes(Path(config.output.save))
+    if free < needed:
+        raise UserError(
+            f"--save {config.output.save}: a checkpoint and the export take some {needed / GIB:.1f} GiB, and its disk has "
+            f"{free / GIB:.1f} GiB free; free some space, or give a --save elsewhere"
         )
 
 

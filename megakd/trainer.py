@@ -82,8 +82,7 @@ def train(config: Config, *, callbacks: Callbacks = Callbacks(), write_inputs: C
 
 
 def _train(config: Config, callbacks: Callbacks) -> None:
-    folders = open_folders(config)
-    preflight.check(config, folders)
+    folders = open_checked(config)
     prepare()
     peers = Peers.meet()
     with peers.watched():
@@ -101,6 +100,17 @@ def _run_on(config: Config, callbacks: Callbacks, folders: ModelFolders, peers: 
     data.show(config.output.show_data or int(config.conditioning.adds_text), config, folders.student.tokenizer)
     if not config.output.show_data:
         Trainer(config, folders, data, places, callbacks, answers).run()
+
+
+def open_checked(config: Config) -> ModelFolders:
+    """How every run begins, a dry one too, once its folder is its own: all that can be checked before ranks meet.
+
+    Raises:
+        UserError: something does not fit.
+    """
+    folders = open_folders(config)
+    preflight.check(config, folders)
+    return folders
 
 
 def serve(config: Config, folders: ModelFolders, places: Places) -> None:

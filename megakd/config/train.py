@@ -29,6 +29,7 @@ from megakd.config.methods.sft import SFTConfig
 from megakd.config.models import SELF, ModelConfig
 from megakd.config.output import OutputConfig
 from megakd.config.parallel import ParallelConfig, TeacherParallelConfig
+from megakd.config.preview import PreviewConfig
 from megakd.config.running import RunningConfig
 from megakd.config.sampling import GenerationConfig
 from megakd.config.scores import ScoreConfig, SelectionConfig
@@ -76,6 +77,7 @@ class Config(BaseConfig):
     response_priming: Group[ResponsePrimingConfig] = ResponsePrimingConfig()
     generation: Group[GenerationConfig] = GenerationConfig()
     output: Group[OutputConfig] = OutputConfig()
+    preview: Group[PreviewConfig] = PreviewConfig()
     selection: Group[SelectionConfig] = SelectionConfig()
     scores: Group[ScoreConfig] = ScoreConfig()
     running: Group[RunningConfig] = RunningConfig()
@@ -168,6 +170,7 @@ class Config(BaseConfig):
             "min_lr": (training.lr_decay_style != "constant", "with --lr-decay-style constant"),
             **dict.fromkeys(("eval_interval", "eval_iters"), held_out),
             "wandb_name": (self.output.wandb_project, "without --wandb-project"),
+            "ranks": (self.preview.dry_run, "without --dry-run"),
             **self.distillation.unless(),
             **self.selection.unless(self),
             **self.page.unless(self),

@@ -47,16 +47,26 @@ def family_of(hf: PretrainedConfig, *, flag: str = "--model", name: str = "") ->
     return family
 
 
+def divisible(hf: PretrainedConfig, **options: str) -> tuple[int, int, int]:
+    """What tensor parallelism divides: attention heads, key/value heads, feed-forward columns."""
+    heads = hf.num_attention_heads
+    return heads, getattr(hf, "num_key_value_heads", None) or heads, family_of(hf, **options).transformer_config(hf)["ffn_hidden_size"]
+
+
+def tensor_parallel_sizes(hf: PretrainedConfig) -> list[int]:
+    """Those that fit the model."""
+    heads, groups, ffn = divisible(hf)
+    return [t for t in range(1, heads + 1) if heads % t == 0 and ffn % t == 0 and (groups % t == 0 or t % groups == 0)]
+
+
 def check_layout(hf: PretrainedConfig, tp: int, pp: int, *, flag: str = "--model", name: str = "", prefix: str = "--") -> None:
     """Refuse a layout that does not fit the model; `name` and `flag` say which one it is, `prefix` what its layout's flags begin with.
 
     Raises:
         UserError: TP or PP does not fit; the message lists the sizes that do.
     """
-    heads, groups = hf.num_attention_heads, getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads
-    ffn = family_of(hf, flag=flag, name=name).transformer_config(hf)["ffn_hidden_size"]
-    fits = [t for t in range(1, heads + 1) if heads % t == 0 and ffn % t == 0 and (groups % t == 0 or t % groups == 0)]
-    if tp not in fits:
+    heads, groups, ffn = divisible(hf, flag=flag, name=name)
+    if tp not in (fits := tensor_parallel_sizes(hf)):
         raise UserError(
             f"{prefix}tensor-model-parallel-size {tp} does not divide the {heads} attention heads, {groups} key/value heads and "
             f"{ffn} feed-forward columns of {flag} {name}; use one of {fits}"

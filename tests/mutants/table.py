@@ -452,6 +452,17 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (DATA + "sft_dataset.py", "if len(prompt) <= max_prompt_length]", "]"),
         (DATA + "sft_dataset.py", "whole = len(self._stream) // self.max_length * self.max_length", "whole = len(self._stream)"),
     ],
+    of("test_dry_run", "sizes_by_formula_are_those_of_the_model"): [
+        (MODELS + "sizes.py", "(1 if table[name].axis is None else tp)", "tp"),
+        (MODELS + "sizes.py", "if hf.tie_word_embeddings and stage == pp - 1:", "if hf.tie_word_embeddings and stage == pp:"),
+    ],
+    of("test_dry_run", "memory_by_formula_is_within_15_percent_of_a_run_on_a_cpu"): [
+        ("megakd/memory.py", "gradients=FLOAT * trained,", "gradients=2 * FLOAT * trained,"),
+        ("megakd/memory.py", "in_flight = min(grid.pp_size - stage, math.ceil(load.rows / load.micro_batch))", "in_flight = grid.pp_size + 2"),
+    ],
+    of("test_dry_run", "a_disk_without_room_is_told_before_a_run"): [
+        ("megakd/preflight.py", "    if free < needed:", "    if False:"),
+    ],
     of("test_input_limits", "a_hostile_model_is_refused_soon"): [
         ("megakd/model_files.py", "real.is_relative_to(home) or", "True or"),
         ("megakd/model_files.py", "most=MOST_SMALL", "most=2**40"),
