@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache, partial
 
 import pytest
@@ -11,12 +12,14 @@ from distributed import run_distributed
 from megakd_kernels import VocabShard
 from tiny import tiny_config, tiny_folder, tiny_model
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megakd.generation import rows, sampling
+from megakd.generation import room, rows, sampling
 from megakd.generation.decoder import slices_of_like_length
 from megakd.generation.generate import generate
-from megakd.generation.rows import MixtureComponent
+from megakd.generation.mixture import MixtureComponent
 from megakd.generation.sampling import Sampler, Sampling, gumbel, noise_streams, uniform31
 from megakd.models.hf_checkpoint import HFCheckpoint
 from megakd.models.model_provider import build_model, load_weights, padded_vocab_size
@@ -218,6 +221,87 @@ def test_the_step_of_fixed_shape_gives_the_same_tokens(folders, monkeypatch):
     limits = [30, 20, 9, 25, 12, 30, 30, 30]
     assert run_distributed(check, 1, limits) == [[8, 16, 24, 30]]
     run_distributed(check, 2, limits, pp=2)
+
+
+class Recorder(TorchDispatchMode):
+    """Every operation of a block with its tensors, as a CUDA graph keeps them: numbers of Python as they were, tensors by address."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        storages = lambda tree: {x.untyped_storage().data_ptr() for x in tree_leaves(tree) if isinstance(x, Tensor)}
+        if func._schema.is_mutable or not storages(out) <= storages((args, kwargs)):  # no view
+            self.operations.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        for func, args, kwargs, out in self.operations:
+            for fixed, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs))):
+                if new.data_ptr() != fixed.data_ptr():
+                    fixed.copy_(new)
+
+
+class RecordedStep:
+    """Stands for CapturedStep as closely as a CPU can: what is not in its inputs is read where it was when it was recorded."""
+
+    made = 0
+
+    def __init__(self, step, *inputs):
+        RecordedStep.made += 1
+        self.inputs = [x.clone() for x in inputs]
+        step(*self.inputs)
+        self.recorder = Recorder()
+        with self.recorder:
+            self.outputs = step(*self.inputs)
+
+    def __call__(self, *inputs):
+        for fixed, new in zip(self.inputs, inputs):
+            fixed.copy_(new)
+        self.recorder.replay()
+        return self.outputs
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_steps_are_captured_once_a_run_and_serve_every_iteration(folders, monkeypatch, family):
+    """Other prompts, seeds and weights each time; rows leave by halves, and finished ones fill them. Weights that have moved, another way
+    of drawing and a wider cache are captured anew."""
+
+    def captured(model, iteration, **options):
+        """How many steps it took, when the tokens are those of steps that are not captured."""
+        given = [p[iteration:] or p for p in prompts()] + [[5 + iteration] * (4 + 2 * iteration)]
+        sampling = replace(SAMPLED, seed=iteration, max_new_tokens=20, **options)
+        write = partial(generate, model, given, [*IDS, 99], sampling, eos_id=EOS, limits=[12, 20, 3, 9, 20, 6, 17, 20])
+        plain = write()
+        RecordedStep.made = 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rows, "is_capturable", lambda device, sampling: True)
+            patch.setattr(rows, "CapturedStep", RecordedStep)
+            assert write() == plain
+        return RecordedStep.made
+
+    def check(layout):
+        model, counts = load(layout, folders[family]), []
+        with torch.no_grad():
+            for iteration in range(3):
+                counts.append(captured(model, iteration))
+                for param in model.parameters():
+                    param.add_(torch.randn_like(param), alpha=0.05)
+            counts.append(captured(model, 3, temperature=0.7))
+            counts.append(captured(model, 4))
+            for param in model.parameters():
+                param.data = param.data.clone()
+            counts.append(captured(model, 5))
+        monkeypatch.setattr(room, "KEPT_COLUMNS", 8)
+        model.kept_rooms.free.clear()
+        return [*counts, captured(model, 0), captured(model, 5)]
+
+    for stages, most in ((1, 4), (2, 6)):  # 8, 4, 2 rows and 1, or two groups of 4, 2 and 1
+        (first, second, third, colder, fourth, moved, narrow, wide), *_ = run_distributed(check, stages, pp=stages)
+        assert min(first, colder, moved, narrow) >= 2
+        assert first + second + third + fourth <= most and narrow + wide <= most
 
 
 @pytest.mark.gpu

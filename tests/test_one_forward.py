@@ -12,7 +12,7 @@ from test_generation import EOS, GREEDY, prompts, soft_prompt
 from tiny import tiny_config
 from torch import nn
 
-from megakd.generation.decoder import Decoder
+from megakd.generation.decoder import Decoder, aligned
 from megakd.generation.generate import generate
 from megakd.models import model_provider
 from megakd.models.decoding import decoding
@@ -90,7 +90,8 @@ def training_logits(model):
 @torch.inference_mode()
 def decoded_logits(model):
     """The same, step by step on a cache, the responses being given; the model in training mode."""
-    decoder = Decoder(model.train(), PROMPTS, 5)
+    decoder = Decoder(model.train(), len(PROMPTS), aligned(max(map(len, PROMPTS)) + 5))
+    decoder.begin(PROMPTS)
     tokens = torch.tensor([[1] * (decoder.width - len(prompt)) + prompt for prompt in PROMPTS])
     with decoding([model]):
         steps = decoder.prefill(tokens, [])

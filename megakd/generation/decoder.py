@@ -6,8 +6,8 @@ stands before the padding:
     columns    0 .. P-1 soft prompt | P .. P+W-1 padding, then prompt | P+W .. response
     positions  0 .. P-1             |                  P .. P+n-1     | P+n .. response            n = length of the row's prompt
 
-All that changes from step to step is in tensors, and with `filled` fixed a step can be captured as a CUDA graph, but
-for a sparse model's (`has_fixed_steps`).
+All that changes from step to step, and from group to group, is in tensors that stay where they are; with `filled` fixed a step can be
+captured as a CUDA graph, and replayed for other groups of as many rows; but for a sparse model's (`has_fixed_steps`).
 
 Prompts are read in slices of rows of like length, each as wide as its longest row: padding lies in the cache, hardly computed.
 
@@ -34,50 +34,48 @@ FEW_ROWS = 8
 ALIGNED = 8  # columns: a GPU's attention copies a mask of other widths at every layer and step
 
 
-class Decoder:
-    """The stage with the cache of its rows: `prompts`, longest first or nearly so, with room for `max_new_tokens` behind each."""
+def has_fixed_steps(model: HiddenStateGPTModel) -> bool:
+    """Whether a step's shapes depend on the number of rows alone: not where each expert of a layer reads the tokens that chose it."""
+    return not any(isinstance(layer.mlp, SparseMLP) for layer in model.decoder.layers)
 
-    def __init__(
-        self,
-        model: HiddenStateGPTModel,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        soft_prompt_PH: Tensor | None = None,
-    ):
+
+class Decoder:
+    """The stage with the cache of its rows, for one group after the other."""
+
+    def __init__(self, model: HiddenStateGPTModel, rows: int, columns: int, *, soft_length: int = 0):
         check_layers(model)
-        self.model = model
+        self.model, self.soft_length = model, soft_length
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        self.soft_prompt_PH = soft_prompt_PH
-        self.soft_length = 0 if soft_prompt_PH is None else soft_prompt_PH.shape[0]
-        self.lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        self.width = max(map(len, prompts))
-        self.slices = slices_of_like_length([len(prompt) for prompt in prompts])
-        columns = aligned(self.soft_length + self.width + max_new_tokens)
-        prompts_end = self.soft_length + self.width
-        self.prompt_columns = prompts_end if self.device.type == "cpu" else aligned(prompts_end)  # what is behind them is masked
-        self.cache = KVCache([layer.self_attention for layer in model.decoder.layers], len(prompts), columns, self.dtype, self.device)
+        self.cache = KVCache([layer.self_attention for layer in model.decoder.layers], rows, columns, self.dtype, self.device)
         self.columns_L = torch.arange(columns, device=self.device)
-        self.is_token_BL = self._is_token()
         self.rotary = model.rotary_tables(columns)
-        self.has_fixed_steps = not any(isinstance(layer.mlp, SparseMLP) for layer in model.decoder.layers)
         self.windows = {layer.self_attention.core_attention.window for layer in model.decoder.layers}
+        self.lengths_B = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        self.is_token_BL = torch.zeros(rows, columns, dtype=torch.bool, device=self.device)
+        self.prompts_end = torch.zeros((), dtype=torch.int64, device=self.device)  # P + W
 
-    def _is_token(self) -> Tensor:
-        """[B, L]: everything but the padding."""
-        padding = (self.width - self.lengths_B)[:, None]
+    def begin(self, prompts: Sequence[Sequence[int]], soft_prompt_PH: Tensor | None = None) -> None:
+        """A group of as many prompts as there are rows, longest first or nearly so, that fit with what will be behind them."""
+        lengths = [len(prompt) for prompt in prompts]
+        self.soft_prompt_PH, self.width, self.slices = soft_prompt_PH, max(lengths), slices_of_like_length(lengths)
+        end = self.soft_length + self.width
+        self.prompt_columns = end if self.device.type == "cpu" else aligned(end)  # what is behind the prompts is masked
+        self.prompts_end.fill_(end)
+        self.lengths_B.copy_(torch.tensor(lengths), non_blocking=True)
         column = self.columns_L - self.soft_length
-        return (column < 0) | (column >= padding)
+        self.is_token_BL.copy_((column < 0) | (column >= (self.width - self.lengths_B)[:, None]))  # everything but the padding
 
     def buffers(self, rows: int, *, prefill: bool) -> list[Tensor]:
         """Room for what the stage before sends."""
         shapes = [(self.soft_length + s.width, len(s.rows)) for s in self.slices] if prefill else [(1, rows)]
         return [torch.empty(*shape, self.model.config.hidden_size, dtype=self.dtype, device=self.device) for shape in shapes]
 
-    def keep(self, order: list[int], sources: list[int], targets: list[int], filled: int) -> None:
-        """Let rows leave: row i of the new group was row order[i]."""
+    def keep(self, order_B: Tensor, sources: Tensor, targets: Tensor, filled: int) -> None:
+        """Let rows leave: row i of the new group was row order_B[i]."""
         self.cache.move(sources, targets, self.soft_length + filled)
-        self.lengths_B, self.is_token_BL = self.lengths_B[order], self.is_token_BL[order]
+        for of_rows in (self.lengths_B, self.is_token_BL):
+            of_rows[: len(order_B)] = of_rows[order_B]
 
     def prefill(self, tokens_BW: Tensor, hidden: list[Tensor]) -> list[Tensor]:
         """The left-padded prompts, on later stages their hidden states: to hidden states by slice, or logits [B, Vp]."""
@@ -98,8 +96,8 @@ class Decoder:
 
         `filled` columns of prompt and response are attended to; None: all there are, whatever the step.
         """
-        columns_S = self.soft_length + self.width + step[None]
-        positions_BS = (self.soft_length + self.lengths_B + step)[:, None]
+        columns_S = self.prompts_end + step[None]
+        positions_BS = (self.soft_length + self.lengths_B[: len(tokens_B)] + step)[:, None]
         positions_BS = positions_BS.clamp(max=self.model.max_sequence_length - 1)  # a row that has ended may not have left yet
         rows, filled = slice(0, len(tokens_B)), len(self.columns_L) if filled is None else self.soft_length + filled
         tokens_BS = tokens_B[:, None].clamp(min=0)  # NO_TOKEN until it is looked at
@@ -141,7 +139,7 @@ class Decoder:
 
     def within(self, window: int, columns_S: Tensor, rows: slice, filled: int) -> Tensor:
         """[B, S, filled]: fewer than `window` positions back. Padding stands between a soft prompt and the prompt, and is none."""
-        padding_B1 = self.width - self.lengths_B[rows, None]
+        padding_B1 = self.prompts_end - self.soft_length - self.lengths_B[rows, None]
         position = lambda columns: torch.where(columns < self.soft_length, columns, columns - padding_B1)
         return position(columns_S)[:, :, None] - position(self.columns_L[:filled])[:, None] < window
 
@@ -150,9 +148,9 @@ class Decoder:
         return mask[:, None]
 
 
-def aligned(columns: int) -> int:
-    """The next multiple of ALIGNED."""
-    return -(-columns // ALIGNED) * ALIGNED
+def aligned(columns: int, multiple: int = ALIGNED) -> int:
+    """The next multiple."""
+    return -(-columns // multiple) * multiple
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from megakd_kernels import VocabShard
 from torch import Tensor
 
 from megakd.errors import UserError
+from megakd.generation.mixture import MixtureComponent
 from megakd.generation.ring import run_pipeline_ring
-from megakd.generation.rows import MixtureComponent, Row, RowGroup
+from megakd.generation.rows import Row, RowGroup
 from megakd.generation.sampling import NO_TOKEN, Sampler, Sampling
 from megakd.models.decoding import decoding
 from megakd.models.gpt_model import HiddenStateGPTModel

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from megakd.generation.captured_step import CapturedStep
-from megakd.generation.decoder import Decoder
+from megakd.generation.decoder import aligned, has_fixed_steps
+from megakd.generation.mixture import MixtureComponent
+from megakd.generation.room import Room, Rooms
 from megakd.generation.sampling import NO_TOKEN, Sampler, Sampling, noise_streams
-from megakd.models.gpt_model import HiddenStateGPTModel
-from megakd.models.model_provider import context_length
 
 SYNC_EVERY = 8  # steps of a captured group before its tokens come to the host: to fetch them waits for the GPU
 
@@ -45,26 +45,6 @@ class Row:
             self.finished = token in self.ends or token == NO_TOKEN or len(self.response) == self.limit
 
 
-@dataclass(frozen=True)
-class MixtureComponent:
-    """One model of the mixture Σ share · softmax(z / T) that next tokens are drawn from; the shares of all components sum to 1."""
-
-    model: HiddenStateGPTModel
-    share: float = 1.0
-    soft_prompt: Tensor | None = None  # [P, H], before every prompt, for this model alone
-    prompts: Sequence[Sequence[int]] | None = None  # what it reads in place of the prompts that all are given, one for each of them
-
-    @property
-    def context(self) -> int:
-        """Positions that its model can be given."""
-        return context_length(self.model.hf_config)
-
-    @property
-    def soft_length(self) -> int:
-        """Positions that its soft prompt takes."""
-        return 0 if self.soft_prompt is None else len(self.soft_prompt)
-
-
 def is_capturable(device: torch.device, sampling: Sampling) -> bool:
     """Limits of repetition look back at a history that grows, so their step has no fixed shape."""
     return device.type == "cuda" and not sampling.limits_repetition
@@ -73,23 +53,33 @@ def is_capturable(device: torch.device, sampling: Sampling) -> bool:
 class RowGroup:
     """Rows in the order longest prompt first.
 
-    On a GPU the decode step is captured as a CUDA graph: it attends to the whole cache, and rows leave when half of them are
-    finished, because each number of rows is another graph. Its tokens stay on the device and are looked at every few steps, on all
+    On a GPU the decode step is captured as a CUDA graph: it attends to the whole cache, and rows leave by halves, because each number of
+    rows is another graph; finished ones stay to fill a half. Its tokens stay on the device and are looked at every few steps, on all
     stages after the same ones: what a row was given after its end is left out, and the GPU seldom waits.
     """
 
     def __init__(self, rows: list[Row], components: Sequence[MixtureComponent], sampler: Sampler):
         self.rows, self.sampler, self.layout = rows, sampler, components[0].model.layout
-        self.longest, read = max(row.limit for row in rows), zip(components, zip(*(row.prompts for row in rows)))
-        self.decoders = [Decoder(component.model, prompts, self.longest, component.soft_prompt) for component, prompts in read]
-        self.device = self.decoders[0].device
-        self.streams_B = noise_streams(sampler.sampling.seed, [row.sample_id for row in rows], self.device)
-        self.seen_BK = self._prompts(0)
+        self.longest, self.device = max(row.limit for row in rows), self.layout.device
+        self.captures = is_capturable(self.device, sampler.sampling) and all(has_fixed_steps(component.model) for component in components)
+        self.room = self._room(components)
+        self.decoders = self.room.decoders
+        streams = noise_streams(sampler.sampling.seed, [row.sample_id for row in rows], self.device)
+        self.room.streams_B.copy_(streams)
+        for decoder, component, prompts in zip(self.decoders, components, zip(*(row.prompts for row in rows))):
+            decoder.begin(prompts, component.soft_prompt)
+        self.seen_BK = self._prompts(0) if sampler.sampling.limits_repetition else None
         self.read = 0  # response tokens that this stage has read
         self.unseen: list[Tensor] = []  # [B] each, read since the last ones came to the host
         self.prefilled = self.finished = False
-        self.captures = is_capturable(self.device, sampler.sampling) and all(decoder.has_fixed_steps for decoder in self.decoders)
-        self.captured: CapturedStep | None = None
+
+    def _room(self, components: Sequence[MixtureComponent]) -> Room:
+        """As wide as the longest prompt and what will be behind it; kept where steps are captured."""
+        widths = [max(map(len, prompts)) for prompts in zip(*(row.prompts for row in self.rows))]
+        columns = [aligned(component.soft_length + width + self.longest) for component, width in zip(components, widths)]
+        needs = components, self.sampler, len(self.rows), columns
+        self.rooms = Rooms.of(components[0].model)
+        return self.rooms.take(*needs) if self.captures else Room(*needs)
 
     def buffers(self) -> list[Tensor]:
         """The first stage needs no message to begin; later it waits for tokens. Other stages wait for hidden states as well."""
@@ -120,32 +110,28 @@ class RowGroup:
         given, states = iter(hidden), []
         for component, decoder in enumerate(self.decoders):
             states += decoder.prefill(self._prompts(component).clamp(min=0), list(islice(given, len(decoder.slices))))
-        return self._sample(states, torch.zeros((), dtype=torch.int64, device=self.device))
+        return self.room.sample(states, torch.zeros((), dtype=torch.int64, device=self.device), self.seen_BK)
 
     def _prompts(self, component: int) -> Tensor:
         """[B, W] of what it reads, its padding, on the left, -1."""
         width = self.decoders[component].width
         read = [row.prompts[component] for row in self.rows]
-        return torch.tensor([[-1] * (width - len(prompt)) + list(prompt) for prompt in read], device=self.device)
+        return self._on_device([[-1] * (width - len(prompt)) + list(prompt) for prompt in read])
 
     def step(self, *inputs: Tensor) -> list[Tensor]:
         """`decode`, captured where it can be."""
         if not self.captures:
             return self.decode(*inputs)
-        if self.captured is None:
-            self.captured = CapturedStep(self.decode, *inputs)
-        return self.captured(*inputs)
+        steps, rows = self.room.steps, len(inputs[0])
+        if rows not in steps:
+            steps[rows] = CapturedStep(self.room.decode, *inputs)
+        return steps[rows](*inputs)
 
     def decode(self, tokens_B: Tensor, step: Tensor, *hidden: Tensor) -> list[Tensor]:
-        """The `step`-th tokens of the responses, or their hidden states: hidden states, or on the last stage the next tokens."""
-        filled = [None if self.captures else decoder.width + self.read for decoder in self.decoders]
+        """As the room's, but of the cache what is filled alone is read."""
+        filled = [decoder.width + self.read for decoder in self.decoders]
         stages = zip(self.decoders, filled, *([hidden] if hidden else []))
-        return self._sample([decoder.decode(tokens_B, step, *rest) for decoder, *rest in stages], step + 1)
-
-    def _sample(self, states: list[Tensor], position: Tensor) -> list[Tensor]:
-        if not self.layout.is_last_stage:
-            return states
-        return [self.sampler(states, self.streams_B, position, self.seen_BK)]
+        return self.room.sample([decoder.decode(tokens_B, step, *rest) for decoder, *rest in stages], step + 1, self.seen_BK)
 
     def record(self, tokens_B: Tensor) -> None:
         """The tokens [B] of one step. Rows that have ended but not left sample on; theirs are dropped."""
@@ -163,20 +149,37 @@ class RowGroup:
                 row.append(token)
         self.unseen.clear()
         self.finished = all(row.finished for row in self.rows)
+        if self.finished and self.captures:
+            self.rooms.give_back(self.room, self.layout.pp_size)
 
-    def drop_finished(self) -> slice | list[int]:
+    def drop_finished(self) -> slice | Tensor:
         """Let finished rows leave; returns where the rows that stay were before."""
         live = [i for i, row in enumerate(self.rows) if not row.finished]
-        if len(live) == len(self.rows) or (self.captures and 2 * len(live) > len(self.rows)):
+        size = self._size_for(len(live))
+        if size == len(self.rows):
             return slice(None)
-        gaps = [i for i in range(len(live)) if self.rows[i].finished]
-        movers = [i for i in live if i >= len(live)]
-        order = list(range(len(live)))
+        gaps = [i for i in range(size) if self.rows[i].finished]
+        movers = [i for i in live if i >= size]
+        order = list(range(size))
         for gap, mover in zip(gaps, movers):
             order[gap] = mover
+        order_B, sources, targets = map(self._on_device, (order, movers, gaps[: len(movers)]))
         for decoder in self.decoders:
-            decoder.keep(order, movers, gaps, decoder.width + self.read)
-        self.captured = None
+            decoder.keep(order_B, sources, targets, decoder.width + self.read)
         self.rows = [self.rows[i] for i in order]
-        self.streams_B, self.seen_BK = self.streams_B[order], self.seen_BK[order]
-        return order
+        self.room.streams_B[:size] = self.room.streams_B[order_B]
+        self.seen_BK = None if self.seen_BK is None else self.seen_BK[order_B]
+        return order_B
+
+    def _size_for(self, live: int) -> int:
+        """Rows that stay where so many are not finished: those alone, or by halves."""
+        size = len(self.rows)
+        if not self.captures:
+            return live
+        while size // 2 >= max(live, 1):
+            size //= 2
+        return size
+
+    def _on_device(self, numbers: list) -> Tensor:
+        """Without waiting for it."""
+        return torch.tensor(numbers, dtype=torch.int64).to(self.device, non_blocking=True)

@@ -204,7 +204,7 @@ GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
 
 def noise_streams(seed: int, sample_ids: list[int], device: torch.device) -> Tensor:
     """One int64 a sample: where its noise begins."""
-    ids_B = torch.tensor(sample_ids, dtype=torch.int64, device=device)
+    ids_B = torch.tensor(sample_ids, dtype=torch.int64).to(device, non_blocking=True)
     return mix64(mix64(torch.full_like(ids_B, seed)) + ids_B * GOLDEN_GAMMA)
 
 

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from megakd.data.dataloader import DataLoader
 from megakd.data.open_data import open_responses
-from megakd.generation.rows import MixtureComponent
+from megakd.generation.mixture import MixtureComponent
 from megakd.losses.distillation import Divergence, function_of_log_q, kd_loss, label_loss, reverse_kl_loss
 from megakd.losses.policy_gradient import advantages, clipped_policy_loss, importance_weights, token_rewards, whiten
 from megakd.losses.token_loss import HeadRows, TokenLoss

@@ -9,7 +9,7 @@ from megakd.config import Config
 from megakd.data.batch import Sample
 from megakd.data.end_ids import EndIds
 from megakd.generation.generate import generate
-from megakd.generation.rows import MixtureComponent
+from megakd.generation.mixture import MixtureComponent
 from megakd.generation.sampling import Sampling
 from megakd.models.gpt_model import HiddenStateGPTModel
 

@@ -19,17 +19,18 @@ class KVCache:
     """[B, g, L, d] twice for every attention module, by megatron's layer number."""
 
     def __init__(self, attentions: Sequence[Attention], rows: int, columns: int, dtype: torch.dtype, device: torch.device):
-        self.layers = {}
+        self.both, self.layers = [], {}
         for attention in attentions:
             shape = (2, rows, attention.num_query_groups_per_partition, columns, attention.hidden_size_per_attention_head)
             # zeros: a masked column has weight 0, and 0 · NaN is NaN
-            self.layers[attention.layer_number] = torch.zeros(shape, dtype=dtype, device=device).unbind()
+            self.both.append(torch.zeros(shape, dtype=dtype, device=device))
+            self.layers[attention.layer_number] = self.both[-1].unbind()
 
-    def move(self, sources: list[int], targets: list[int], filled: int) -> None:
+    def move(self, sources: Tensor, targets: Tensor, filled: int) -> None:
         """Copy rows over others, `filled` columns of them."""
-        for source, target in zip(sources, targets):
-            for cache in (tensor for layer in self.layers.values() for tensor in layer):
-                cache[target, :, :filled] = cache[source, :, :filled]
+        if len(sources):
+            for both in self.both:
+                both[:, targets, :, :filled] = both[:, sources, :, :filled]
 
 
 class CacheStep:

@@ -97,6 +97,7 @@ def capture(graph: Graph, pool=None, stream=None, capture_error_mode="global"):
 def fake_tensors(device: Device) -> None:
     """What fake tensors cannot do, or do as a CPU would."""
     torch.Tensor.tolist = FakeTensor.tolist = tolist_of(device)
+    FakeTensor.data_ptr = lambda tensor: tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.itemsize
     FakeTensor.__reduce_ex__ = lambda tensor, protocol: as_read(tensor).__reduce_ex__(protocol)  # pickled: checkpoints
     F.scaled_dot_product_attention = attention_on(device)
     F.rms_norm = rms_norm

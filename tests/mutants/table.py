@@ -67,7 +67,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (MODELS + "soft_prompt.py", "model.word_embeddings(torch.tensor", "model.embedding.word_embeddings(torch.tensor"),
     ],
     "tests/test_families.py::test_a_sparse_models_step_is_not_captured": [
-        (GENERATION + "rows.py", "and all(decoder.has_fixed_steps for decoder in self.decoders)", ""),
+        (GENERATION + "rows.py", "and all(has_fixed_steps(component.model) for component in components)", ""),
     ],
     "tests/test_lora.py::test_all_linear_is_refused_where_it_would_be_less_than_pefts": [
         (MODELS + "lora.py", 'WITHOUT = ("project_in", "experts")', "WITHOUT = ()"),
@@ -130,6 +130,17 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "tests/test_lora.py::test_a_student_with_adapters_writes_and_learns_the_same_at_every_layout": [
         (MODELS + "gpt_model.py", "embedded.requires_grad_()", "pass"),
+    ],
+    of("test_generation", "steps_are_captured_once_a_run_and_serve_every_iteration[llama]"): [
+        (GENERATION + "decoder.py", "columns_S = self.prompts_end + step[None]", "columns_S = self.soft_length + self.width + step[None]"),
+        (GENERATION + "room.py", "and self.addresses == addresses(components)", ""),
+        (GENERATION + "room.py", "replace(sampler.sampling, seed=0, max_new_tokens=1)", "0"),
+        (GENERATION + "room.py", "all(has >= needs for has, needs in zip(self.columns, columns))", "True"),
+        (GENERATION + "rows.py", "size // 2 >= max(live, 1)", "size > max(live, 1)"),
+        (GENERATION + "rows.py", "self.room.streams_B.copy_(streams)", "self.room.streams_B.copy_(0 * streams)"),
+    ],
+    "tests/gpu_simulation/test_iterations.py": [
+        (GENERATION + "decoder.py", "end if self.device.type == \"cpu\" else aligned(end)", "end"),
     ],
     story(ONE, "sft and kd"): [
         (OPTIMIZER, "lr = learning_rate(iteration, lr=self.config.lr,", "lr = learning_rate(1, lr=self.config.lr,"),
@@ -384,7 +395,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (OPTIMIZER, 'optimizer="sgd" if config.optimizer == "sgd" else "adam",', 'optimizer="adam",'),
         (METHODS + "response_priming.py", "alpha=settings.priming_alpha", "alpha=0.6093348343631224"),
         (METHODS + "response_priming.py", 'collate_unshifted if settings.priming_objective == "original" else collate', "collate"),
-        (GENERATION + "rows.py", "else decoder.width + self.read for", "else self.decoders[0].width + self.read for"),
+        (GENERATION + "rows.py", "filled = [decoder.width + self.read for decoder", "filled = [self.decoders[0].width + self.read for decoder"),
         (GENERATION + "rows.py", "self._prompts(component).clamp", "self._prompts(0).clamp"),
         (GENERATION + "decoder.py", "max(lengths[lo:hi])", "lengths[lo]"),
         (METHODS + "minillm.py", "prompts = [sample.for_teacher.prompt for sample in samples]", "prompts = [sample.prompt for sample in samples]"),
