@@ -541,7 +541,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         ("megakd/generation/answers.py", '"soft_prompt": self.soft_prompt}', '"soft_prompt": None}'),
         (EVALUATION + "evaluator.py", '"soft_prompt": self.soft_prompt}', '"soft_prompt": None}'),
         (EVALUATION + "evaluator.py", "LiveStudent(self.model, self.soft_prompt)", "LiveStudent(self.model)"),
-        ("megakd/checkpointing/soft_prompt_folder.py", "if width != hidden:", "if False:"),
+        ("megakd/checkpointing/soft_prompt_folder.py", "if width != words:", "if False:"),
         ("megakd/generation/answers.py", "bos + soft, said + also", "bos, said + also"),
     ],
     "tests/test_best.py": [
