@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import sys
+import time
 
 import pytest
 import torch
@@ -199,6 +200,9 @@ def test_the_real_wandb_writes_an_offline_run(tmp_path, monkeypatch):
     own.log(1, {"loss/lm": 2.0})
     own.close()
     (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    until = time.monotonic() + 30  # its own process writes the file
+    while b"loss/lm" not in file.read_bytes() and time.monotonic() < until:
+        time.sleep(0.1)
     assert b"loss/lm" in file.read_bytes()
 
 
