@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
+from megakd.errors import LostRankError
 from megakd.runtime.meeting import be_welcomed, welcome_all
 
 SOON = datetime.timedelta(seconds=10)
@@ -32,6 +33,6 @@ def test_every_attempt_has_a_name_of_its_own_in_a_store_that_outlives_it(sizes):
 def test_a_rank_that_died_before_it_was_welcomed_is_not_taken_for_one_that_lives():
     store = dist.HashStore()
     store.set("hello/1", "of a rank that has died")
-    with pytest.raises(RuntimeError, match=r"ranks \[1\] of 2 have not come"):
+    with pytest.raises(LostRankError, match=r"of 2 ranks \[1\] have not come"):
         welcome_all(store, 2, datetime.timedelta(seconds=0.2))
     assert attempt(store, 2)

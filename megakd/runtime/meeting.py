@@ -17,6 +17,8 @@ import uuid
 
 import torch.distributed as dist
 
+from megakd.errors import LostRankError
+
 LOOKS_A_SECOND = 50
 
 
@@ -24,7 +26,7 @@ def common_store(timeout: datetime.timedelta) -> tuple[dist.Store, int, int]:
     """The store of this attempt, this rank, and how many there are.
 
     Raises:
-        RuntimeError: not all ranks have come within `timeout`.
+        LostRankError: not all ranks have come within `timeout`; on rank 0.
     """
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     store = dist.PrefixStore("megakd", store)
@@ -42,7 +44,8 @@ def welcome_all(store: dist.Store, size: int, timeout: datetime.timedelta) -> st
             if store.check([f"thanks/{attempt}/{rank}"]):
                 missing.discard(rank)
         if time.monotonic() > end:
-            raise RuntimeError(f"ranks {sorted(missing)} of {size} have not come within {timeout}")
+            missed = f"of {size} ranks {sorted(missing)} have not come within {timeout} (--timeout-minutes)"
+            raise LostRankError(f"{missed}; look for their own lines")
         time.sleep(1 / LOOKS_A_SECOND)
     return attempt
 

@@ -88,8 +88,10 @@ class Job:
         return self.process.wait(seconds)
 
     def kill(self, who: str) -> None:
-        """SIGKILL to `agent`, or to a rank by its number; an agent's ranks then have to end by themselves."""
+        """SIGKILL to `agent`, whose ranks then have to end by themselves, to a rank by its number, or to the whole `machine`."""
         ranks = self.ranks
+        if who == "machine":
+            return self.clean_up()
         os.kill(self.process.pid if who == "agent" else ranks[int(who)], signal.SIGKILL)
         if who == "agent":
             self.process.wait()

@@ -167,13 +167,15 @@ class Drill:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "drill", "--rdzv_conf", "last_call_timeout=5"]
-        options = ("--nnodes", "1:2", "--nproc_per_node", "1", "--max-restarts", "5", *meeting)
+        meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "drill", "--rdzv_conf"]
+        options = lambda first: (
+            *("--nnodes", "1:2", "--nproc_per_node", "1", "--max-restarts", "5"), *meeting, f"last_call_timeout=5,is_host={first}"
+        )
         flags = {"train-iters": 100000, "save-interval": 10, "eval-interval": 1000}
-        host = self.job("elastic", "sft", flags, options=options).start()
-        guest = Job(host.save, host.words, options=options).start()
+        host = self.job("elastic", "sft", flags, options=options(1)).start()
+        guest = Job(host.save, host.words, options=options(0)).start()
         host.wait_for_iteration(12)
-        guest.kill("agent")
+        guest.kill("machine")
         host.wait_for_attempt(1)
         host.wait_for_iteration(host.iteration + 10)
         self.tell("DP2, one launcher killed: goes on as DP1", True, f"iteration {host.iteration}")
