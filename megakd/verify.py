@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -27,7 +29,7 @@ from megakd.config import TrainingConfig, parse
 from megakd.config.verify import VerifyConfig
 from megakd.data.batch import Batch, Sample, micro_batches
 from megakd.data.dataloader import split_across_dp
-from megakd.errors import UserError, told_in_one_line
+from megakd.errors import GRACE_SECONDS, UserError, told_in_one_line
 from megakd.loading import ModelFolders, check_context, start
 from megakd.losses.distillation import Divergence, kd_loss, sft_loss
 from megakd.models.gpt_model import HiddenStateGPTModel
@@ -148,13 +150,33 @@ def in_processes(arguments: list[str], config: VerifyConfig, ranks: int) -> Foun
     alone = ["--tp", "1", "--pp", "1", "--replicas", "1", "--no-sequence-parallel", "--no-use-distributed-optimizer"]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "found.safetensors"
-        words = ["megakd.verify", *arguments, *(alone if ranks == 1 else []), "--out", str(file)]
-        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"] if ranks > 1 else []
-        environment = {name: value for name, value in os.environ.items() if name not in OF_TORCHRUN and not name.startswith("TORCHELASTIC")}
-        ended = subprocess.run([sys.executable, "-m", *launcher, *words], env=environment)
-        if not file.is_file():
-            raise UserError(f"the {ranks} rank(s) of {config.model} ended with exit code {ended.returncode} and no result; see above")
+        words = ["-m", "megakd.verify", *arguments, *(alone if ranks == 1 else []), "--out", str(file)]
+        started = [subprocess.Popen([sys.executable, *words], env=place) for place in environments(ranks)]
+        codes = ended(started)
+        if any(codes) or not file.is_file():
+            raise UserError(f"the {ranks} rank(s) of {config.model} ended with exit code {max(codes)} and no result; see above")
         return read_tensors(file)
+
+
+def environments(ranks: int) -> Iterator[dict[str, str]]:
+    """Of each rank, as torchrun would make them; of this process what says nothing of ranks."""
+    own = {name: value for name, value in os.environ.items() if name not in OF_TORCHRUN and not name.startswith("TORCHELASTIC")}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
+    for rank in map(str, range(ranks)):
+        yield own | meet | {"LOCAL_WORLD_SIZE": str(ranks), "RANK": rank, "LOCAL_RANK": rank}
+
+
+def ended(started: list[subprocess.Popen]) -> list[int]:
+    """Exit codes of all. One that fails ends the others, which would wait for it."""
+    while any(process.poll() is None for process in started):
+        if any(process.poll() for process in started):
+            time.sleep(GRACE_SECONDS)  # who has a message of its own tells it
+            for process in started:
+                process.terminate()
+        time.sleep(0.1)
+    return [process.returncode for process in started]
 
 
 def verify(arguments: list[str]) -> bool:
