@@ -471,6 +471,13 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         ("megakd/memory.py", "gradients=FLOAT * trained,", "gradients=2 * FLOAT * trained,"),
         ("megakd/memory.py", "in_flight = min(grid.pp_size - stage, math.ceil(load.rows / load.micro_batch))", "in_flight = grid.pp_size + 2"),
     ],
+    of("test_verify", "a_fault_in_one_layout_is_seen"): [
+        ("megakd/verify.py", "fits = difference <= tolerance * max(largest, 1e-6)", "fits = True"),
+    ],
+    of("test_verify", "a_layout_says_what_one_rank_says"): [
+        ("megakd/verify.py", "layout.dp_size)[layout.dp_rank]", "layout.dp_size)[0]"),
+        ("megakd/verify.py", "dist.all_gather(shards, part.contiguous(), group=layout.tp_group)", "shards[0].copy_(part)"),
+    ],
     of("test_dry_run", "a_disk_without_room_is_told_before_a_run"): [
         ("megakd/preflight.py", "    if free < needed:", "    if False:"),
     ],
