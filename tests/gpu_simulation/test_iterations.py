@@ -126,8 +126,8 @@ def test_a_planted_fault_is_seen(fault, faulty):
     seen = [*(text for record in records for text in refusals(record)), disagreement(records) or ""]
     if sum(waits(records[0]).values()) > BUDGET[method]:
         seen.append("budget")
-    golden = json.loads(GOLDEN.read_text())[f"{method}, {layout}"][0]
-    if max(records[0].peaks.values()) > 1.03 * max(golden.values()):
+    golden = json.loads(GOLDEN.read_text()).get(f"{method}, {layout}")
+    if golden and max(records[0].peaks.values()) > 1.03 * max(golden[0].values()):
         seen.append("golden")
     assert any(said in text for text in seen), seen
 
