@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from megakd.data import batch
-from megakd.generation.rows import RowGroup
+from megakd.generation.room import Room
 from megakd.losses import distillation
 from megakd.methods.base import Method
 from megakd.models import attention
@@ -36,13 +36,13 @@ def a_loss_in_another_type(device) -> None:
 
 
 def a_decode_step_that_looks(device) -> None:
-    original = RowGroup.decode
+    original = Room.decode
 
     def decode(self, tokens_B, step, *hidden):
         assert int(step) >= 0
         return original(self, tokens_B, step, *hidden)
 
-    RowGroup.decode = decode
+    Room.decode = decode
 
 
 def the_last_rank_reduces_once_more(device) -> None:
