@@ -107,6 +107,8 @@ class Device(TorchDispatchMode):
         if func is aten.equal.default:
             self.wait("equal")
             return True
+        if func is aten.bincount.default:
+            return self.counted(*args, **kwargs)
         moved = self.transfer(func, args, kwargs) if func in MOVES else None
         return self.compute(func, args, kwargs, fakes, real) if moved is None else moved
 
@@ -126,6 +128,15 @@ class Device(TorchDispatchMode):
         for x in made:
             self.memory.watch(x) if x.is_cuda else self.complain(f"a CPU tensor out of {func}")
         self.charge(func, args, kwargs, out, fakes, made)
+        return out
+
+    def counted(self, numbers: FakeTensor, weights: None = None, minlength: int = 0) -> FakeTensor:
+        """How often each number occurs: the host waits for the largest, and reads that all occur alike."""
+        self.wait("bincount")
+        with self.fake:
+            out = torch.empty(minlength, dtype=torch.int64, device="cuda:0")
+        self.memory.watch(out)
+        out.counts = numbers.numel()
         return out
 
     def charge(self, func, args, kwargs, out, fakes, made) -> None:
@@ -195,5 +206,9 @@ def number_for(x: Tensor) -> bool | int | float:
 
 
 def as_read(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The same of a tensor."""
-    return torch.ones(tuple(x.shape), dtype=dtype or x.dtype)
+    """The same of a tensor; of counts, that all are alike."""
+    read = torch.ones(tuple(x.shape), dtype=dtype or x.dtype)
+    if hasattr(x, "counts"):
+        each, more = divmod(x.counts, len(x))
+        read = read * each + (torch.arange(len(x)) < more)
+    return read
