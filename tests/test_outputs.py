@@ -412,6 +412,8 @@ def test_a_finished_run_given_once_more_leaves_its_student_as_it_is(lab, finishe
     assert contents(save / "hf") == before and (save / MARKER).is_file()
     with pytest.raises(UserError, match=r"--lr 0.5 differs from the 0.001 of the run in --save"):
         preflight.check_run_folder(again(lab, save, lr=0.5))
+    with pytest.raises(UserError, match=r"--use-distributed-optimizer True differs from the False"):  # Adam's state lies otherwise in it
+        preflight.check_run_folder(again(lab, save, **{"use-distributed-optimizer": True}))
 
 
 def test_what_a_run_without_checkpoints_would_lose_is_not_lost(lab, finished):
