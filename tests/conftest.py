@@ -12,6 +12,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # before any fork: a child of a multi-threaded torch may hang
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read where Triton is imported, which what any folder imports may do
 
 
 @pytest.fixture(scope="session")

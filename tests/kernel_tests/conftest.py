@@ -1,13 +1,7 @@
-"""Triton runs interpreted where there is no GPU. The switch is read when a kernel is defined, so it is set before any import."""
-
-import os
+"""Kernels in small tiles; where there is no GPU they are interpreted (tests/conftest.py)."""
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-torch.set_num_threads(1)
 
 
 @pytest.fixture
