@@ -13,7 +13,7 @@ import torch
 
 torch.set_num_threads(1)  # before any fork: a child of a multi-threaded torch may hang
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read where Triton is imported, which what any folder imports may do
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read where Triton is imported, which may be anywhere
 
 
 @pytest.fixture(scope="session")
