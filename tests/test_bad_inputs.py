@@ -160,7 +160,7 @@ CASES = {  # what is wrong: flags over the good ones (None takes one away), what
     "no such model": ({"model": "{root}/nowhere"}, r"--model .*nowhere: no such folder; give"),
     "no config.json": ({"model": "{root}/no-config"}, r"--model .*no-config: no config.json; give"),
     "a broken config.json": ({"teacher-model": "{root}/not-json"}, r"--teacher-model .*not-json/config.json: not JSON \(.* at line 1 column 2\); copy or download it again"),
-    "an unknown family": ({"model": "{root}/other-family"}, r"--model .*: model_type 'bert' is not supported; use one of gpt2, llama"),
+    "an unknown family": ({"model": "{root}/other-family"}, r"--model .*: model_type 'bert' is not supported; use one of gemma3_text, gpt2, llama"),
     "truncated weights": ({"teacher-model": "{root}/truncated"}, r"model.safetensors: [\d,]+ bytes, truncated or damaged \(.*\); copy or download"),
     "pickled weights": ({"model": "{root}/pickled"}, r"pytorch_model.bin: PyTorch's format of before version 1.6, or damaged; .*give the folder that save_pretrained writes"),
     "no weights": ({"model": "{root}/no-weights"}, r"no model.safetensors and no model.safetensors.index.json; the weights are missing"),

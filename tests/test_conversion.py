@@ -251,7 +251,7 @@ BROKEN = [
     (without_a_tensor, {}, r"tensor 'model\.layers\.1\.mlp\.up_proj\.weight' is missing"),
     (wrong_vocabulary, {}, r"has shape \(97, 64\), but config\.json asks for \(90, 64\)"),
     (mixed_dtypes, {}, r"up_proj\.weight is stored as F16, F32; save the model with one of"),
-    (other_family, {}, r"model_type 'phi' is not supported; use one of gpt2, llama,"),
+    (other_family, {}, r"model_type 'phi' is not supported; use one of gemma3_text, gpt2, llama,"),
     (lambda folder: None, {"tp": 3}, r"--tensor-model-parallel-size 3 does not divide the 4 attention heads"),
     (lambda folder: None, {"pp": 5}, r"--pipeline-model-parallel-size 5 is more than the 4 layers"),
     (shutil.rmtree, {}, r"--model .*: no such folder"),

@@ -117,7 +117,7 @@ def measure(layout, warm_up, config) -> int:
     return max(seen) - before
 
 
-CASES = [("gpt2", "sft", 1, ()), ("gpt2", "kd", 1, ()), ("llama", "kd", 2, ("--pp", "2")), ("llama", "promptkd", 1, ())]
+CASES = [("gpt2", "sft", 1, ()), ("gpt2", "kd", 1, ()), ("llama", "kd", 2, ("--pp", "2")), pytest.param("llama", "promptkd", 1, (), marks=pytest.mark.slow)]
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say what a process has")

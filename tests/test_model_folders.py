@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from megakd.checkpointing import ModelFolder, export_to_hf
+from megakd.checkpointing.checksums import checksums, write_checksums
 from megakd.checkpointing.import_hf import hf_to_native
 from megakd.checkpointing.reshard import reshard
 from megakd.data.chat import Chat
@@ -194,7 +195,12 @@ def test_every_tensor_has_the_shape_that_the_config_asks_for(family, fields, mes
 
 def test_a_native_checkpoint_is_what_its_config_says(originals, tmp_path):
     made = hf_to_native(originals["llama"], tmp_path / "mp", tp=1, pp=1)
-    change_config(made / "huggingface", intermediate_size=96)
+
+    def changed(**fields):
+        change_config(made / "huggingface", **fields)
+        write_checksums(made, checksums(made))  # by somebody who knows of them
+
+    changed(intermediate_size=96)
     for opens in (
         lambda: ModelFolder.open(tmp_path / "mp"),
         lambda: export_to_hf(tmp_path / "mp", tmp_path / "hf"),
@@ -202,7 +208,7 @@ def test_a_native_checkpoint_is_what_its_config_says(originals, tmp_path):
     ):
         with pytest.raises(UserError, match=r"linear_fc1.weight has shape \(2, 224, 64\), but its config.json asks for \(2, 192, 64\)"):
             opens()
-    change_config(made / "huggingface", intermediate_size=112, vocab_size=300)
+    changed(intermediate_size=112, vocab_size=300)
     with pytest.raises(UserError, match=r"config.json says vocab_size 300, megakd_checkpoint.json says 97"):
         ModelFolder.open(tmp_path / "mp")
 

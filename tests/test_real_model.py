@@ -150,7 +150,11 @@ def test_a_chat_is_answered_learnt_and_scored_through_its_template(smollm2, tmp_
 
 
 def test_the_recipe_compares_every_method(smollm2, data_folder, tmp_path):
-    environment = os.environ | {"SCALE": "smoke", "DATA": str(data_folder / "minillm"), "TEACHER": str(smollm2), "PYTHON": sys.executable}
+    """With three of the layers as the teacher and two of these as the student."""
+    done = script("make_student.py", "--model", smollm2, "--layers", 0, 15, 29, "--save", tmp_path / "teacher")
+    assert done.returncode == 0, done.stderr
+    environment = os.environ | {"SCALE": "smoke", "DATA": str(data_folder / "minillm"), "PYTHON": sys.executable}
+    environment |= {"TEACHER": str(tmp_path / "teacher"), "LAYERS": "0 2"}
     environment["WIKITEXT"] = str(data_folder / "corpora" / "wikitext-2" / "valid.txt")
     done = subprocess.run(paper(tmp_path / "out", recipe="real.sh"), capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
