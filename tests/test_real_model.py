@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from test_models import difference
 from test_recipes import ROOT, paper
 from test_trainer import numbers, run
+from tiny import tiny_folder
+from train_tokenizer import train_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megakd.checkpointing import export_to_hf
@@ -149,12 +151,19 @@ def test_a_chat_is_answered_learnt_and_scored_through_its_template(smollm2, tmp_
     assert json.loads((tmp_path / "scores" / "results.json").read_text())["sets"]["answers"]["rouge_l"] > 60
 
 
-def test_the_recipe_compares_every_method(smollm2, data_folder, tmp_path):
-    """With three of the layers as the teacher and two of these as the student."""
-    done = script("make_student.py", "--model", smollm2, "--layers", 0, 15, 29, "--save", tmp_path / "teacher")
-    assert done.returncode == 0, done.stderr
-    environment = os.environ | {"SCALE": "smoke", "DATA": str(data_folder / "minillm"), "PYTHON": sys.executable}
-    environment |= {"TEACHER": str(tmp_path / "teacher"), "LAYERS": "0 2"}
+def chat_model(folder: Path, rows: Path) -> Path:
+    """Three layers of random weights, that read Dolly in a chat template: what the recipe does is the same, in a third of the time."""
+    texts = [json.loads(line) for line in rows.read_text().splitlines()]
+    tokenizer = train_tokenizer([f"{row['instruction']} {row['output']}" for row in texts], vocab_size=2000)
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer.save_pretrained(folder)
+    return tiny_folder(folder, "llama", layers=3, vocab_size=len(tokenizer), max_position_embeddings=512)
+
+
+def test_the_recipe_compares_every_method(data_folder, tmp_path):
+    teacher = chat_model(tmp_path / "teacher", data_folder / "minillm" / "dolly" / "dev.jsonl")
+    environment = os.environ | {"SCALE": "smoke", "DATA": str(data_folder / "minillm"), "PYTHON": sys.executable, "JOBS": "2"}
+    environment |= {"TEACHER": str(teacher), "LAYERS": "0 2"}
     environment["WIKITEXT"] = str(data_folder / "corpora" / "wikitext-2" / "valid.txt")
     done = subprocess.run(paper(tmp_path / "out", recipe="real.sh"), capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
