@@ -28,12 +28,10 @@ test: install lint
 mutants: install
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py $(WORDS)
 
-# What takes long: ten times the hostile files of `make test`, and more.
+# Kills, signals, a full disk, locks, restarts, two launchers, and first more hostile files than `make test`: hours. WORDS="signals lock" takes some of it;
+# docs/reliability.md has the figures.
 drill: install
-	OMP_NUM_THREADS=1 MEGAKD_FUZZ=4 $(BIN)/python -m pytest tests/test_fuzz.py
-
-# Kills, signals, a full disk, locks, restarts, two launchers: hours. WORDS="signals lock" takes some of it; docs/reliability.md has the figures.
-drill: install
+	OMP_NUM_THREADS=1 MEGAKD_FUZZ=4 $(BIN)/python -m pytest -q tests/test_fuzz.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/drills/run.py $(WORDS)
 
 clean:
