@@ -28,15 +28,20 @@ NEEDED = ("dolly/train.jsonl", "dolly/dev.jsonl", "dolly/valid.jsonl")
 
 def main() -> None:
     args = parse_args()
-    scale = yaml.safe_load((args.configs / "scale.yaml").read_text())
-    check_data(args.data)
-    if args.out.exists():
-        sys.exit(f"error: --out {args.out}: is there already; give another folder")
+    scale = scale_for_new(args)
     unfinished = args.out.with_name(args.out.name + ".unfinished")
     copy_tests(args.data, unfinished / "test", scale["test_rows"])
     if "vocab_size" in scale:
         make_models(unfinished, scale, args.data / "dolly/train.jsonl")
     os.replace(unfinished, args.out)
+
+
+def scale_for_new(args: argparse.Namespace) -> dict:
+    """The scale's settings. Exits with one line where --data is not whole, or --out is there already."""
+    check_data(args.data)
+    if args.out.exists():
+        sys.exit(f"error: --out {args.out}: is there already; give another folder")
+    return yaml.safe_load((args.configs / "scale.yaml").read_text())
 
 
 def check_data(data: Path) -> None:

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-import yaml
-from prepare import check_data
+from prepare import scale_for_new
 
 from megakd.checkpointing.publish import published
 from megakd.errors import file_errors, told_in_one_line
@@ -28,10 +26,7 @@ READ, LONG = 32, 200  # words: of a paragraph's beginning, and of a paragraph th
 
 def main() -> None:
     args = parse_args()
-    scale = yaml.safe_load((args.configs / "scale.yaml").read_text())
-    check_data(args.data)
-    if args.out.exists():
-        sys.exit(f"error: --out {args.out}: is there already; give another folder")
+    scale = scale_for_new(args)
     with told_in_one_line(), published(args.out) as folder:
         make(args, scale, folder)
 
