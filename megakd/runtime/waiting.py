@@ -49,6 +49,11 @@ def patient_group() -> dist.ProcessGroup:
     return waiting.group("patient", PATIENCE)
 
 
+def request_group() -> dist.ProcessGroup:
+    """The same, for ranks that wait to be asked: what others do meanwhile over the patient one is none of theirs."""
+    return waiting.group("requests", PATIENCE)
+
+
 def wait_for_all() -> None:
     """A barrier of all ranks, however long one of them takes."""
     dist.barrier(group=patient_group())

@@ -23,7 +23,6 @@ N supervised positions of a micro-batch, H hidden size, V padded vocabulary.
 
 from __future__ import annotations
 
-import datetime
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,12 +36,11 @@ from torch import Tensor
 from megakd.data.batch import Batch, unpack
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.runtime.parallel_layout import Grid, own_device
-from megakd.runtime.waiting import waiting
+from megakd.runtime.waiting import request_group, waiting
 from megakd.schedules import forward_only, supervised, supervised_hidden
 
 Key = tuple[int, int]  # (replica of the student, its micro-batch)
 WINDOW = 4  # micro-batches a stage: a pipeline of p stages then stands still for at most (p - 1) / 4p of a pass
-IDLE_TIMEOUT = datetime.timedelta(days=7)  # of a teacher's rank that waits for the next request; a rank that dies is noticed at once
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ class Relay:
     def __init__(self, student: Side, teacher: Side):
         self.student, self.teacher, self.device = student, teacher, own_device()
         self.group = dist.new_group(timeout=waiting.timeout)
-        self.host_group = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
+        self.host_group = request_group()
         self.shares_ranks = student.grid.first == teacher.grid.first
         self.sent: Counter[str] = Counter()  # bytes that this rank has given away, and the `tokens` that its replica asked about
 
