@@ -32,7 +32,7 @@ MAY_CHANGE = {  # between a run and its resumption: the layout, and what is only
     "micro_batch_tokens", "rollout_batch_size", "recompute",
     "teacher_tensor_model_parallel_size", "teacher_pipeline_model_parallel_size", "teacher_ranks", "teacher_offload",
     "save", "save_interval", "eval_interval", "eval_iters", "log_interval", "save_rollouts", "show_data", "dry_run", "ranks", "merge_lora",
-    "eval_answers", "eval_decoding", "keep_best", "keep_last", "exact_match_rule", "gsm8k_rule", "rouge_tokenizer",
+    "eval_answers", "eval_decoding", "keep_best", "keep_last", "async_save", "exact_match_rule", "gsm8k_rule", "rouge_tokenizer",
     "exit_duration_in_mins", "exit_signal", "resume", "on_nonfinite", "timeout_minutes",
     "wandb_project", "wandb_name",
 }  # fmt: skip

@@ -19,7 +19,7 @@ import yaml
 from megakd import preflight
 from megakd.checkpointing.best import NATIVE, BestStudent
 from megakd.checkpointing.export_hf import export_to_hf
-from megakd.checkpointing.native import read_latest, remove_older, write_latest
+from megakd.checkpointing.native import read_latest, write_latest
 from megakd.checkpointing.publish import remove_left_behind
 from megakd.checkpointing.soft_prompt_folder import FOLDER as SOFT_PROMPT
 from megakd.checkpointing.soft_prompt_folder import write_soft_prompt
@@ -44,6 +44,7 @@ from megakd.reporting.own_folder import write_text
 from megakd.reporting.plots import plot_training
 from megakd.reporting.wandb_run import WandbRun
 from megakd.run_data import RunData
+from megakd.runtime.background import background, look, settle
 from megakd.runtime.initialize import agreed, is_rank_zero, prepare, seed_everything
 from megakd.runtime.lock import locked
 from megakd.runtime.peers import Peers
@@ -73,6 +74,7 @@ def train(config: Config, *, callbacks: Callbacks = Callbacks(), write_inputs: C
     Raises:
         UserError: something does not fit; before any weight is loaded where that can be known.
     """
+    background.forget()
     stop_after(config.running.exit_duration_in_mins)
     set_timeout(config.running.timeout_minutes)
     preflight.check_run_folder(config)
@@ -173,6 +175,7 @@ class Trainer:
         try:
             self._run()
         except UserError:
+            settle()  # what is being written is whole
             self.teacher.shut_down()  # ranks of its own would wait, and end with a traceback
             raise
         self.teacher.shut_down()
@@ -196,6 +199,7 @@ class Trainer:
 
     def _is_told_to_stop(self) -> bool:
         """Whether any rank of the job is, and the run can be left here."""
+        self._on_all_ranks(look)
         self.teacher.on_teacher_ranks(agree_to_stop)
         before, self.stopped_by = self.stopped_by, agree_to_stop()
         can_be_left = self.iteration == self.saved or self.method.can_be_left_after(self.iteration)
@@ -210,6 +214,7 @@ class Trainer:
         """Saved, and one line that says how to go on."""
         if self.iteration > self.saved:
             self._save()
+        self._on_all_ranks(settle)
         if is_rank_zero():
             done = f"iteration {self.iteration}/{self.total_iters}, which is saved" if self.iteration else "no iteration"
             print(f"{name_of(self.stopped_by)}: ended after {done}; the same command continues {self.folder}", flush=True)
@@ -297,6 +302,7 @@ class Trainer:
         Raises:
             UserError: the run is to stop, or has left out LEFT_OUT_IN_A_ROW iterations.
         """
+        self._on_all_ranks(settle)  # a checkpoint that is being written is the latest
         teacher = self.method.teacher
         with teacher.on_device() if teacher else nullcontext():
             findings = find(error, self.method.student, teacher and teacher.model)
@@ -370,25 +376,29 @@ class Trainer:
             extra_tensors=self.method.extra_tensors(),
             teacher_layout=self.teacher.layout,
             teacher=teacher_weights(self.method.teacher),
+            keep_last=self.config.output.keep_last,
+            in_background=self.config.output.async_save,
         )
         self.saved = self.iteration
-        if self.config.output.keep_last and is_rank_zero():
-            remove_older(self.checkpoints, self.config.output.keep_last)
 
-    def _save_into(self, root: Path, **what: Any) -> None:
-        self.teacher.on_teacher_ranks(save_nothing, root, self.iteration)
+    def _save_into(self, root: Path, *, in_background: bool = False, **what: Any) -> None:
+        self.teacher.on_teacher_ranks(save_nothing, root, self.iteration, in_background)
         run_config, method = self.folder / "config.yaml", self.method
         options = {"model": method.student, "source": self.folders.student, "ends": self.ends, "run_config": run_config, **what}
-        save_checkpoint(root, self.iteration, **options)
+        save_checkpoint(root, self.iteration, in_background=in_background, **options)
 
     def _export_best(self) -> None:
         self._save_into(self.folder / NATIVE)
         if is_rank_zero():
             self.best.export(merge_adapter=self.config.lora.merge_lora)
-        self.teacher.on_teacher_ranks(wait_for_all)
-        wait_for_all()
+        self._on_all_ranks(wait_for_all)
+
+    def _on_all_ranks(self, work: Callable[[], None]) -> None:
+        self.teacher.on_teacher_ranks(work)
+        work()
 
     def _finish(self) -> None:
+        self._on_all_ranks(settle)
         soft_prompt = self.method.soft_prompt()
         if is_rank_zero():
             lora, hf = self.config.lora, self.folder / "hf"
@@ -402,8 +412,7 @@ class Trainer:
 
     def _close(self) -> None:
         self.logger.close()
-        self.teacher.on_teacher_ranks(wait_for_all)
-        wait_for_all()
+        self._on_all_ranks(wait_for_all)
 
 
 def open_folders(config: Config) -> ModelFolders:

@@ -1,7 +1,7 @@
 """megatron-core's torch_dist save without its helper processes.
 
 Upstream writes through a spawned `multiprocessing.Manager`, which imports the main script a second time, and forks a writer per
-file. Saving here is synchronous anyway, so torch's own writer does it in this process; the files are the same.
+file. torch's own writer does it in this process, at once or in a thread beside training; the files are the same.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 
 from megakd.errors import UserError, file_errors
-from megakd.runtime.waiting import patient_group
+from megakd.runtime.waiting import background_group, patient_group
 
 
 class Writer(dcp.FileSystemWriter):
@@ -60,24 +60,32 @@ def system_errors(folder: Path) -> Iterator[None]:
             raise said from error
 
 
-class SynchronousSave(SaveShardedStrategy):
-    """Each rank writes the shards of which it is the main replica."""
+class StagedSave(SaveShardedStrategy):
+    """Each rank writes the shards of which it is the main replica, in two steps: megatron-core's `save` notes what is to be written,
+    `write` writes it. In between training may go on where `in_background` has copied it, into the host's memory."""
 
-    def __init__(self):
+    def __init__(self, *, in_background: bool = False):
         super().__init__("torch_dist", 1)
+        self.in_background, self.group = in_background, background_group() if in_background else patient_group()
+        self.folder, self.noted = Path(), {}
 
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
+        """Note what this rank has to write."""
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
+        for shard in (shard for shards in by_key.values() for shard in shards if self.in_background and isinstance(shard, ShardedTensor)):
+            shard.data = shard.data.detach().to("cpu", copy=True)
+        self.folder, self.noted = Path(checkpoint_dir), mcore_to_pyt_state_dict(by_key)
+
+    def write(self) -> None:
         """From all ranks at once, each into a file of its own.
 
         Raises:
             UserError: on all of them, where one could not write.
         """
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        noted, self.noted = self.noted, {}
         try:
-            dcp.save(
-                mcore_to_pyt_state_dict(by_key), storage_writer=Writer(checkpoint_dir), planner=planner, process_group=patient_group()
-            )
+            dcp.save(noted, storage_writer=Writer(self.folder), planner=planner, process_group=self.group)
         except dcp.api.CheckpointException as error:
             told = [failure for failure, _traceback in error.failures.values() if isinstance(failure, UserError)]
             if not told:

@@ -206,8 +206,8 @@ def from_rank_zero(make: Callable[[], Any]) -> Any:
     return found[0]
 
 
-def agreed(work: Callable[[], Any]) -> Any:
-    """Do it on every rank; what it returned here.
+def agreed(work: Callable[[], Any], group: dist.ProcessGroup | None = None) -> Any:
+    """Do it on every rank; what it returned here. `group` has all ranks.
 
     Raises:
         UserError: `work` raised it on some rank; on all of them, so that none waits for another.
@@ -218,7 +218,7 @@ def agreed(work: Callable[[], Any]) -> Any:
     except UserError as error:
         mine = error
     everyone: list[UserError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine, group=patient_group())
+    dist.all_gather_object(everyone, mine, group=group or patient_group())
     if raised := next(filter(None, [mine, *everyone]), None):
         raise raised
     return result

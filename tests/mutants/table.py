@@ -112,6 +112,13 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (RUNTIME + "lock.py", "fcntl.flock(stream, fcntl.LOCK_EX)", "pass"),
         ("megakd/preflight.py", "if given.get(name) != value), None)", "if False), None)"),
     ],
+    "tests/test_async_save.py": [
+        (CHECKPOINTS + "torch_dist_save.py", '.to("cpu", copy=True)', '.to("cpu")'),
+        (RUNTIME + "background.py", "if has_failed or not is_at_work:", "if False:"),
+        (TRAINER, "in_background=self.config.output.async_save", "in_background=False"),
+        (TRAINER, "self._on_all_ranks(settle)\n        soft_prompt", "soft_prompt"),
+        (CHECKPOINTS + "training.py", "        if keep_last:\n", "        if False:\n"),
+    ],
     "tests/test_stop.py": [
         (RUNTIME + "stop.py", "dist.ReduceOp.MAX", "dist.ReduceOp.MIN"),
         (RUNTIME + "stop.py", "if self.reason or self.is_lost():", "if self.reason:"),
