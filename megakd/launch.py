@@ -4,8 +4,8 @@
 
 torchrun gives its ranks 30 seconds on SIGTERM or Ctrl-C, and ends with a traceback and exit code 1 though they have saved; this agent hands
 the signal on and waits for them. torchrun starts again what a user has to mend (exit code 2); this agent does not. A machine that was lost
-may join again, which torchrun's first machine does not notice. What torchrun prints of a rank that has failed goes into a file; the reader's
-last lines are those of the ranks.
+may join again, which torchrun's first machine does not notice. What torchrun prints of a rank that has failed goes into a file; the
+reader's last lines are those of the ranks.
 """
 
 from __future__ import annotations
