@@ -28,7 +28,7 @@ test: install lint
 mutants: install
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py $(WORDS)
 
-# Kills, signals, a full disk, locks, restarts, two launchers, and first more hostile files than `make test`: hours. WORDS="signals lock" takes some of it;
+# Kills, signals, a full disk, locks, damage, restarts, two machines, and first more hostile files than `make test`: hours. WORDS="signals lock" takes some of it;
 # docs/reliability.md has the figures.
 drill: install
 	OMP_NUM_THREADS=1 MEGAKD_FUZZ=4 $(BIN)/python -m pytest -q tests/test_fuzz.py

@@ -6,6 +6,7 @@ Every second case writes its checkpoints with --async-save, and is compared with
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -22,7 +23,7 @@ LAST, START_SECONDS, TRIES = ITERATIONS["train-iters"], 6.0, 3
 
 def drill_kills(drill: Drill) -> None:
     """So many kills that met a job at work, over all cases."""
-    cases = [(method, layout) for method in METHODS for layout in LAYOUTS]
+    cases = [(method, layout) for method in METHODS for layout in LAYOUTS][: drill.kills]
     share = lambda number: drill.kills // len(cases) + (number < drill.kills % len(cases))
     with ThreadPoolExecutor(drill.at_once) as pool:
         found = list(pool.map(lambda number: _case(drill, *cases[number], share(number), number % 2 == 1), range(len(cases))))
@@ -67,6 +68,7 @@ def _kill_once(drill: Drill, name: str, job: Job, moment: str, rng) -> list[str]
             job.kill(who)
         except (AssertionError, ProcessLookupError, IndexError, FileNotFoundError):  # it was faster
             job.process.wait(300)
+            shutil.rmtree(job.save / "hf", ignore_errors=True)  # it exports once more
             continue
         job.process.wait(300)
         latest = read_latest(job.save / "checkpoints") or 0
