@@ -179,6 +179,11 @@ class MergedSource:
             found = f"{flag} {self.adapter.folder}: {WEIGHTS} has an adapter of {tensor!r}"
             raise UserError(f"{found}, which does not fit the base model {self.adapter.base}; give the base that it was trained on")
 
+    @property
+    def files(self) -> set[Path]:
+        """The base model's, and the adapter's."""
+        return {*self.base.files, self.adapter.folder / ADAPTER, self.adapter.folder / WEIGHTS}
+
     def __contains__(self, name: str) -> bool:
         return name in self.base
 

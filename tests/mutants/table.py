@@ -559,7 +559,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         ("megakd/checkpointing/best.py", "self.sign * value <= self.sign * self.value", "self.sign * value < self.sign * self.value"),
         ("megakd/checkpointing/best.py", 'kept["value"] if kept.get("metric") == metric else None', "None"),
         ("megakd/checkpointing/native.py", "for path in found[:-kept]:", "for path in found[: 1 - kept or None]:"),
-        ("megakd/preflight.py", "if iteration is not None or is_export(folder / BEST):", "if iteration is not None:  # alone"),
+        ("megakd/preflight.py", " is not None or is_export(Path(config.output.save) / BEST)", " is not None"),
     ],
     of("test_evaluation", "a_response_that_has_ended_adds_nothing_and_samples_are_averaged", "exposure_bias_has_the_spread_of_its_ratio_and_none_where_it_is_undefined"): [
         (EVALUATION + "exposure_bias.py", "padded.cumsum(1).mean(0)", "padded.cumsum(1).sum(0)"),
@@ -617,7 +617,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (CONFIG + "fields.py", 'return f"must be at most {most}" if value > most else None', "return None"),
         ("megakd/preflight.py", "if whole % (micro * dp):", "if False:"),
         ("megakd/preflight.py", "check_context(folder, data.max_length, soft,", "check_context(folder, data.max_length, 0,"),
-        ("megakd/preflight.py", "name not in MAY_CHANGE - fixed and given[name] != value", "False"),
+        ("megakd/preflight.py", "name not in MAY_CHANGE - fixed and then[name] != value", "False"),
     ],
     of("test_python_api", "a_call_cut_off_is_continued_with_the_same_objects_and_no_others", "objects_give_the_numbers_of_the_script"): [
         ("megakd/api.py", "if begun and fingerprint(target)", "if False and fingerprint(target)"),
