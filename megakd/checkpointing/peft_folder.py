@@ -129,7 +129,7 @@ class PeftAdapter:
         if os.path.isdir(named) or named.is_absolute():
             return named
         beside = self.folder.parent / named
-        return beside if beside.is_dir() else local_folder(named, flag=f"{self.folder}: base_model_name_or_path")
+        return beside if os.path.isdir(beside) else local_folder(named, flag=f"{self.folder}: base_model_name_or_path")
 
     @property
     def scale(self) -> float:

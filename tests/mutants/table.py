@@ -35,6 +35,27 @@ EVALUATION, REPORTING, KERNELS = "megakd/evaluation/", "megakd/reporting/", "ker
 TEACHERS = "megakd/teachers/"
 
 GROUPS: dict[str, list[tuple[str, str, str]]] = {
+    of("test_begun_with", "what_has_changed_is_named"): [
+        ("megakd/begun_with.py", "read(Path(save)) or sums, sums", "sums, sums"),
+        ("megakd/begun_with.py", "if is_template(flat[name])}", "if False}"),
+        ("megakd/begun_with.py", "for name in DATA if flat[name]}", "for name in DATA[:1] if flat[name]}"),
+        ("megakd/dry_run.py", "    if continues(config):", "    if False:"),
+    ],
+    of("test_begun_with", "a_run_goes_on_where_its_files_lie_now_and_not_with_others"): [
+        ("megakd/begun_with.py", "on_rank_zero(lambda: continues and check", "on_rank_zero(lambda: False and check"),
+        ("megakd/begun_with.py", "if self.files == [Path(self.path)]:", "if False:"),
+        ("megakd/preflight.py", "(beside_places(one) if has_sums else one.flat()", "(one.flat()"),
+    ],
+    of("test_begun_with", "hosts_read_the_same_files"): [
+        ("megakd/begun_with.py", "differences(everyone[0], sums or everyone[0])", "differences(everyone[0], everyone[0])"),
+        ("megakd/begun_with.py", "hosts.index(hosts[dist.get_rank()]) == dist.get_rank()", "dist.get_rank() == 0"),
+    ],
+    of("test_begun_with", "a_run_of_a_version_that_kept_no_checksums_goes_on_and_keeps_them"): [
+        ("megakd/trainer.py", "if self.iteration == 0 or begun_with.read(self.folder) is None:", "if self.iteration == 0:"),
+    ],
+    of("test_hub_cache", "a_base_whose_name_is_no_path_is_told"): [
+        ("megakd/models/hub_cache.py", "if os.path.exists(path) or", "if path.exists() or"),
+    ],
     "tests/test_lora.py::test_a_run_equals_peft": [
         (MODELS + "lora.py", "config.lora_alpha / config.rank, config.lora_dropout", "1.0, config.lora_dropout"),
         (MODELS + "lora.py", "self.A.sequence_parallel = linear.sequence_parallel", "self.A.sequence_parallel = False"),
