@@ -561,8 +561,8 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         ("megakd/checkpointing/import_hf.py", "WindowedCheckpoint(model, mp_size=mp_size)", "WindowedCheckpoint(model)"),
     ],
     "tests/test_hub_cache.py": [
-        ("megakd/models/hub_cache.py", "path.exists() or path.is_absolute()", "path.is_absolute()"),
-        ("megakd/checkpointing/peft_folder.py", "beside if beside.is_dir() else local_folder", "beside if True else local_folder"),
+        ("megakd/models/hub_cache.py", "os.path.exists(path) or path.is_absolute()", "path.is_absolute()"),
+        ("megakd/checkpointing/peft_folder.py", "beside if os.path.isdir(beside) else local_folder", "beside if True else local_folder"),
         ("megakd/checkpointing/fingerprint.py", 'folder = local_folder(folder, flag="--model")', "pass"),
     ],
     "tests/test_soft_prompt_files.py": [
