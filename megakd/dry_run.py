@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from megakd import begun_with
 from megakd.checkpointing.model_folder import ModelFolder
 from megakd.config import Config
 from megakd.data.batch import Sample
@@ -21,7 +22,7 @@ from megakd.memory import GIB, Load, RankMemory, free_bytes, memory_per_stage, w
 from megakd.methods import METHODS
 from megakd.models.model_provider import tensor_parallel_sizes
 from megakd.models.sizes import parameter_count
-from megakd.preflight import check_run_folder
+from megakd.preflight import check_run_folder, continues
 from megakd.run_data import RunData
 from megakd.runtime.parallel_layout import Grid
 from megakd.trainer import open_answers, open_checked, remarks, total_iterations
@@ -46,6 +47,8 @@ def dry_run(config: Config) -> None:
     config = with_ranks(config)
     check_run_folder(config)
     folders = open_checked(config)
+    if continues(config):
+        begun_with.check(config, folders, begun_with.checksums(begun_with.named_by(config, folders)))
     grids = grids_of(config.parallel, config.teacher_parallel, ranks=config.preview.ranks)
     data = RunData.open(config, folders, FirstReplica(grids[0].dp_size))
     open_answers(config, folders, data)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from megakd import preflight
+from megakd import begun_with, preflight
 from megakd.checkpointing.best import NATIVE, BestStudent
 from megakd.checkpointing.export_hf import export_to_hf
 from megakd.checkpointing.native import read_latest, write_latest
@@ -93,6 +93,7 @@ def _train(config: Config, callbacks: Callbacks) -> None:
 
 def _run_on(config: Config, callbacks: Callbacks, folders: ModelFolders, peers: Peers) -> None:
     preflight.check_same_on_all_ranks(config, peers)
+    sums = begun_with.agreed_checksums(config, folders, peers, continues=preflight.continues(config))
     places = start_apart(config.parallel, config.teacher_parallel, seed=config.training.seed)
     agreed(lambda: preflight.verify_checkpoint(config, rank=dist.get_rank(), ranks=dist.get_world_size()))
     data = agreed(lambda: places.student and RunData.open(config, folders, places.student))  # a teacher's own ranks learn of an error, too
@@ -101,7 +102,7 @@ def _run_on(config: Config, callbacks: Callbacks, folders: ModelFolders, peers: 
         return serve(config, folders, places)
     data.show(config.output.show_data or int(config.conditioning.adds_text), config, folders.student.tokenizer)
     if not config.output.show_data:
-        Trainer(config, folders, data, places, callbacks, answers).run()
+        Trainer(config, folders, data, places, callbacks, answers, sums).run()
 
 
 def open_checked(config: Config) -> ModelFolders:
@@ -139,10 +140,11 @@ class Trainer:
         data: RunData,
         places: Places,
         callbacks: Callbacks,
-        answers: HeldOutAnswers | None = None,
+        answers: HeldOutAnswers | None,
+        sums: begun_with.Sums,
     ):
         self.config, self.folders, self.data, self.places, self.callbacks = config, folders, data, places, callbacks
-        self.answers = answers
+        self.answers, self.sums = answers, sums
         self.layout = layout = places.student
         self.folder = Path(config.output.save)
         self.checkpoints = self.folder / "checkpoints"
@@ -264,6 +266,8 @@ class Trainer:
             write_text(self.folder / "config.yaml", yaml.safe_dump(self.config.flat(), sort_keys=False))
             if self.iteration == 0:
                 (self.folder / "rollouts.jsonl").unlink(missing_ok=True)
+            if self.iteration == 0 or begun_with.read(self.folder) is None:
+                begun_with.keep(self.folder, self.sums)
         selection = self.config.selection
         return BestStudent(self.folder, selection.metric, lower_is_better=selection.lower_is_better) if selection.metric else None
 
