@@ -120,9 +120,12 @@ def _run_loss(model, batches, loss_function, context, soft_prompt, *, forward_on
     """Sums by name over the micro-batches, `tokens` last, in float64; on the last stage."""
     parts = []
     with nullcontext() if forward_only else gradients_finished_once(model):
+        done = 0
         for window, beside in in_windows(batches, context):
+            done += len(window)
             step = loss_step(loss_function, iter(beside), unwrap(model).output_weight, soft_prompt)
-            parts += run_schedule(model, window, step, soft_prompt, forward_only=forward_only) if window else []
+            with nullcontext() if forward_only or done == len(batches) else without_reduction(model):
+                parts += run_schedule(model, window, step, soft_prompt, forward_only=forward_only) if window else []
     return {name: torch.stack([part[name] for part in parts]).sum(0) for name in (parts[0] if parts else ())}
 
 
@@ -164,7 +167,8 @@ def loss_step(loss_function: LossFunction, context: Iterator[Any], output_weight
 
 @contextmanager
 def gradients_finished_once(model: torch.nn.Module) -> Iterator[None]:
-    """megatron-core sums gradients over ranks and divides them by the tokens at the end of each schedule; here at the end of the last."""
+    """megatron-core sums gradients over ranks and divides them by the tokens at the end of each schedule; here at the end of the last.
+    The division is ours: megatron's own asks the host whether there are tokens, which waits for the device."""
     config, tokens, options = unwrap(model).config, [], {}
     finish = config.finalize_model_grads_func
     if finish is None:  # a frozen model, whose soft prompt learns
@@ -180,7 +184,26 @@ def gradients_finished_once(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         config.finalize_model_grads_func = finish
-    finish([model], sum(tokens), **options)
+    finish([model], None, **options)
+    layout = unwrap(model).layout
+    total = layout.sum_over_data_parallel(layout.broadcast_from_last_stage(sum(tokens)))
+    model.scale_gradients(1.0 / total.clamp(min=1))
+
+
+@contextmanager
+def without_reduction(model: torch.nn.Module) -> Iterator[None]:
+    """For a schedule behind which others add to the same gradients: under --overlap-grad-reduce its last micro-batch would send them."""
+    config = unwrap(model).config
+    no_sync = config.no_sync_func
+    if no_sync is None:  # a frozen model
+        yield
+        return
+    config.no_sync_func = nullcontext
+    try:
+        with no_sync():
+            yield
+    finally:
+        config.no_sync_func = no_sync
 
 
 def mean_of_means(loss_function: LossFunction, batches: Sequence[Batch], layout: ParallelLayout) -> LossFunction:

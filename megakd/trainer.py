@@ -455,7 +455,8 @@ def student_options(config: Config) -> dict:
     dropouts = {"hidden_dropout": config.models.hidden_dropout, "attention_dropout": config.models.attention_dropout}
     if not METHODS[config.method].has_dropout:
         dropouts = dict.fromkeys(dropouts, 0.0)
-    return {name: value for name, value in dropouts.items() if value is not None} | recomputation(config)
+    fused = {"gradient_accumulation_fusion": config.training.gradient_accumulation_fusion}
+    return {name: value for name, value in dropouts.items() if value is not None} | recomputation(config) | fused
 
 
 def teacher_options(config: Config) -> dict:

@@ -94,6 +94,14 @@ ENDS = EndIds(stop=(0,), taught=0)
 
 
 def method_inputs(layout, config, pair, dtype=torch.float32, total_iters=TOTAL_ITERS) -> MethodInputs:
+    """What a method works on, with the models of `models_of`."""
+    student, teacher = models_of(layout, config, pair, dtype)
+    distributed = config.parallel.use_distributed_optimizer
+    optimizer = StudentOptimizer(student, config.training, total_iters=total_iters, distributed=distributed)
+    return MethodInputs(student, optimizer, LiveTeacher(teacher) if config.needs_teacher else None, TOKENIZER, ENDS)
+
+
+def models_of(layout, config, pair, dtype=torch.float32):
     """Student and teacher from the same seeds that the oracle takes."""
     specs = [tiny_config(**spec) for spec in pair]
     options = align_vocabularies([spec.vocab_size for spec in specs], layout.tp_size)
@@ -102,10 +110,7 @@ def method_inputs(layout, config, pair, dtype=torch.float32, total_iters=TOTAL_I
     teacher = build_model(specs[1], layout, **options, **teacher_options(config))
     load_weights(student, StateDictSource(tiny_model(specs[0], seed=1)))
     load_weights(teacher, StateDictSource(tiny_model(specs[1], seed=2)))
-    teacher.eval().requires_grad_(False)
-    distributed = config.parallel.use_distributed_optimizer
-    optimizer = StudentOptimizer(student, config.training, total_iters=total_iters, distributed=distributed)
-    return MethodInputs(student, optimizer, LiveTeacher(teacher) if config.needs_teacher else None, TOKENIZER, ENDS)
+    return student, teacher.eval().requires_grad_(False)
 
 
 def oracle(pair, dtype=torch.float32) -> Oracle:

@@ -37,6 +37,9 @@ class TrainingConfig:
     adam_eps: float = flag(1e-8, "AdamW's epsilon", range=POSITIVE)
     clip_grad: float = flag(1.0, "largest global gradient norm; 0: no clipping", range=NOT_NEGATIVE)
     recompute: bool = flag(False, "recompute each layer's activations in the backward pass: less memory, a third more work")
+    gradient_accumulation_fusion: bool = flag(
+        False, "linear layers add their weights' gradients to the float32 sums within the matrix product, unrounded; Apex's where it is"
+    )
     reference_behaviour: tuple[ReferenceBehaviour, ...] = flag(
         (), "do as PromptKD's code does, by name or all; docs/fidelity.md explains each"
     )

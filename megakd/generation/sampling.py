@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megakd_kernels import VocabShard
+from megakd_kernels import VocabShard, launch
 from torch import Tensor
 
 from megakd.errors import UserError
@@ -93,6 +93,8 @@ class Sampler:
             position: number of tokens already sampled, an int64 scalar: the place in the stream.
             seen_BK: prompt and response so far, -1 where a row is shorter; needed by repetition limits only.
         """
+        if self.draws_at_once(logits):
+            return self.draw(logits[0], streams_B, position)
         z = self.mix([self.prepare(x, seen_BK) for x in logits])
         if self.sampling.greedy:
             return argmax(z, self.whole)
@@ -104,6 +106,18 @@ class Sampler:
         if self.sampling.top_p < 1 and self.shard.ranks > 1:  # each rank sums the row, in an order that a GPU does not promise
             dist.broadcast(token, group=self.shard.tp_group, group_src=0)
         return token
+
+    def draws_at_once(self, logits: list[Tensor]) -> bool:
+        """Whether a kernel draws, in two launches for some forty: from one model, of whose logits no whole row has to be seen."""
+        simple = len(logits) == 1 and not (self.sampling.greedy or self.sampling.needs_whole_rows)
+        return simple and launch.implementation(logits[0], "gumbel") == "triton"
+
+    def draw(self, logits_BVp: Tensor, streams_B: Tensor, position: Tensor) -> Tensor:
+        """Token ids [B], by that kernel."""
+        width, shard = logits_BVp.shape[1], self.shard
+        where = {"columns": shard.columns(width), "first_token": shard.start(width), "no_token": NO_TOKEN}
+        kernels = launch.kernels(logits_BVp, "gumbel")
+        return of_all_ranks(*kernels.draw(logits_BVp, streams_B, position, self.sampling.temperature, **where), shard)
 
     def prepare(self, logits_BVp: Tensor, seen_BK: Tensor | None) -> Tensor:
         """One model's logits in float32: padding out, repetition limited, divided by the temperature."""
@@ -149,10 +163,14 @@ def log_softmax(logits_BVp: Tensor, shard: VocabShard) -> Tensor:
 def argmax(scores_BVp: Tensor, shard: VocabShard) -> Tensor:
     """Token ids [B] of the highest scores of whole rows, the lowest id among equals; NO_TOKEN where the highest is none."""
     score, column = scores_BVp.max(-1)  # NaN counts as the highest
-    token = (column + shard.start(scores_BVp.shape[1])).masked_fill(~(score < math.inf), NO_TOKEN)
+    return of_all_ranks(score, (column + shard.start(scores_BVp.shape[1])).masked_fill(~(score < math.inf), NO_TOKEN), shard)
+
+
+def of_all_ranks(score_B: Tensor, token_B: Tensor, shard: VocabShard) -> Tensor:
+    """Token ids [B] of the highest of all ranks' scores, the lowest rank's among equals."""
     if shard.ranks == 1:
-        return token
-    pairs = shard.all_gather(torch.stack([score.double(), token.double()])[None])  # [tp, 2, B], exact in float64
+        return token_B
+    pairs = shard.all_gather(torch.stack([score_B.double(), token_B.double()])[None])  # [tp, 2, B], exact in float64
     winner = pairs[:, 0].argmax(0)
     return pairs[:, 1].gather(0, winner[None])[0].long()
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megakd.errors import UserError
-from megakd.runtime import cpu_backend, megatron_repairs
+from megakd.runtime import cpu_backend, megatron_repairs, weight_gradient
 from megakd.runtime.meeting import common_store
 from megakd.runtime.parallel_layout import Grid, ParallelLayout, parallel_state
 from megakd.runtime.waiting import patient_group, waiting
@@ -54,6 +54,7 @@ def prepare() -> None:
     """megatron-core made fit for this machine, and the other ranks joined."""
     cpu_backend.install()
     megatron_repairs.install()
+    weight_gradient.install()
     if not dist.is_initialized():
         join()
 
