@@ -1,26 +1,37 @@
-"""megatron-core's torch_dist save without its helper processes.
+"""megatron-core's torch_dist format, written and read without its helper processes and without executing a pickle.
 
 Upstream writes through a spawned `multiprocessing.Manager`, which imports the main script a second time, and forks a writer per
-file. Saving here is synchronous anyway, so torch's own writer does it in this process; the files are the same.
+file. Saving here is synchronous anyway, so torch's own writer does it in this process; the files are the same, with every
+megatron-core: 0.19 would put what is no tensor among the tensors, as a pickle; here it stays in common.pt.
 """
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import merge
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, StateDict, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
+    TorchDistLoadShardedStrategy,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
+from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 
+from megakd.checkpointing.native import COMMON
 from megakd.errors import UserError, file_errors
-from megakd.runtime.waiting import patient_group
+from megakd.runtime.waiting import patient_group, wait_for_all
 
 
 class Writer(dcp.FileSystemWriter):
@@ -60,31 +71,57 @@ def system_errors(folder: Path) -> Iterator[None]:
             raise said from error
 
 
-class SynchronousSave(SaveShardedStrategy):
-    """Each rank writes the shards of which it is the main replica."""
+def save(state: ShardedStateDict, folder: Path, *, content: dict[str, Any]) -> None:
+    """From all ranks at once: each writes the shards of which it is the main replica, into a file of its own; `content` says what
+    the state is, as megatron-core's `content_metadata`.
 
-    def __init__(self):
-        super().__init__("torch_dist", 1)
+    Raises:
+        UserError: on all of them, where one could not write.
+    """
+    shards, common = save_preprocess(state | {"content_metadata": content})
+    if dist.get_rank() == 0:
+        torch.save(common, folder / COMMON)
+    _save_shards(shards, folder)
+    if dist.get_rank() == 0:
+        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    wait_for_all()
 
-    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
-        """From all ranks at once, each into a file of its own.
 
-        Raises:
-            UserError: on all of them, where one could not write.
-        """
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
-        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-        try:
-            dcp.save(
-                mcore_to_pyt_state_dict(by_key), storage_writer=Writer(checkpoint_dir), planner=planner, process_group=patient_group()
-            )
-        except dcp.api.CheckpointException as error:
-            told = [failure for failure, _traceback in error.failures.values() if isinstance(failure, UserError)]
-            if not told:
-                raise
-            raise told[0] from None
+def _save_shards(shards: ShardedStateDict, folder: Path) -> None:
+    by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(shards, keep_only_main_replica=True)
+    planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+    try:
+        dcp.save(mcore_to_pyt_state_dict(by_key), storage_writer=Writer(folder), planner=planner, process_group=patient_group())
+    except dcp.api.CheckpointException as error:
+        told = [failure for failure, _traceback in error.failures.values() if isinstance(failure, UserError)]
+        if not told:
+            raise
+        raise told[0] from None
 
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        """megatron-core would write extra states to files of their own otherwise; here they go with the tensors."""
-        return True
+
+def load(state: ShardedStateDict, folder: Path) -> StateDict:
+    """What `state` asks for, and what common.pt holds, from all ranks at once.
+
+    Raises:
+        UserError: common.pt is damaged, or holds more than it should.
+    """
+    loaded = load_common(folder)
+    shards, own, factories = load_preprocess(state)
+    shards, _ = extract_sharded_base(shards)
+    validate_sharding_integrity(determine_global_metadata(shards)[1])
+    merge(loaded, own)
+    merge(loaded, TorchDistLoadShardedStrategy().load(shards, folder))
+    return apply_factory_merges(loaded, factories)
+
+
+def load_common(folder: Path) -> StateDict:
+    """Numbers and names only, read as such whatever torch's environment variables say.
+
+    Raises:
+        UserError: damaged, or there is more in it.
+    """
+    file = folder / COMMON
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"{file}: damaged, or holds more than numbers and names; copy the checkpoint again, or do not trust it") from error
