@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+MEGATRON ?= megatron-core==0.16.1
 BIN := $(VENV)/bin
 
 .PHONY: install quickstart test mutants drill lint clean
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 $(VENV)/.installed: setup.py megakd/__init__.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(if $(PIP_INDEX_URL_TORCH),--index-url $(PIP_INDEX_URL_TORCH)) "$(TORCH)"
-	$(BIN)/pip install --quiet -e ".[test]"
+	$(BIN)/pip install --quiet "$(MEGATRON)" -e ".[test]"
 	touch $@
 
 install: $(VENV)/.installed

@@ -6,7 +6,6 @@ Random state is not saved: the trainer seeds anew from (seed, iteration), which 
 
 from __future__ import annotations
 
-import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -16,11 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
@@ -33,7 +30,7 @@ from megakd.checkpointing.parameters import HEAD
 from megakd.checkpointing.peft_folder import adapter_config
 from megakd.checkpointing.publish import hidden, published
 from megakd.checkpointing.space import bytes_to_write, check_room, telling_what_is_needed
-from megakd.checkpointing.torch_dist_save import StagedSave
+from megakd.checkpointing.torch_dist_save import StagedSave, load
 from megakd.data.end_ids import EndIds, write_end_ids
 from megakd.errors import UserError
 from megakd.models.gpt_model import HiddenStateGPTModel
@@ -111,7 +108,7 @@ def load_checkpoint(
     state["teacher"] = teacher.sharded_state() if teacher else {}
     dict_list_map_inplace(without_objects, state)
     _check_complete(native, state, flag=flag)
-    loaded = dist_checkpointing.load(state, str(native.folder), common_strategy=LoadCommonWithoutPickle())
+    loaded = load(state, native.folder)
     model.load_state_dict(loaded["model"], strict=not model.adapted)
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
@@ -127,7 +124,7 @@ def save_nothing(root: str | Path, iteration: int, in_background: bool = False) 
 
 def load_nothing(root: str | Path, iteration: int) -> None:
     """The same of `load_checkpoint`."""
-    dist_checkpointing.load({}, str(iteration_folder(Path(root), iteration)), common_strategy=LoadCommonWithoutPickle())
+    load({}, iteration_folder(Path(root), iteration))
 
 
 @dataclass(frozen=True)
@@ -161,7 +158,7 @@ def _write(
     check_room(target, needed)
     with ExitStack() as begun:
         folder = begun.enter_context(published_by_rank_zero(target, needed, strategy.group, keep_last))
-        dist_checkpointing.save(state, str(folder), strategy, content_metadata=KINDS)
+        strategy.stage(state, folder, content=KINDS)
         if dist.get_rank() == 0:
             describe(folder)
         rest = begun.pop_all()
@@ -252,23 +249,6 @@ def _check_complete(native: NativeCheckpoint, state: dict, *, flag: str) -> None
         raise UserError(f"{flag} {native.folder}: holds no optimizer state to resume from; start a new run from it with --model")
     if missing:
         raise UserError(f"{flag} {native.folder}: holds no {missing[0]!r}; it belongs to another model or method")
-
-
-class LoadCommonWithoutPickle(TorchCommonLoadStrategy):
-    """common.pt holds numbers and names only, and is read as such, whatever torch's environment variables say."""
-
-    def load_common(self, checkpoint_dir: str | Path) -> dict:
-        """
-        Raises:
-            UserError: damaged, or there is more in it.
-        """
-        file = Path(checkpoint_dir) / COMMON_STATE_FNAME
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise UserError(
-                f"{file}: damaged, or holds more than numbers and names; copy the checkpoint again, or do not trust it"
-            ) from error
 
 
 def _describe(
