@@ -258,7 +258,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     story(SP, "sft and kd"): [
         (MODELS + "layer_specs.py", "param.sequence_parallel = config.sequence_parallel", "param.sequence_parallel = False"),
         (MODELS + "gpt_model.py", "tensor_parallel_output_grad=False", "tensor_parallel_output_grad=True"),
-        (MODELS + "gpt_model.py", "return math.ceil(positions / parts), rows", "return positions, rows"),
+        (MODELS + "gpt_model.py", "return math.ceil(positions / self._sequence_parts), rows", "return positions, rows"),
     ],
     of("test_methods", "bfloat16_weights_train_as_float64_does[1-1-1-sft]"): [
         (OPTIMIZER, "grad_reduce_in_fp32=True", "grad_reduce_in_fp32=False"),
@@ -451,10 +451,10 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         ("megakd/loading.py", "model if path == SELF else path", "path"),
     ],
     "tests/test_data_batch.py": [
-        (DATA + "batch.py", "(lengths - response_lengths)", "(lengths - response_lengths + 1)"),
+        (DATA + "batch.py", "position_ids >= ends - counted", "position_ids >= ends - counted + 1"),
         (DATA + "batch.py", "return len(self.response) - (not self.prompt)", "return len(self.response)"),
         (DATA + "batch.py", "teacher_batch=self.teacher_batch and self.teacher_batch.to(device)", "teacher_batch=None"),
-        (DATA + "batch.py", "ordered = sorted(samples, key=lambda sample: -sample.longest)", "ordered = sorted(samples, key=lambda sample: -sample.num_positions)"),
+        (DATA + "batch.py", "sorted(samples, key=lambda sample: -sample.longest)", "sorted(samples, key=lambda sample: -sample.num_positions)"),
         (DATA + "batch.py", "most_tokens is None or size <= most_tokens", "most_tokens is None or size <= 2 * most_tokens"),
         (DATA + "batch.py", "MICRO_BATCH_COST, GPU_MICRO_BATCH_COST = 128", "MICRO_BATCH_COST, GPU_MICRO_BATCH_COST = 0"),
     ],
