@@ -16,11 +16,14 @@ from test_models import VARIANTS
 from tiny import tiny_config
 
 from megakd.data.batch import Sample, batch_of, collate, micro_batches, packed
+from megakd.dry_run import largest_micro_batch
+from megakd.evaluation import held_out
 from megakd.methods import METHODS
 from megakd.models import attention
 from megakd.models.model_provider import build_model, padded_vocab_size
 from megakd.models.packed_rows import PackedRows
 from megakd.schedules import supervised
+from megakd.trainer import valid_losses
 
 ONCE = ["sft", "seqkd, primed", "distillm", "minillm, primed", "promptkd, forward and reverse", "response_priming, primed"]
 LAYOUTS = {  # tp, pp, dp, sequence parallel, cases, iterations
@@ -198,6 +201,29 @@ def test_packed_micro_batches_are_few_and_within_both_limits():
     assert [len(batch.lengths) for batch in micro_batches(samples, 3, pack=True)] == [3, 3, 2]
     alone = micro_batches(samples, 4, most_tokens=45, pack=True)
     assert alone[0].lengths.tolist() == [50] and sorted(i for batch in alone for i in batch.sample_ids.tolist()) == list(range(8))
+
+
+def test_a_dry_run_counts_packed_positions():
+    lengths = [100, 7, 5, 30]
+    assert largest_micro_batch(lengths, 3, None, pack=False) == 300 and largest_micro_batch(lengths, 3, None, pack=True) == 137
+    assert largest_micro_batch(lengths, 3, 120, pack=True) == 120 and largest_micro_batch(lengths, 3, 80, pack=True) == 100
+
+
+def test_held_out_rows_are_packed_too(monkeypatch):
+    given = []
+    monkeypatch.setattr(held_out, "micro_batches", lambda *arguments, **options: given.append(options["pack"]) or micro_batches(*arguments, **options))
+
+    def check(layout):
+        means = []
+        for pack in (False, True):
+            config = story_config("kd", 3, {})
+            config = replace(config, training=replace(config.training, pack=pack))
+            parts = method_inputs(layout, config, PAIRS["gpt2"], total_iters=stories.TOTAL_ITERS)
+            means.append(valid_losses(METHODS["kd"](parts, config, total_iters=stories.TOTAL_ITERS), CASES["kd"].batch(0)))
+        assert given and given == sorted(given) and True in given and False in given
+        assert means[0] == pytest.approx(means[1], rel=1e-6)
+
+    run_distributed(check, 1)
 
 
 def test_one_row_alone_is_cut_to_its_length():
