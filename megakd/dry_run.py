@@ -111,14 +111,22 @@ def load_of(config: Config, loader: DataLoader, grid: Grid) -> Load:
     rows: Sequence[Sample] = [loader.dataset[i] for i in range(min(ROWS_MEASURED, len(loader.dataset)))]
     lengths = [min(config.data.max_length, len(row.prompt) + config.max_new_tokens) if written else row.num_positions for row in rows]
     training, device = config.training, "cuda" if torch.cuda.is_available() else "cpu"
-    return Load(training.global_batch_size // grid.dp_size, training.micro_batch_size, max(lengths), written, device)
+    tokens = largest_micro_batch(lengths, training.micro_batch_size, training.micro_batch_tokens, pack=training.pack)
+    return Load(training.global_batch_size // grid.dp_size, training.micro_batch_size, max(lengths), tokens, written, device)
+
+
+def largest_micro_batch(lengths: Sequence[int], most: int, most_tokens: int | None, *, pack: bool) -> int:
+    """Positions that it can have: packed those of the longest rows, else as many as there are rows times those of the longest."""
+    longest = max(lengths)
+    tokens = sum(sorted(lengths)[-most:]) if pack else most * longest
+    return tokens if most_tokens is None else min(tokens, max(most_tokens, longest))
 
 
 def batch_line(config: Config, loader: DataLoader, grid: Grid, load: Load) -> str:
     """How an iteration is made, and how many there are."""
     steps, micro = total_iterations(config, loader, grid.dp_size), load.rows // load.micro_batch
     epochs = steps / loader.iterations_per_epoch
-    parts = f"{grid.dp_size} replica(s) × {micro} micro-batch(es) × {load.micro_batch} row(s)"
+    parts = f"{grid.dp_size} replica(s) × {micro} micro-batch(es) × {load.micro_batch} row(s){', packed' * config.training.pack}"
     return f"{config.training.global_batch_size} rows an iteration = {parts}; {steps:,} iteration(s) = {epochs:.2f} epochs"
 
 

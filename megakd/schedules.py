@@ -2,8 +2,8 @@
 
 N supervised tokens of a micro-batch, H hidden size.
 
-A model is any pipeline stage with a `layout` that is called with (tokens, position_ids, soft_prompt) and knows the `p2p_shape` of
-what it then gives to the next one: models.gpt_model's.
+A model is any pipeline stage with a `layout` that is called with (tokens, position_ids, soft_prompt, packed_lengths) and knows the
+`p2p_shape` of what it then gives to the next one: models.gpt_model's.
 What comes out of the last stage is the hidden states of the supervised positions, [N, H], and never logits. A loss gets them one
 micro-batch at a time and gives a value per token; values are summed here, over micro-batches and data-parallel ranks, and divided
 once by the tokens of the whole global batch: a token mean, not a mean of means.
@@ -58,7 +58,7 @@ def forward_only(
 
     def step(iterator, model):
         batch = next(iterator)
-        return model(batch.tokens, batch.position_ids, soft_prompt), lambda hidden, non_loss_data: keep(hidden, batch)
+        return model(batch.tokens, batch.position_ids, soft_prompt, batch.packed_lengths), lambda hidden, non_loss_data: keep(hidden, batch)
 
     if not batches:  # a replica that has none of them to read
         return []
@@ -152,7 +152,7 @@ def loss_step(loss_function: LossFunction, context: Iterator[Any], output_weight
 
     def step(iterator, model):
         batch = next(iterator)
-        output = model(batch.tokens, batch.position_ids, soft_prompt)
+        output = model(batch.tokens, batch.position_ids, soft_prompt, batch.packed_lengths)
 
         def loss(hidden: Tensor):
             found = loss_function(HeadRows(supervised(hidden, batch), output_weight()), batch, next(context))
@@ -229,7 +229,8 @@ def run_schedule(
     inner = unwrap(model)
     layout = inner.layout
     if layout.pp_size > 1:
-        options["p2p_communicator"] = KnownShapes(inner, [inner.p2p_shape(batch.tokens, soft_prompt) for batch in batches])
+        shapes = [inner.p2p_shape(batch.tokens, soft_prompt, batch.packed_lengths) for batch in batches]
+        options["p2p_communicator"] = KnownShapes(inner, shapes)
     return get_forward_backward_func(pp_size=layout.pp_size)(
         forward_step_func=step,
         data_iterator=iter(batches),

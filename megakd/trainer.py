@@ -511,6 +511,7 @@ def valid_losses(method: Method, samples: Sequence[Sample]) -> dict[str, float]:
         samples=samples,
         micro_batch_size=training.micro_batch_size,
         micro_batch_tokens=training.micro_batch_tokens,
+        pack=training.pack,
         samples_per_pass=max(1, training.global_batch_size // method.layout.dp_size),
         divergences=["reverse_kl"],
     )

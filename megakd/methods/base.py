@@ -106,9 +106,9 @@ class Method:
             tensor.copy_(tensors[name])
 
     def batches(self, samples: Sequence[Sample], collate: Callable[[Sequence[Sample]], Batch] = collate) -> list[Batch]:
-        """Micro-batches within --micro-batch-size and --micro-batch-tokens, of rows of like length."""
+        """Micro-batches within --micro-batch-size and --micro-batch-tokens, of rows of like length or packed."""
         training = self.config.training
-        options = {"most_tokens": training.micro_batch_tokens, "device": self.layout.device, "collate": collate}
+        options = {"most_tokens": training.micro_batch_tokens, "pack": training.pack, "device": self.layout.device, "collate": collate}
         return micro_batches(samples, training.micro_batch_size, **options)
 
     def read_teacher(self, batches: Sequence[Batch]) -> Context:

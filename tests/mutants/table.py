@@ -286,7 +286,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     story(SP, "sft and kd"): [
         (MODELS + "layer_specs.py", "param.sequence_parallel = config.sequence_parallel", "param.sequence_parallel = False"),
         (MODELS + "gpt_model.py", "tensor_parallel_output_grad=False", "tensor_parallel_output_grad=True"),
-        (MODELS + "gpt_model.py", "return math.ceil(positions / parts), rows", "return positions, rows"),
+        (MODELS + "gpt_model.py", "return math.ceil(positions / self._sequence_parts), rows", "return positions, rows"),
     ],
     of("test_methods", "bfloat16_weights_train_as_float64_does[1-1-1-sft]"): [
         (OPTIMIZER, "grad_reduce_in_fp32=True", "grad_reduce_in_fp32=False"),
@@ -494,11 +494,49 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (EVALUATION + "exposure_bias.py", "replace(sample, sample_id=i)", "Sample(i, sample.prompt, sample.response)"),
         ("megakd/loading.py", "model if path == SELF else path", "path"),
     ],
+    of("test_packing", "every_method_learns_packed_what_it_learns_padded[one rank]"): [
+        (METHODS + "base.py", '"pack": training.pack', '"pack": False'),
+        (MODELS + "packed_rows.py", "columns = [prompted + length for length in lengths]", "columns = list(lengths)"),
+        (DATA + "batch.py", "teacher_batch = batch.teacher_batch and packed(batch.teacher_batch)", "teacher_batch = batch.teacher_batch"),
+    ],
+    of("test_packing", "every_method_learns_packed_what_it_learns_padded[PP2]"): [
+        (MODELS + "gpt_model.py", " * len(packed_lengths or (0,))", ""),
+        (SCHEDULES, "inner.p2p_shape(batch.tokens, soft_prompt, batch.packed_lengths)", "inner.p2p_shape(batch.tokens, soft_prompt)"),
+    ],
+    of("test_packing", "every_family_says_the_same_packed_and_its_gradient_is_the_same[]"): [
+        (MODELS + "packed_rows.py", "return [(size, len(list(same))) for size, same in groupby(self.lengths)]", "return [(sum(self.lengths), 1)]"),
+        (MODELS + "gpt_model.py", "tables[:, :, packed.position_ids] if packed else tables", "tables[:, :, : received.shape[0]]"),
+        (MODELS + "gpt_model.py", "packed.max_seqlen_q if packed else", "received.shape[0] if packed else"),
+        (MODELS + "transformer_layer.py", "packed_seq_params=packed_seq_params\n        )", "packed_seq_params=None\n        )"),
+        (DATA + "batch.py", "torch.cat([torch.arange(length) for length in lengths.tolist()])", "torch.arange(tokens.shape[1])"),
+    ],
+    of("test_packing", "every_family_says_the_same_packed_and_its_gradient_is_the_same[behind a soft prompt]"): [
+        (MODELS + "packed_rows.py", "row[self.prompted :] for row", "row[: len(row) - self.prompted] for row"),
+        (MODELS + "gpt_model.py", "packed.position_ids[: x.shape[1]] if packed else", "torch.zeros_like(packed.position_ids[: x.shape[1]]) if packed else"),
+    ],
+    of("test_packing", "sequence_parallelism_fills_up_what_does_not_divide"): [
+        (MODELS + "packed_rows.py", "if missing := -sum(columns) % multiple:", "if missing := 0:"),
+    ],
+    of("test_packing", "flash_attn_is_told_where_rows_begin"): [
+        (MODELS + "packed_rows.py", "max_seqlen_q=max(columns)", "max_seqlen_q=sum(columns)"),
+        (MODELS + "packed_rows.py", "starts = torch.tensor([0, *accumulate(columns)]", "starts = torch.tensor([0, sum(columns)]"),
+    ],
+    of("test_packing", "packed_micro_batches_are_few_and_within_both_limits"): [
+        (DATA + "batch.py", "len(group) < most and sample.longest <= room[i]", "sample.longest <= room[i]"),
+        (DATA + "batch.py", "room[i] -= sample.longest", "pass"),
+    ],
+    of("test_packing", "a_dry_run_counts_packed_positions"): [
+        ("megakd/dry_run.py", "sum(sorted(lengths)[-most:]) if pack", "sum(sorted(lengths)[:most]) if pack"),
+        ("megakd/dry_run.py", "min(tokens, max(most_tokens, longest))", "min(tokens, most_tokens)"),
+    ],
+    of("test_packing", "held_out_rows_are_packed_too"): [
+        (TRAINER, "pack=training.pack", "pack=False"),
+    ],
     "tests/test_data_batch.py": [
-        (DATA + "batch.py", "(lengths - response_lengths)", "(lengths - response_lengths + 1)"),
+        (DATA + "batch.py", "position_ids >= ends - counted", "position_ids >= ends - counted + 1"),
         (DATA + "batch.py", "return len(self.response) - (not self.prompt)", "return len(self.response)"),
         (DATA + "batch.py", "teacher_batch=self.teacher_batch and self.teacher_batch.to(device)", "teacher_batch=None"),
-        (DATA + "batch.py", "ordered = sorted(samples, key=lambda sample: -sample.longest)", "ordered = sorted(samples, key=lambda sample: -sample.num_positions)"),
+        (DATA + "batch.py", "sorted(samples, key=lambda sample: -sample.longest)", "sorted(samples, key=lambda sample: -sample.num_positions)"),
         (DATA + "batch.py", "most_tokens is None or size <= most_tokens", "most_tokens is None or size <= 2 * most_tokens"),
         (DATA + "batch.py", "MICRO_BATCH_COST, GPU_MICRO_BATCH_COST = 128", "MICRO_BATCH_COST, GPU_MICRO_BATCH_COST = 0"),
     ],
