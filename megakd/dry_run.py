@@ -127,7 +127,9 @@ def batch_line(config: Config, loader: DataLoader, grid: Grid, load: Load) -> st
     steps, micro = total_iterations(config, loader, grid.dp_size), load.rows // load.micro_batch
     epochs = steps / loader.iterations_per_epoch
     parts = f"{grid.dp_size} replica(s) × {micro} micro-batch(es) × {load.micro_batch} row(s){', packed' * config.training.pack}"
-    return f"{config.training.global_batch_size} rows an iteration = {parts}; {steps:,} iteration(s) = {epochs:.2f} epochs"
+    answers = loader.num_generations
+    of = f" ({loader.rows_per_batch} prompts × {answers} answers)" if answers > 1 else ""
+    return f"{config.training.global_batch_size} rows an iteration{of} = {parts}; {steps:,} iteration(s) = {epochs:.2f} epochs"
 
 
 def memory_line(memory: RankMemory) -> str:

@@ -330,7 +330,8 @@ class Trainer:
         dist.gather_object(self.method.rollouts, replicas, group=self.layout.dp_group)
         for sample in (sample for replica in replicas or [] for sample in replica):
             mask = [0] * (len(sample.prompt) - 1) + [1] * len(sample.response)
-            row = {"sample_id": sample.sample_id, "prompt": sample.prompt, "response": sample.response, "loss_mask": mask}
+            which = {"generation": sample.generation} if self.config.generation.num_generations > 1 else {}
+            row = {"sample_id": sample.sample_id, **which, "prompt": sample.prompt, "response": sample.response, "loss_mask": mask}
             self.rollouts.append(self.iteration, row)
 
     # ---- evaluation
@@ -489,16 +490,17 @@ def evaluation_interval(config: Config, loader: DataLoader, total_iters: int) ->
 
 def remarks(config: Config, loader: DataLoader, total_iters: int) -> Iterator[str]:
     """What is allowed, but may not be meant: known when the data are."""
-    rows, batch, warmup = len(loader.dataset), config.training.global_batch_size, config.training.lr_warmup_iters
+    rows, batch, warmup = len(loader.dataset), loader.rows_per_batch, config.training.lr_warmup_iters
     if warmup > total_iters:
         reached = config.training.lr * total_iters / warmup
         yield f"--lr-warmup-iters {warmup} is more than the run's {total_iters} iterations: its learning rate ends at {reached:.1e}"
     if config.selection.keep_best and config.output.eval_interval is None and not config.page.learns_from_evaluations:
         yield f"--keep-best {config.selection.keep_best} without --eval-interval has the last iteration alone to choose from"
+    per_prompt = f" / --num-generations {loader.num_generations}" if loader.num_generations > 1 else ""
     if rows % batch and total_iters >= loader.iterations_per_epoch:
         yield (
-            f"--global-batch-size {batch} does not divide the {rows} rows of the data: {rows % batch} of them, others each time, "
-            "are left out of an epoch"
+            f"--global-batch-size {config.training.global_batch_size}{per_prompt} does not divide the {rows} rows of the data: "
+            f"{rows % batch} of them, others each time, are left out of an epoch"
         )
 
 

@@ -40,6 +40,7 @@ class Sample:
     response: tuple[int, ...]  # EOS included, unless truncated
     teacher_prompt: tuple[int, ...] | None = None  # what the teacher reads in the prompt's place; None: the prompt
     teacher: str = ""  # the name of the row's own, where there are several
+    generation: int = 0  # which answer to its prompt, of --num-generations
 
     @property
     def num_positions(self) -> int:

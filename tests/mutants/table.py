@@ -107,8 +107,8 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (MODELS + "transformer_layer.py", "0 if self.core_attention.window is None else -1", "0"),
     ],
     "tests/test_generation.py::test_greedy_tokens_are_those_of_transformers": [
-        (GENERATION + "decoder.py", "columns < self.soft_length, columns, columns - padding_B1", "columns < 0, columns, columns - padding_B1"),
-        (GENERATION + "decoder.py", "[:, None] < window", "[:, None] <= window"),
+        (GENERATION + "decoder.py", "torch.where(self.columns_L < self.soft_length, self", "torch.where(self.columns_L < 0, self"),
+        (GENERATION + "decoder.py", "(own - columns < window)", "(own - columns <= window)"),
     ],
     "tests/test_checksums.py": [
         (CHECKPOINTS + "checksums.py", "return int(found[1]) % ranks if found else 0", "return 0"),
@@ -160,15 +160,41 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (MODELS + "gpt_model.py", "embedded.requires_grad_()", "pass"),
     ],
     of("test_generation", "steps_are_captured_once_a_run_and_serve_every_iteration[llama]"): [
-        (GENERATION + "decoder.py", "columns_S = self.prompts_end + step[None]", "columns_S = self.soft_length + self.width + step[None]"),
+        (GENERATION + "decoder.py", "(self.prompts_end + step[None]) % self.ring", "(self.width + step[None]) % self.ring"),
         (GENERATION + "room.py", "and self.addresses == addresses(components)", ""),
         (GENERATION + "room.py", "replace(sampler.sampling, seed=0, max_new_tokens=1)", "0"),
         (GENERATION + "room.py", "all(has >= needs for has, needs in zip(self.columns, columns))", "True"),
         (GENERATION + "rows.py", "size // 2 >= max(live, 1)", "size > max(live, 1)"),
-        (GENERATION + "rows.py", "self.room.streams_B.copy_(streams)", "self.room.streams_B.copy_(0 * streams)"),
+        (GENERATION + "rows.py", "self.room.streams_B[seats] = noise", "self.room.streams_B[seats] = 0 * noise"),
     ],
     "tests/gpu_simulation/test_iterations.py": [
-        (GENERATION + "decoder.py", "end if self.device.type == \"cpu\" else aligned(end)", "end"),
+        (GENERATION + "decoder.py", 'filled if self.device.type == "cpu" else min(aligned(filled), len(self.columns_L))', "filled"),
+    ],
+    of("test_num_generations", "a_prompt_is_read_once_and_its_answers_are_those_of_prompts_read_alone"): [
+        (GENERATION + "rows.py", "row.prompts != reading[-1].prompts", "True"),
+        (GENERATION + "rows.py", "row.prompts != reading[-1].prompts", "row.prompt != reading[-1].prompt"),
+        (GENERATION + "decoder.py", "self.cache.copy(first + of_B, first, self.filled(end))", "pass"),
+        (GENERATION + "decoder.py", "self.cache.copy(first + of_B, first, self.filled(end))", "self.cache.copy(of_B, first, self.filled(end))"),
+    ],
+    of("test_num_generations", "the_first_answer_is_the_one_of_a_run_without_and_the_others_differ"): [
+        (GENERATION + "sampling.py", "i + g * GENERATION_STRIDE", "i"),
+        (GENERATION + "sampling.py", "i + g * GENERATION_STRIDE", "i + (g + 1) * GENERATION_STRIDE"),
+    ],
+    of("test_num_generations", "a_method_learns_every_answer_at_every_layout[promptkd]"): [
+        (METHODS + "rollout.py", "[sample.generation for sample in samples]", "[0 for sample in samples]"),
+        (DATA + "dataloader.py", "split_across_dp(self._rows(iteration), self.dp_size)[self.dp_rank]", "self._rows(iteration)"),
+    ],
+    of("test_continuous_batching", "rows_that_follow_others_say_what_they_say_alone"): [
+        (GENERATION + "decoder.py", "self.soft_length + lengths_U - joined", "self.soft_length + lengths_U"),
+        (GENERATION + "decoder.py", "self.positions(end - lengths_U)", "self.positions(self.width - lengths_U)"),
+        (GENERATION + "room.py", "step - self.joined_B[rows]", "step + 0 * self.joined_B[rows]"),
+    ],
+    of("test_continuous_batching", "no_place_is_empty_while_a_row_waits"): [
+        (GENERATION + "rows.py", "min(len(self.waiting), self.capacity - len(live))", "min(len(self.waiting), 1)"),
+    ],
+    of("test_continuous_batching", "a_captured_step_is_that_of_the_rows_that_follow_as_well"): [
+        (GENERATION + "rows.py", "if step >= row.joined:", "if True:"),
+        (GENERATION + "rows.py", "order[mover] = gap", "pass"),
     ],
     story(ONE, "sft and kd"): [
         (OPTIMIZER, "lr = learning_rate(iteration, lr=self.config.lr,", "lr = learning_rate(1, lr=self.config.lr,"),
@@ -427,7 +453,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     "tests/test_data_loader.py": [
         (DATA + "dataloader.py", "np.random.default_rng((self.seed, epoch))", "np.random.default_rng(self.seed)"),
         (DATA + "dataloader.py", "np.random.default_rng((self.seed, epoch))", "np.random.default_rng((1234, epoch))"),
-        (DATA + "dataloader.py", "first = batch * self.global_batch_size", "first = 0"),
+        (DATA + "dataloader.py", "first = batch * self.rows_per_batch", "first = 0"),
         (DATA + "dataloader.py", "self.dp_size)[self.dp_rank]", "self.dp_size)[0]"),
         (DATA + "dataloader.py", "[*range(ranks), *reversed(range(ranks))]", "[*range(ranks), *range(ranks)]"),
     ],
@@ -439,8 +465,8 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (OPTIMIZER, 'optimizer="sgd" if config.optimizer == "sgd" else "adam",', 'optimizer="adam",'),
         (METHODS + "response_priming.py", "alpha=settings.priming_alpha", "alpha=0.6093348343631224"),
         (METHODS + "response_priming.py", 'collate_unshifted if settings.priming_objective == "original" else collate', "collate"),
-        (GENERATION + "rows.py", "filled = [decoder.width + self.read for decoder", "filled = [self.decoders[0].width + self.read for decoder"),
-        (GENERATION + "rows.py", "self._prompts(component).clamp", "self._prompts(0).clamp"),
+        (GENERATION + "rows.py", "written = [decoder.width + self.read for decoder", "written = [self.decoders[0].width + self.read for decoder"),
+        (GENERATION + "rows.py", "zip(*(row.prompts for row in reading))", "zip(*([row.prompt] * len(row.prompts) for row in reading))"),
         (GENERATION + "decoder.py", "max(lengths[lo:hi])", "lengths[lo]"),
         (METHODS + "minillm.py", "prompts = [sample.for_teacher.prompt for sample in samples]", "prompts = [sample.prompt for sample in samples]"),
         (METHODS + "distillm.py", "teacher_prompt=known.teacher_prompt", "teacher_prompt=None"),
@@ -583,7 +609,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     of("test_generation", "noise_is_uniform_over_tokens_rows_positions_and_seeds"): [
         (GENERATION + "sampling.py", "mix64(mix64(torch.full_like(ids_B, seed)) + ids_B * GOLDEN_GAMMA)", "mix64(ids_B * GOLDEN_GAMMA)"),
         (GENERATION + "sampling.py", "mix64(mix64(torch.full_like(ids_B, seed)) + ids_B * GOLDEN_GAMMA)", "mix64(torch.full_like(ids_B, seed))"),
-        (GENERATION + "sampling.py", "mix64(streams_B + (position + 1) * GOLDEN_GAMMA)", "mix64(streams_B + GOLDEN_GAMMA + 0 * position)"),
+        (GENERATION + "sampling.py", "mix64(streams_B + (positions_B + 1) * GOLDEN_GAMMA)", "mix64(streams_B + GOLDEN_GAMMA + 0 * positions_B)"),
     ],
     of("test_generation", "samples_follow_the_softmax_with_temperature_top_k_and_top_p", "mixed_samples_follow_the_mixture"): [
         (GENERATION + "sampling.py", "z = keep_top_k(z, self.sampling.top_k)", "z = keep_top_k(z, self.sampling.top_k + 1)"),
