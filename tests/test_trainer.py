@@ -88,7 +88,7 @@ def numbers(folder: Path) -> list[dict]:
     [
         pytest.param("sft", {}, id="sft"),
         pytest.param("promptkd", {}, id="promptkd"),
-        pytest.param("minillm", {"num-rollouts": 8, "ppo-epochs": 2}, id="minillm"),
+        pytest.param("minillm", {"num-rollouts": 8, "ppo-epochs": 2, "num-generations": 4}, id="minillm"),
         pytest.param("seqkd", {}, id="seqkd"),
         pytest.param("kd", {"on-policy-ratio": 0.5, "seed": 1}, id="kd that writes now and then"),
         pytest.param("kd", {"hidden-coef": 0.5, "teacher-model": "wider"}, id="kd that trains a projection"),
@@ -110,16 +110,17 @@ def test_a_run_cut_off_and_continued_logs_the_same_numbers(inputs, request, meth
 
 
 def test_a_run_continues_at_another_layout(inputs):
-    first = {"tp": 2, "save-rollouts": True}
+    first = {"tp": 2, "save-rollouts": True, "num-generations": 2}
     run_distributed(run, 2, command(inputs, "tp2", "promptkd", **first, **{"hidden-dropout": 0}), tp=2)
     run_distributed(run, 2, command(inputs, "moved", "promptkd", **first, **{"hidden-dropout": 0}), 3, tp=2)
-    run_distributed(run, 2, command(inputs, "moved", "promptkd", **{"pp": 2, "save-rollouts": True, "hidden-dropout": 0}), pp=2)
+    run_distributed(run, 2, command(inputs, "moved", "promptkd", **(first | {"tp": 1, "pp": 2, "hidden-dropout": 0})), pp=2)
     for ours, theirs in zip(numbers(inputs / "moved"), numbers(inputs / "tp2"), strict=True):
         assert ours == pytest.approx(theirs, rel=2e-4, abs=2e-5)
     rollouts = [
-        [(row["sample_id"], row["response"]) for row in read_jsonl(inputs / name / "rollouts.jsonl")] for name in ("moved", "tp2")
+        [(row["sample_id"], row["generation"], row["response"]) for row in read_jsonl(inputs / name / "rollouts.jsonl")]
+        for name in ("moved", "tp2")
     ]
-    assert rollouts[0] == rollouts[1]
+    assert rollouts[0] == rollouts[1] and [number for _, number, _ in rollouts[0]] == [0, 1] * 16
 
 
 def test_a_run_leaves_what_it_promises(inputs):
