@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from distributed import run_distributed
-from megakd_benchmarks import hf_system, measuring, run
+from megakd_benchmarks import generation_parts, hf_system, measuring, run
+from megakd_benchmarks.generation_parts import Account, now, totals
 from megakd_benchmarks.hf_system import HFSystem, left_padded
 from megakd_benchmarks.measuring import MIB, PARTS, check_equal, peak_in_own_process
+from megakd_benchmarks.megakd_system import MegakdSystem
 from megakd_benchmarks.workload import PositionCounter, flops_of_iteration, make_workload, model_configs, write_models
 
 from megakd.config import BenchmarkConfig, ParallelConfig
@@ -54,6 +56,27 @@ def test_megakd_alone_is_measured_at_any_layout(tmp_path, tp, pp):
     (row,) = read(tmp_path / "x.csv")
     assert row["layout"] == f"TP{tp} PP{pp} of 2"
     assert float(row["rollout_s"]) > 0 and float(row["student_step_s"]) > 0 and float(row["peak_mib"]) > 0
+
+
+def parts_of_generation(layout, config):
+    """The account, and what all of it took; then the command's own way."""
+    with run.model_folder(config, workload := make_workload(config)) as folder:
+        system, account = MegakdSystem(config, workload, folder), Account()
+        start = now()
+        with account.taken():
+            system.generate(workload.first)
+        seconds = now() - start
+    run.run(config)
+    return account, seconds, totals(workload.first)
+
+
+def test_the_parts_of_generation_add_up_and_leave_no_line(tmp_path):
+    config = replace(TINY, measure=("generation_parts",), rollout_batch_size=2, out=str(tmp_path / "x"))
+    ((account, seconds, (prompts, tokens)),) = run_distributed(parts_of_generation, 1, config)
+    assert set(account.seconds) <= {*generation_parts.PARTS, generation_parts.REST} and account.seconds["head"] > 0
+    assert sum(account.seconds.values()) == pytest.approx(seconds, rel=0.05)
+    assert sum(account.step_rows.values()) == tokens - 6 and set(account.steps) <= {1, 2}, "each row's first token is the prefill's"
+    assert account.prompt_columns >= prompts and not list(tmp_path.iterdir())
 
 
 def other_student(layout, config):
