@@ -189,6 +189,9 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (GENERATION + "decoder.py", "self.positions(end - lengths_U)", "self.positions(self.width - lengths_U)"),
         (GENERATION + "room.py", "step - self.joined_B[rows]", "step + 0 * self.joined_B[rows]"),
     ],
+    of("test_trainer", "a_run_continues_at_another_layout"): [
+        ("megakd/run_data.py", "num_generations=config.generation.num_generations", "num_generations=1"),
+    ],
     of("test_continuous_batching", "no_place_is_empty_while_a_row_waits"): [
         (GENERATION + "rows.py", "min(len(self.waiting), self.capacity - len(live))", "min(len(self.waiting), 1)"),
     ],
