@@ -6,6 +6,7 @@ ranks, which import nothing anew. Every second case writes its checkpoints with 
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections import Counter
@@ -28,8 +29,8 @@ def drill_kills(drill: Drill) -> None:
     cases = [(method, layout) for method in METHODS for layout in LAYOUTS][: drill.kills]
     for method, layout in cases:
         flags = LAYOUTS[layout]
-        words = drill.job(_slug(method, layout), method, flags).words
-        run_distributed(run, 2, words, tp=flags.get("tp", 1), pp=flags.get("pp", 1), timeout=600)
+        job = drill.job(_slug(method, layout), method, flags)
+        run_distributed(_unbroken, 2, job.words, job.save.with_suffix(".out"), tp=flags.get("tp", 1), pp=flags.get("pp", 1), timeout=600)
     drill.tell(f"{len(cases)} unbroken runs", True)
     share = lambda number: drill.kills // len(cases) + (number < drill.kills % len(cases))
     with ThreadPoolExecutor(drill.at_once) as pool:
@@ -59,6 +60,12 @@ def _case(drill: Drill, method: str, layout: str, kills: int, in_background: boo
         job.clean_up()
     drill.tell(f"{name}, killed at {', '.join(done)}", code == 0, f"exit code {code}")
     return done, drill.compare(name, job, reference)
+
+
+def _unbroken(layout, words, said) -> None:
+    with said.open("a") as file:
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+    run(layout, words)
 
 
 def _slug(method: str, layout: str) -> str:
