@@ -201,7 +201,8 @@ class Trainer:
 
     def _is_told_to_stop(self) -> bool:
         """Whether any rank of the job is, and the run can be left here."""
-        self._on_all_ranks(look)
+        if self.config.output.async_save:
+            self._on_all_ranks(look)
         self.teacher.on_teacher_ranks(agree_to_stop)
         before, self.stopped_by = self.stopped_by, agree_to_stop()
         can_be_left = self.iteration == self.saved or self.method.can_be_left_after(self.iteration)

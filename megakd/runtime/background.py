@@ -1,8 +1,8 @@
 """Work that goes on beside training, one piece at a time, on all ranks of the job together: in a thread, over a group of its own.
 
 megatron-core's own callers of asynchronous writes ask for a GPU's number in every look (`AsyncCaller.sync_all_async_calls`), and fork
-or spawn a process a rank. A thread dies with its rank: nothing writes on into a folder that the next attempt has taken over. While torch
-writes and files are digested, Python's lock is mostly free.
+or spawn a process a rank. A thread dies with its rank: nothing writes on into a folder that the next attempt has taken over. A file's
+write, its flush to the disk and its digest let go of Python's lock.
 """
 
 from __future__ import annotations

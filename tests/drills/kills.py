@@ -1,19 +1,22 @@
 """SIGKILL to a rank or the launcher, at aimed and random moments; then the same command, until it ends by itself.
 
-Eighteen cases, method by layout, some at once: a job that waits for its dead leaves the cores idle. A case's unbroken run is made beside.
-Every second case writes its checkpoints with --async-save, and is compared with an unbroken run that does not.
+Eighteen cases, method by layout, some at once: a job that waits for its dead leaves the cores idle. Unbroken runs are made before, by forked
+ranks, which import nothing anew. Every second case writes its checkpoints with --async-save, and is compared with an unbroken run that does not.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from distributed import run_distributed
 from drill import ITERATIONS, LAYOUTS, METHODS, Drill
 from job import Job
+from test_trainer import run
 
 from megakd.checkpointing.native import NativeCheckpoint, read_latest
 
@@ -24,6 +27,11 @@ LAST, START_SECONDS, TRIES = ITERATIONS["train-iters"], 6.0, 3
 def drill_kills(drill: Drill) -> None:
     """So many kills that met a job at work, over all cases."""
     cases = [(method, layout) for method in METHODS for layout in LAYOUTS][: drill.kills]
+    for method, layout in cases:
+        flags = LAYOUTS[layout]
+        job = drill.job(_slug(method, layout), method, flags)
+        run_distributed(_unbroken, 2, job.words, job.save.with_suffix(".out"), tp=flags.get("tp", 1), pp=flags.get("pp", 1), timeout=600)
+    drill.tell(f"{len(cases)} unbroken runs", True)
     share = lambda number: drill.kills // len(cases) + (number < drill.kills % len(cases))
     with ThreadPoolExecutor(drill.at_once) as pool:
         found = list(pool.map(lambda number: _case(drill, *cases[number], share(number), number % 2 == 1), range(len(cases))))
@@ -37,22 +45,31 @@ def drill_kills(drill: Drill) -> None:
 def _case(drill: Drill, method: str, layout: str, kills: int, in_background: bool) -> tuple[list[str], int]:
     """Kills that met a job at work, and how many numbers were compared."""
     name, rng = f"{method} {layout}{' --async-save' if in_background else ''}", drill.random(method, layout)
-    slug = name.replace(" ", "-")
-    reference = drill.job(f"{slug}-reference", method, LAYOUTS[layout]).start()
-    job = drill.job(f"{slug}-killed", method, LAYOUTS[layout] | ({"async-save": True} if in_background else {}))
+    reference = Job(drill.lab / _slug(method, layout), ())
+    job = drill.job(f"{_slug(method, layout)}-killed", method, LAYOUTS[layout] | ({"async-save": True} if in_background else {}))
     moments = sorted(rng.sample(MOMENTS, kills) if kills <= len(MOMENTS) else rng.choices(MOMENTS, k=kills), key=MOMENTS[3:].count)
     done = []
     try:
         for moment in moments:
             done += _kill_once(drill, name, job, moment, rng)
-        code, whole = job.start().end(600), reference.end(600)
+        code = job.start().end(600)
     except Exception as error:
         drill.tell(name, False, f"{type(error).__name__}: {error}")
         return done, 0
     finally:
-        reference.clean_up(), job.clean_up()
-    drill.tell(f"{name}, killed at {', '.join(done)}", (code, whole) == (0, 0), f"exit codes {code}, {whole} unbroken")
+        job.clean_up()
+    drill.tell(f"{name}, killed at {', '.join(done)}", code == 0, f"exit code {code}")
     return done, drill.compare(name, job, reference)
+
+
+def _unbroken(layout, words, said) -> None:
+    with said.open("a") as file:
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+    run(layout, words)
+
+
+def _slug(method: str, layout: str) -> str:
+    return f"{method}-{layout.replace(' ', '-')}"
 
 
 def _kill_once(drill: Drill, name: str, job: Job, moment: str, rng) -> list[str]:

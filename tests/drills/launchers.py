@@ -16,6 +16,7 @@ from megakd.checkpointing.native import read_latest
 
 LONG = {"train-iters": 1200, "save-interval": 40, "eval-interval": 300}
 MIDDLE = {"train-iters": 80, "save-interval": 5, "eval-interval": 40}
+ACROSS = {"TP2": {"tp": 2}, "DP2": {}}
 ADDRESSES = ("10.213.0.1", "10.213.0.2")
 PATIENT = "keep_alive_max_attempt=6"  # launchers on busy cores are late
 
@@ -61,7 +62,7 @@ def drill_machines(drill: Drill) -> None:
     """Two launchers on two machines, TP2 and DP2 across them: one machine is lost and comes back, then a rank of the other is killed."""
     with two_machines() as (places, refused):
         where = "two network namespaces" if places else f"one machine's loopback ({refused})"
-        for layout, flags in {"TP2": {"tp": 2}, "DP2": {}}.items():
+        for layout, flags in ACROSS.items():
             reference = drill.job("reference", "sft", MIDDLE | flags).start()
             drill.tell(f"sft {layout} under one launcher, unbroken", reference.end(600) == 0)
             host, guest = _two_launchers(drill, "machines", MIDDLE | flags, nodes="2", conf=PATIENT, places=places)
