@@ -53,6 +53,11 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     of("test_begun_with", "a_run_of_a_version_that_kept_no_checksums_goes_on_and_keeps_them"): [
         ("megakd/trainer.py", "if self.iteration == 0 or begun_with.read(self.folder) is None:", "if self.iteration == 0:"),
     ],
+    "tests/test_quiet_pipe.py": [
+        ("megakd/errors.py", "if not any(event & select.POLLERR", "if True or not any(event & select.POLLERR"),
+        ("megakd/errors.py", "    with quiet_pipe():\n        try:", "    with suppress():\n        try:"),
+        ("megakd/config/parse.py", "        with quiet_pipe():", "        with contextlib.nullcontext():"),
+    ],
     of("test_hub_cache", "a_base_whose_name_is_no_path_is_told"): [
         ("megakd/models/hub_cache.py", "if os.path.exists(path) or", "if path.exists() or"),
     ],
