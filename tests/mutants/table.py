@@ -53,6 +53,11 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     of("test_begun_with", "a_run_of_a_version_that_kept_no_checksums_goes_on_and_keeps_them"): [
         ("megakd/trainer.py", "if self.iteration == 0 or begun_with.read(self.folder) is None:", "if self.iteration == 0:"),
     ],
+    of("test_relayed_teachers", "an_error_of_the_students_ranks_is_heard_by_the_teachers_own"): [
+        ("megakd/trainer.py", "agreed(lambda: self.folders.load_apart(self.places, config.models.dtype, **options))", "self.folders.load_apart(self.places, config.models.dtype, **options)"),
+        ("megakd/trainer.py", "            agreed(self._begin_to_write)", "            self._begin_to_write()"),
+        ("megakd/checkpointing/training.py", "    agreed(lambda: _check_complete(native, state, flag=flag))", "    _check_complete(native, state, flag=flag)"),
+    ],
     "tests/test_quiet_pipe.py": [
         ("megakd/errors.py", "if not any(event & select.POLLERR", "if True or not any(event & select.POLLERR"),
         ("megakd/errors.py", "    with quiet_pipe():\n        try:", "    with suppress():\n        try:"),
