@@ -474,7 +474,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (OPTIMIZER, "sgd_momentum=config.momentum,", "sgd_momentum=0.0,"),
         (OPTIMIZER, 'optimizer="sgd" if config.optimizer == "sgd" else "adam",', 'optimizer="adam",'),
         (METHODS + "response_priming.py", "alpha=settings.priming_alpha", "alpha=0.6093348343631224"),
-        (METHODS + "response_priming.py", 'collate_unshifted if settings.priming_objective == "original" else collate', "collate"),
+        (METHODS + "response_priming.py", "collate_unshifted if self.is_unshifted(config) else collate", "collate"),
         (GENERATION + "rows.py", "written = [decoder.width + self.read for decoder", "written = [self.decoders[0].width + self.read for decoder"),
         (GENERATION + "rows.py", "zip(*(row.prompts for row in reading))", "zip(*([row.prompt] * len(row.prompts) for row in reading))"),
         (GENERATION + "decoder.py", "max(lengths[lo:hi])", "lengths[lo]"),
@@ -504,7 +504,8 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     "tests/test_response_priming.py": [
         (LOSSES + "distillation.py", 'Divergence("reverse_kl", temperature)', 'Divergence("forward_kl", temperature)'),
         (LOSSES + "distillation.py", "(1 - alpha) * temperature**2 * distance", "(1 - alpha) * temperature * distance"),
-        (METHODS + "response_priming.py", 'priming_objective == "original"\n\n    def', 'priming_objective == "none"\n\n    def'),
+        (METHODS + "response_priming.py", "return cls.is_unshifted(config)", "return False"),
+        ("megakd/run_data.py", "as_read_unshifted if METHODS[config.method].is_unshifted(config) else as_read", "as_read"),
     ],
     of("test_self_distillation", "a_teacher_that_averages_the_student_equals_float64_transformers[2-1-1-False]", "an_average_of_16_bit_weights_is_kept_in_float32"): [
         (TEACHERS + "moving_average.py", "1 - self.decay)", "self.decay)"),
