@@ -109,19 +109,6 @@ def test_a_run_cut_off_and_continued_logs_the_same_numbers(inputs, request, meth
         assert shares[-1] >= 0.1, "the held-out loss rose, and with this seed the student wrote"
 
 
-def test_a_run_continues_at_another_layout(inputs):
-    first = {"tp": 2, "save-rollouts": True}
-    run_distributed(run, 2, command(inputs, "tp2", "promptkd", **first, **{"hidden-dropout": 0}), tp=2)
-    run_distributed(run, 2, command(inputs, "moved", "promptkd", **first, **{"hidden-dropout": 0}), 3, tp=2)
-    run_distributed(run, 2, command(inputs, "moved", "promptkd", **{"pp": 2, "save-rollouts": True, "hidden-dropout": 0}), pp=2)
-    for ours, theirs in zip(numbers(inputs / "moved"), numbers(inputs / "tp2"), strict=True):
-        assert ours == pytest.approx(theirs, rel=2e-4, abs=2e-5)
-    rollouts = [
-        [(row["sample_id"], row["response"]) for row in read_jsonl(inputs / name / "rollouts.jsonl")] for name in ("moved", "tp2")
-    ]
-    assert rollouts[0] == rollouts[1]
-
-
 def test_a_run_leaves_what_it_promises(inputs):
     run_distributed(run, 2, command(inputs, "kept", "promptkd", **{"save-rollouts": True}))
     folder = inputs / "kept"

@@ -58,6 +58,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         ("megakd/trainer.py", "            agreed(self._begin_to_write)", "            self._begin_to_write()"),
         ("megakd/checkpointing/training.py", "    agreed(lambda: _check_complete(native, state, flag=flag))", "    _check_complete(native, state, flag=flag)"),
     ],
+    of("test_verify", "ranks_that_are_no_layout_of_the_flags_are_told"): [("megakd/verify.py", "if started != config.ranks:", "if False:")],
     "tests/test_quiet_pipe.py": [
         ("megakd/errors.py", "if not any(event & select.POLLERR", "if True or not any(event & select.POLLERR"),
         ("megakd/errors.py", "    with quiet_pipe():\n        try:", "    with suppress():\n        try:"),
