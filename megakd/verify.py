@@ -78,7 +78,8 @@ def check_ranks(config: VerifyConfig) -> None:
     started, one = int(os.environ.get("WORLD_SIZE", "1")), config.ranks // config.replicas
     if started != config.ranks:
         way_out = f"--replicas {started // one}" if started % one == 0 else f"torchrun --nproc_per_node {config.ranks}"
-        raise UserError(f"{started} rank(s) were started, and --replicas {config.replicas} of TP × PP = {one} need {config.ranks}; use {way_out}")
+        said = f"{started} rank(s) were started, and --replicas {config.replicas} of TP × PP = {one} need {config.ranks}"
+        raise UserError(f"{said}; use {way_out}")
 
 
 def own_batches(config: VerifyConfig, vocabulary: int, layout: ParallelLayout) -> list[Batch]:
