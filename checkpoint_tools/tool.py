@@ -54,7 +54,10 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self) -> argparse.Namespace:
         """The command line, whose flags may have any of the spellings."""
-        return self.parse_args([self._canonical(word) for word in sys.argv[1:]])
+        from megakd.errors import quiet_pipe
+
+        with quiet_pipe():
+            return self.parse_args([self._canonical(word) for word in sys.argv[1:]])
 
     def _canonical(self, word: str) -> str:
         if not word.startswith("--"):

@@ -9,11 +9,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import select
 import stat
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import UnsupportedOperation
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,6 +24,7 @@ GRACE_SECONDS = 3.0  # the launcher ends all ranks a moment after the first has 
 LONGEST = 1600  # characters of a message; the way out stands at its end
 MOST_JSON = 64 * 2**20  # bytes: the index of the largest models has 9 MiB
 INTERRUPTED = 130  # the exit code that shells give to Ctrl-C
+UNREAD = 141  # the same, to a command whose reader has gone
 WAYS_OUT = {  # of what the system says about a file
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space",
@@ -135,13 +138,42 @@ def refuse_lfs_pointer(path: Path, *, flag: str = "") -> None:
 
 @contextmanager
 def told_in_one_line(*, interrupted: str = "interrupted") -> Iterator[None]:
-    """Around a whole command: a UserError, and Ctrl-C, end it with one line."""
+    """Around a whole command: a UserError, and Ctrl-C, end it with one line; a reader that has gone ends it without."""
+    with quiet_pipe():
+        try:
+            yield
+        except UserError as error:
+            fail(str(error), code=error.code)
+        except KeyboardInterrupt:
+            fail(interrupted, code=INTERRUPTED)
+
+
+@contextmanager
+def quiet_pipe() -> Iterator[None]:
+    """Around what prints and may end the command: a reader that has seen enough (`--help | head`) is no error."""
     try:
         yield
-    except UserError as error:
-        fail(str(error), code=error.code)
-    except KeyboardInterrupt:
-        fail(interrupted, code=INTERRUPTED)
+        sys.stdout.flush()
+    except (BrokenPipeError, SystemExit):
+        if is_read():
+            raise
+        sys.exit(UNREAD)
+
+
+def is_read() -> bool:
+    """Whether anybody reads what is printed; if not, what Python still has to print goes nowhere."""
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
+    try:
+        pipe = sys.stdout.fileno()
+    except UnsupportedOperation:  # it is no file
+        return True
+    state = select.poll()
+    state.register(pipe, 0)
+    if not any(event & select.POLLERR for _, event in state.poll(0)):
+        return True
+    os.dup2(os.open(os.devnull, os.O_WRONLY), pipe)
+    return False
 
 
 def tell(message: str) -> None:

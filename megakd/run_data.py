@@ -14,7 +14,7 @@ from megakd.data.dataloader import DataLoader
 from megakd.data.open_data import open_prompts, open_responses
 from megakd.data.routing import RoutedData
 from megakd.data.sft_dataset import NO_RESPONSE
-from megakd.data.shown import as_read
+from megakd.data.shown import as_read, as_read_unshifted
 from megakd.errors import UserError
 from megakd.loading import ModelFolders
 from megakd.methods import METHODS
@@ -63,11 +63,11 @@ class RunData:
     def show(self, count: int, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         """Print the first rows as they are read, on rank 0."""
         written = f"what the {'teacher' if config.method == 'seqkd' else 'student'} writes, {config.max_new_tokens} tokens at most"
-        rows = self.loader.dataset
+        rows, shown = self.loader.dataset, as_read_unshifted if METHODS[config.method].is_unshifted(config) else as_read
         if is_rank_zero():
             for i in range(min(count, len(rows))):
                 options = {"where": rows.where(i), "written": written, "has_teacher": config.needs_teacher}
-                print(as_read(rows[i], tokenizer, **options), flush=True)
+                print(shown(rows[i], tokenizer, **options), flush=True)
 
 
 def open_training_rows(

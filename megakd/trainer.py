@@ -7,7 +7,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ from megakd.reporting.plots import plot_training
 from megakd.reporting.wandb_run import WandbRun
 from megakd.run_data import RunData
 from megakd.runtime.background import background, look, settle
-from megakd.runtime.initialize import agreed, is_rank_zero, prepare, seed_everything
+from megakd.runtime.initialize import agreed, hear, is_rank_zero, prepare, seed_everything
 from megakd.runtime.lock import locked
 from megakd.runtime.peers import Peers
 from megakd.runtime.stop import agree_to_stop, name_of, stop_after
@@ -120,7 +120,7 @@ def serve(config: Config, folders: ModelFolders, places: Places) -> None:
     """A rank of the teacher's own, through the whole run: it does what the student's ranks ask for."""
     if config.output.show_data:
         return
-    _, (teacher,) = folders.load_apart(places, config.models.dtype, **model_options(config))
+    _, (teacher,) = agreed(lambda: folders.load_apart(places, config.models.dtype, **model_options(config)))
     RelayedTeacher.between(places.grids, None, teacher).serve()
 
 
@@ -153,20 +153,13 @@ class Trainer:
         self.eval_interval = evaluation_interval(config, data.loader, self.total_iters)
         for remark in remarks(config, data.loader, self.total_iters):
             tell(remark)
-        self.method = self._build_method()
-        self.iteration = self.resumed = self.saved = self._resume()
-        self.stopped_by = self.left_out = 0
-        self.best = self._begin_folder()
-        self.logger = RunLogger(
-            self.folder,
-            total_iterations=self.total_iters,
-            enabled=is_rank_zero(),
-            resumed_iteration=self.iteration or None,
-            log_interval=config.output.log_interval,
-            eval_interval=self.eval_interval,
-            wandb=self._open_wandb(),
-        )
-        self.rollouts = self._open_rollouts()
+        self.teacher = Teacher()  # of whom nothing is asked, until the method has one
+        with self._heard_by_the_teacher():
+            self.method = self._build_method()
+            self.iteration = self.resumed = self.saved = self._resume()
+            self.stopped_by = self.left_out = 0
+            self.teacher.on_teacher_ranks(hear)
+            agreed(self._begin_to_write)
 
     def run(self) -> None:
         """Iterate, evaluate, save; leave the export and the figures.
@@ -174,13 +167,19 @@ class Trainer:
         Raises:
             UserError: the run cannot go on.
         """
-        try:
+        with self._heard_by_the_teacher():
             self._run()
+        self.teacher.shut_down()
+
+    @contextmanager
+    def _heard_by_the_teacher(self) -> Iterator[None]:
+        """An error of all the student's ranks ends the service of the teacher's own, which would wait for what is asked next."""
+        try:
+            yield
         except UserError:
             settle()  # what is being written is whole
-            self.teacher.shut_down()  # ranks of its own would wait, and end with a traceback
+            self.teacher.shut_down()
             raise
-        self.teacher.shut_down()
 
     def _run(self) -> None:
         tell(self.ends.line(self.tokenizer))
@@ -227,14 +226,15 @@ class Trainer:
 
     def _build_method(self) -> Method:
         config, shared = self.config, self.config.teacher_shares_weights
-        student, models = self.folders.load_apart(self.places, config.models.dtype, **model_options(config), with_teachers=not shared)
+        options = model_options(config) | {"with_teachers": not shared}
+        student, models = agreed(lambda: self.folders.load_apart(self.places, config.models.dtype, **options))
         if config.lora.rank:
             adapt(student, config.lora, seed=config.training.seed)
         if shared:
             models = [without_adapters(student) if config.models.teacher_ema is None else with_adapters_of_its_own(student)]
         first = self.data.loader.samples(0)
         teacher = build_teacher(self.config, self.folders, self.places.grids, student, models, first)
-        self.teacher = teacher or Teacher()  # of whom nothing is asked
+        self.teacher = teacher or self.teacher
         return build_method(self.config, student, teacher, self.tokenizer, self.ends, self.data.text, total_iters=self.total_iters)
 
     def _resume(self) -> int:
@@ -255,6 +255,19 @@ class Trainer:
         self.teacher.after_load()
         method.restore(saved)
         return iteration
+
+    def _begin_to_write(self) -> None:
+        self.best = self._begin_folder()
+        self.logger = RunLogger(
+            self.folder,
+            total_iterations=self.total_iters,
+            enabled=is_rank_zero(),
+            resumed_iteration=self.iteration or None,
+            log_interval=self.config.output.log_interval,
+            eval_interval=self.eval_interval,
+            wandb=self._open_wandb(),
+        )
+        self.rollouts = self._open_rollouts()
 
     def _begin_folder(self) -> BestStudent | None:
         """Marked before anything is written into it. What a run without a checkpoint has left is replaced; but its best student stays."""

@@ -54,6 +54,7 @@ def measure(config: VerifyConfig) -> Found | None:
     Raises:
         UserError: the models do not fit the layout, or each other.
     """
+    check_ranks(config)
     folders = ModelFolders.open(config.model, {"": config.teacher_model} if config.teacher_model else {})
     folders.check(config.parallel)
     for folder in folders:
@@ -66,6 +67,19 @@ def measure(config: VerifyConfig) -> Found | None:
     found = {f"{name} logits": logits(model, batches) for name, model in zip(("student", "teacher"), (student, *teachers))}
     found |= learn(config, student, teachers, batches)
     return found if is_rank_zero() else None
+
+
+def check_ranks(config: VerifyConfig) -> None:
+    """A launcher has started as many as the layout has.
+
+    Raises:
+        UserError: it has started others.
+    """
+    started, one = int(os.environ.get("WORLD_SIZE", "1")), config.ranks // config.replicas
+    if started != config.ranks:
+        way_out = f"--replicas {started // one}" if started % one == 0 else f"torchrun --nproc_per_node {config.ranks}"
+        said = f"{started} rank(s) were started, and --replicas {config.replicas} of TP × PP = {one} need {config.ranks}"
+        raise UserError(f"{said}; use {way_out}")
 
 
 def own_batches(config: VerifyConfig, vocabulary: int, layout: ParallelLayout) -> list[Batch]:

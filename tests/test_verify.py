@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -95,6 +97,29 @@ def test_the_command_starts_its_ranks_and_its_exit_code_says_whether_they_agree(
     said = run("--model", root / "student", "--tp", "2", "--tolerance", "1e-30")
     assert said.returncode == 1, said.stderr
     assert "TP 2 × PP 1 × DP 1 and one rank, fp32" in said.stdout and "differ by more than is allowed: 1e-30 of the largest" in said.stdout
+
+
+def as_under_torchrun(layout, words: list[str]) -> tuple[bool, str]:
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        return verify.verify(words), said.getvalue()
+
+
+def test_under_torchrun_the_ranks_are_its_own_and_rank_0_starts_the_one_beside_them(root):
+    (agree, said), other = run_distributed(as_under_torchrun, 2, ["--model", str(root / "student"), "--tp", "2"], tp=2)
+    assert agree and other == (True, "")
+    assert said.startswith("TP 2 × PP 1 × DP 1 and one rank, fp32") and "the layouts agree: 0.0001 of the largest" in said
+    compared = {line.split("  ")[1] for line in said.splitlines()[2:-1]}
+    assert compared == {"student logits", "loss/lm", "loss/lm after a step", "gradient norm"}
+
+
+@pytest.mark.parametrize("started, words, way_out", [
+    ("4", ("--tp", "2"), "4 rank.s. were started, and --replicas 1 of TP × PP = 2 need 2; use --replicas 2"),
+    ("3", ("--tp", "2"), "3 rank.s. were started, .* need 2; use torchrun --nproc_per_node 2"),
+])  # fmt: skip
+def test_ranks_that_are_no_layout_of_the_flags_are_told(started, words, way_out, root, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", started)
+    with pytest.raises(UserError, match=way_out):
+        verify.measure(config_of(root, *words))
 
 
 @pytest.mark.parametrize("more, said", [

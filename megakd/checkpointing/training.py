@@ -35,7 +35,7 @@ from megakd.data.end_ids import EndIds, write_end_ids
 from megakd.errors import UserError
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.runtime.background import background
-from megakd.runtime.initialize import agreed
+from megakd.runtime.initialize import agreed, hear
 from megakd.runtime.parallel_layout import Grid, ParallelLayout
 from megakd.runtime.waiting import wait_for_all
 
@@ -103,11 +103,11 @@ def load_checkpoint(
     Raises:
         UserError: no such checkpoint, an untrusted or damaged one, or it lacks something that is asked for.
     """
-    native = NativeCheckpoint(root, iteration=iteration, flag=flag)
+    native = agreed(lambda: NativeCheckpoint(root, iteration=iteration, flag=flag))
     state = sharded_state(model, optimizer, is_loading=True)
     state["teacher"] = teacher.sharded_state() if teacher else {}
     dict_list_map_inplace(without_objects, state)
-    _check_complete(native, state, flag=flag)
+    agreed(lambda: _check_complete(native, state, flag=flag))
     loaded = load(state, native.folder)
     model.load_state_dict(loaded["model"], strict=not model.adapted)
     if optimizer is not None:
@@ -124,6 +124,8 @@ def save_nothing(root: str | Path, iteration: int, in_background: bool = False) 
 
 def load_nothing(root: str | Path, iteration: int) -> None:
     """The same of `load_checkpoint`."""
+    hear()  # of a checkpoint that cannot be opened
+    hear()  # of one that lacks something
     load({}, iteration_folder(Path(root), iteration))
 
 

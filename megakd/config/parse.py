@@ -18,7 +18,7 @@ from megakd.config.base import BaseConfig
 from megakd.config.fields import alike, as_words
 from megakd.config.train import Config
 from megakd.config.yaml_file import read_yaml
-from megakd.errors import UserError, fail, file_errors, tell
+from megakd.errors import UserError, fail, file_errors, quiet_pipe, tell
 
 AnyConfig = TypeVar("AnyConfig", bound=BaseConfig)
 
@@ -27,7 +27,8 @@ def parse(arguments: Sequence[str], kind: type[AnyConfig] = Config, *, program: 
     """Flags over the YAML file of `--config`, over the defaults of `kind`. Exits with one line where they cannot be read."""
     try:
         arguments, file = take_config_file(list(arguments))
-        config = from_flags(arguments, from_yaml(file, kind) if file else kind(), program=program)
+        with quiet_pipe():
+            config = from_flags(arguments, from_yaml(file, kind) if file else kind(), program=program)
         config.check()
         for remark in config.remarks():
             tell(remark)

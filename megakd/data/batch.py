@@ -189,10 +189,15 @@ def packed(batch: Batch) -> Batch:
     return replace(rows, teacher_batch=teacher_batch, samples=batch.samples)
 
 
+def unshifted_places(sample: Sample) -> int:
+    """How many of a row are compared so."""
+    return min(len(sample.prompt), len(sample.for_teacher.prompt), len(sample.response))
+
+
 def collate_unshifted(samples: Sequence[Sample]) -> Batch:
     """Place i of the prompt beside token i of the response, all cut to the shortest of prompt, teacher's prompt and response: what the
     published code of response priming compares, where no model has read what it is asked for. Every place counts."""
-    sizes = [min(len(sample.prompt), len(sample.for_teacher.prompt), len(sample.response)) for sample in samples]
+    sizes = [unshifted_places(sample) for sample in samples]
     labels = torch.full((len(samples), max(sizes)), PADDING)
     for row, sample, size in zip(labels, samples, sizes):
         row[:size] = torch.tensor(sample.response[:size])

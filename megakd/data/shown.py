@@ -8,7 +8,7 @@ from textwrap import indent
 
 from transformers import PreTrainedTokenizerBase
 
-from megakd.data.batch import Sample
+from megakd.data.batch import Sample, unshifted_places
 
 OPENS, CLOSES = "⟦", "⟧"
 
@@ -23,13 +23,27 @@ def as_read(sample: Sample, tokenizer: PreTrainedTokenizerBase, *, where: str, w
     return "\n".join(shown)
 
 
+def as_read_unshifted(sample: Sample, tokenizer: PreTrainedTokenizerBase, *, where: str, **_: object) -> str:
+    """The same where each place of the prompts is compared with the response's token of that number."""
+    places = unshifted_places(sample)
+    shown = [f"{where}, the loss is on {OPENS}this{CLOSES}, place by place"]
+    for name, ids in (("the student", sample.prompt), ("the teacher", sample.for_teacher.prompt)):
+        shown += [f"{name} reads {places} tokens:", lines(f"{OPENS}{text(tokenizer, ids[:places])}{CLOSES}")]
+    return "\n".join([*shown, f"their labels are {places} tokens:", lines(text(tokenizer, sample.response[:places]))])
+
+
 def one_reader(name: str, sample: Sample, tokenizer: PreTrainedTokenizerBase, written: str) -> list[str]:
     """Who reads how many tokens, and which."""
     prompt, response = text(tokenizer, sample.prompt), written
     if sample.response:
         response = text(tokenizer, [*sample.prompt, *sample.response])[len(prompt) :]
     tokens = f"{len(sample.prompt)} + {len(sample.response)} tokens" if sample.response else f"{len(sample.prompt)} tokens"
-    return [f"{name} reads {tokens}:", indent(f"{prompt}{OPENS}{response}{CLOSES}", "    | ", lambda line: True)]
+    return [f"{name} reads {tokens}:", lines(f"{prompt}{OPENS}{response}{CLOSES}")]
+
+
+def lines(text: str) -> str:
+    """To be told from what is said about it."""
+    return indent(text, "    | ", lambda line: True)
 
 
 def text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

@@ -74,6 +74,11 @@ class Method:
         return cls.on_policy
 
     @classmethod
+    def is_unshifted(cls, config: Config) -> bool:
+        """Whether each place of a prompt is compared with the response's token of that number (data/batch.py, collate_unshifted)."""
+        return False
+
+    @classmethod
     def needs_prompts(cls, config: Config) -> bool:
         """Whether every row that has a response must have a prompt, too."""
         return cls.answers_prompts(config)

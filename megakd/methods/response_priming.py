@@ -20,12 +20,16 @@ class ResponsePriming(Method):
     def __init__(self, inputs, config, *, total_iters):
         super().__init__(inputs, config, total_iters=total_iters)
         settings = config.response_priming
-        self.collate = collate_unshifted if settings.priming_objective == "original" else collate
+        self.collate = collate_unshifted if self.is_unshifted(config) else collate
         self.loss = partial(priming_loss, alpha=settings.priming_alpha, temperature=settings.priming_temperature)
 
     @classmethod
-    def needs_prompts(cls, config):
+    def is_unshifted(cls, config):
         return config.response_priming.priming_objective == "original"
+
+    @classmethod
+    def needs_prompts(cls, config):
+        return cls.is_unshifted(config)
 
     def train(self, samples, iteration):
         batches = self.batches(samples, self.collate)

@@ -225,6 +225,15 @@ def agreed(work: Callable[[], Any], group: dist.ProcessGroup | None = None) -> A
     return result
 
 
+def hear() -> None:
+    """`agreed` on a rank that has no part in the work.
+
+    Raises:
+        UserError: as it was raised on another.
+    """
+    agreed(lambda: None)
+
+
 def is_rank_zero() -> bool:
     """Of the whole run; True as well where torch.distributed is not initialized."""
     return not dist.is_initialized() or dist.get_rank() == 0

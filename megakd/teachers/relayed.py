@@ -7,6 +7,7 @@ they call what the student's ranks call, until these are done. relay.py says wha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megakd.data.batch import Batch, Sample
-from megakd.errors import tell
+from megakd.errors import UserError, tell
 from megakd.losses.token_loss import HeadRows
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.reporting.stopwatch import Stopwatch
@@ -153,7 +154,8 @@ class RelayedTeacher(Teacher):
             tensor.copy_(tensors[name])
 
     def _on_teacher_ranks(self, work: Callable, *arguments: Any) -> None:
-        work(*arguments)
+        with suppress(UserError):  # all ranks have agreed on it: the student's tell it, and end the service
+            work(*arguments)
 
 
 def in_its_layout(

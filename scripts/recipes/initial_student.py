@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megakd.errors import told_in_one_line
+from megakd.errors import quiet_pipe, told_in_one_line
 from megakd.reporting.jsonl import read_jsonl
 
 
@@ -41,7 +41,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="--save folder of an SFT run with --valid-data")
     parser.add_argument("--save", type=Path, required=True, help="Hugging Face folder to write")
-    return parser.parse_args()
+    with quiet_pipe():
+        return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from pathlib import Path
 import yaml
 
 from megakd.config import Config, EvaluateConfig, from_yaml
+from megakd.errors import quiet_pipe
 
 GIB = 1024**3
 TRAINING_STAGES = ("sft_teacher", "sft_student", "kd", "seqkd", "minillm", "promptkd")
@@ -216,7 +217,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", type=Path, required=True, help="folder of the scale, with scale.yaml")
     parser.add_argument("--out", type=Path, required=True, help="OUT of paper.sh")
-    return parser.parse_args()
+    with quiet_pipe():
+        return parser.parse_args()
 
 
 if __name__ == "__main__":

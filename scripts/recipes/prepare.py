@@ -16,6 +16,8 @@ from pathlib import Path
 
 import yaml
 
+from megakd.errors import quiet_pipe
+
 TEST_SETS = {  # as MiniLLM publishes them
     "dolly": "dolly/valid.jsonl",
     "self-inst": "self-inst/valid.jsonl",
@@ -104,7 +106,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--configs", type=Path, required=True, help="folder of the scale, with scale.yaml")
     parser.add_argument("--data", type=Path, required=True, help="folder with MiniLLM's data sets")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    return parser.parse_args()
+    with quiet_pipe():
+        return parser.parse_args()
 
 
 if __name__ == "__main__":

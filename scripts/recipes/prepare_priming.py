@@ -28,7 +28,7 @@ import yaml
 from word_problems import Problem, problems
 
 from megakd.data.priming import NAMED, open_priming
-from megakd.errors import file_errors, told_in_one_line
+from megakd.errors import file_errors, quiet_pipe, told_in_one_line
 
 SHORT = 0.9  # of the answers to a question without any text, those that say the number at once
 SEED = 1234
@@ -158,7 +158,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--configs", type=Path, required=True, help="folder of the scale, with scale.yaml")
     parser.add_argument("--data", type=Path, default=Path(), help="folder with GSM8K's train.jsonl and test.jsonl; tiny needs none")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    return parser.parse_args()
+    with quiet_pipe():
+        return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 from prepare import scale_for_new
 
 from megakd.checkpointing.publish import published
-from megakd.errors import file_errors, told_in_one_line
+from megakd.errors import file_errors, quiet_pipe, told_in_one_line
 
 TEST_SETS = {"dolly": "dolly/valid.jsonl", "self-inst": "self-inst/valid.jsonl", "vicuna": "vicuna/valid.jsonl"}
 READ, LONG = 32, 200  # words: of a paragraph's beginning, and of a paragraph that no response of the scale reaches the end of
@@ -76,7 +76,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder with MiniLLM's data sets")
     parser.add_argument("--wikitext", type=Path, help="a text file")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    return parser.parse_args()
+    with quiet_pipe():
+        return parser.parse_args()
 
 
 if __name__ == "__main__":

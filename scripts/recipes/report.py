@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 from statistics import fmean
 
-from megakd.errors import told_in_one_line
+from megakd.errors import quiet_pipe, told_in_one_line
 from megakd.evaluation.report import cell
 from megakd.reporting.jsonl import read_jsonl
 from megakd.reporting.own_folder import OwnFolder, write_text
@@ -127,7 +127,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="OUT of paper.sh")
     parser.add_argument("--methods", nargs="+", required=True, choices=TITLES, help="runs to compare, in the table's order")
-    return parser.parse_args()
+    with quiet_pipe():
+        return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
-from megakd.errors import told_in_one_line
+from megakd.errors import quiet_pipe, told_in_one_line
 from megakd.reporting.jsonl import read_jsonl
 from megakd.reporting.own_folder import OwnFolder, write_text
 from megakd.reporting.plots import draw_lines, new_figure, plot_comparison, save
@@ -135,7 +135,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="OUT of priming.sh")
     parser.add_argument("--scale", required=True, help="SCALE of priming.sh, for the line that says how the table was made")
     parser.add_argument("--commit", default="unknown", help="of the code, for the same line")
-    return parser.parse_args()
+    with quiet_pipe():
+        return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from statistics import fmean
 
 from report import by_set
 
-from megakd.errors import told_in_one_line
+from megakd.errors import quiet_pipe, told_in_one_line
 from megakd.evaluation.report import cell
 from megakd.reporting.jsonl import read_jsonl
 from megakd.reporting.own_folder import OwnFolder, write_text
@@ -204,7 +204,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--scale", required=True, help="SCALE of real.sh, for the line that says how the table was made")
     parser.add_argument("--commit", default="unknown", help="of the code, for the same line")
     parser.add_argument("--best", type=int, metavar="N", help="print the N best methods")
-    return parser.parse_args()
+    with quiet_pipe():
+        return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -53,6 +53,17 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     of("test_begun_with", "a_run_of_a_version_that_kept_no_checksums_goes_on_and_keeps_them"): [
         ("megakd/trainer.py", "if self.iteration == 0 or begun_with.read(self.folder) is None:", "if self.iteration == 0:"),
     ],
+    of("test_relayed_teachers", "an_error_of_the_students_ranks_is_heard_by_the_teachers_own"): [
+        ("megakd/trainer.py", "agreed(lambda: self.folders.load_apart(self.places, config.models.dtype, **options))", "self.folders.load_apart(self.places, config.models.dtype, **options)"),
+        ("megakd/trainer.py", "            agreed(self._begin_to_write)", "            self._begin_to_write()"),
+        ("megakd/checkpointing/training.py", "    agreed(lambda: _check_complete(native, state, flag=flag))", "    _check_complete(native, state, flag=flag)"),
+    ],
+    of("test_verify", "ranks_that_are_no_layout_of_the_flags_are_told"): [("megakd/verify.py", "if started != config.ranks:", "if False:")],
+    "tests/test_quiet_pipe.py": [
+        ("megakd/errors.py", "if not any(event & select.POLLERR", "if True or not any(event & select.POLLERR"),
+        ("megakd/errors.py", "    with quiet_pipe():\n        try:", "    with suppress():\n        try:"),
+        ("megakd/config/parse.py", "        with quiet_pipe():", "        with contextlib.nullcontext():"),
+    ],
     of("test_hub_cache", "a_base_whose_name_is_no_path_is_told"): [
         ("megakd/models/hub_cache.py", "if os.path.exists(path) or", "if path.exists() or"),
     ],
@@ -467,7 +478,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (OPTIMIZER, "sgd_momentum=config.momentum,", "sgd_momentum=0.0,"),
         (OPTIMIZER, 'optimizer="sgd" if config.optimizer == "sgd" else "adam",', 'optimizer="adam",'),
         (METHODS + "response_priming.py", "alpha=settings.priming_alpha", "alpha=0.6093348343631224"),
-        (METHODS + "response_priming.py", 'collate_unshifted if settings.priming_objective == "original" else collate', "collate"),
+        (METHODS + "response_priming.py", "collate_unshifted if self.is_unshifted(config) else collate", "collate"),
         (GENERATION + "rows.py", "written = [decoder.width + self.read for decoder", "written = [self.decoders[0].width + self.read for decoder"),
         (GENERATION + "rows.py", "zip(*(row.prompts for row in reading))", "zip(*([row.prompt] * len(row.prompts) for row in reading))"),
         (GENERATION + "decoder.py", "max(lengths[lo:hi])", "lengths[lo]"),
@@ -497,7 +508,8 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     "tests/test_response_priming.py": [
         (LOSSES + "distillation.py", 'Divergence("reverse_kl", temperature)', 'Divergence("forward_kl", temperature)'),
         (LOSSES + "distillation.py", "(1 - alpha) * temperature**2 * distance", "(1 - alpha) * temperature * distance"),
-        (METHODS + "response_priming.py", 'priming_objective == "original"\n\n    def', 'priming_objective == "none"\n\n    def'),
+        (METHODS + "response_priming.py", "return cls.is_unshifted(config)", "return False"),
+        ("megakd/run_data.py", "as_read_unshifted if METHODS[config.method].is_unshifted(config) else as_read", "as_read"),
     ],
     of("test_self_distillation", "a_teacher_that_averages_the_student_equals_float64_transformers[2-1-1-False]", "an_average_of_16_bit_weights_is_kept_in_float32"): [
         (TEACHERS + "moving_average.py", "1 - self.decay)", "self.decay)"),
