@@ -95,7 +95,7 @@ class Sampler:
             seen_BK: prompt and response so far, -1 where a row is shorter; needed by repetition limits only.
         """
         if self.draws_at_once(logits):
-            return self.draw(logits[0], streams_B, position)
+            return self.draw(logits[0], streams_B, positions_B.expand_as(streams_B).contiguous())
         z = self.mix([self.prepare(x, seen_BK) for x in logits])
         if self.sampling.greedy:
             return argmax(z, self.whole)
@@ -113,12 +113,12 @@ class Sampler:
         simple = len(logits) == 1 and not (self.sampling.greedy or self.sampling.needs_whole_rows)
         return simple and launch.implementation(logits[0], "gumbel") == "triton"
 
-    def draw(self, logits_BVp: Tensor, streams_B: Tensor, position: Tensor) -> Tensor:
+    def draw(self, logits_BVp: Tensor, streams_B: Tensor, positions_B: Tensor) -> Tensor:
         """Token ids [B], by that kernel."""
         width, shard = logits_BVp.shape[1], self.shard
         where = {"columns": shard.columns(width), "first_token": shard.start(width), "no_token": NO_TOKEN}
         kernels = launch.kernels(logits_BVp, "gumbel")
-        return of_all_ranks(*kernels.draw(logits_BVp, streams_B, position, self.sampling.temperature, **where), shard)
+        return of_all_ranks(*kernels.draw(logits_BVp, streams_B, positions_B, self.sampling.temperature, **where), shard)
 
     def prepare(self, logits_BVp: Tensor, seen_BK: Tensor | None) -> Tensor:
         """One model's logits in float32: padding out, repetition limited, divided by the temperature."""

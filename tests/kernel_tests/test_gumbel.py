@@ -22,12 +22,17 @@ def drawn(monkeypatch):
     monkeypatch.setattr(kernel, "SPLIT_COLUMNS", 256)
     monkeypatch.setattr(kernel, "BLOCK", 128)
     return lambda logits, position, temperature=1.0: kernel.draw(
-        logits, streams(), torch.tensor(position, device=DEVICE), temperature, COLUMNS, FIRST, NO_TOKEN
+        logits, streams(), positions(position), temperature, COLUMNS, FIRST, NO_TOKEN
     )
 
 
 def streams() -> torch.Tensor:
     return noise_streams(1234, list(range(ROWS)), torch.device(DEVICE))
+
+
+def positions(first: int) -> torch.Tensor:
+    """Of each row its own: it may have joined later."""
+    return first + torch.arange(ROWS, device=DEVICE) % 3
 
 
 def logits(dtype=torch.float32) -> torch.Tensor:
@@ -39,7 +44,7 @@ def logits(dtype=torch.float32) -> torch.Tensor:
 
 def by_torch(z, position: int, temperature: float = 1.0):
     tokens = torch.arange(FIRST, FIRST + COLUMNS, dtype=torch.int32, device=DEVICE)
-    scores = z[:, :COLUMNS].float() / temperature + gumbel(streams(), torch.tensor(position, device=DEVICE), tokens)
+    scores = z[:, :COLUMNS].float() / temperature + gumbel(streams(), positions(position), tokens)
     return scores.amax(-1), argmax(scores, VocabShard(vocab_start=FIRST))
 
 

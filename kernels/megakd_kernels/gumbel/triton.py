@@ -54,14 +54,14 @@ def gumbel(key, token):
 def scores_kernel(
     logits_ptr,    # [B, V] any float type
     streams_ptr,   # [B] int64
-    position_ptr,  # [1] int64
+    positions_ptr, # [B] int64
     score_ptr,     # [P, B] float32: the highest of a split, infinite where a logit is NaN or infinite
     column_ptr,    # [P, B] int64: the first column that has it
     stride, columns, first_token, temperature, split_columns, BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    key = mix64(tl.load(streams_ptr + row) + (tl.load(position_ptr) + 1) * _GAMMA)
+    key = mix64(tl.load(streams_ptr + row) + (tl.load(positions_ptr + row) + 1) * _GAMMA)
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     at = tl.zeros((BLOCK,), tl.int32) + split * split_columns
     end = tl.minimum(columns, (split + 1) * split_columns)
@@ -97,7 +97,7 @@ def merge_kernel(
 
 
 @torch.library.custom_op("megakd_kernels::draw", mutates_args=())
-def draw(logits: Tensor, streams: Tensor, position: Tensor, temperature: float, columns: int, first_token: int,
+def draw(logits: Tensor, streams: Tensor, positions: Tensor, temperature: float, columns: int, first_token: int,
          no_token: int) -> tuple[Tensor, Tensor]:
     """The highest score [B] float32 of the first `columns` of each row, and its token id [B]; `no_token` where one is no number."""
     rows, splits = len(logits), max(1, triton.cdiv(columns, SPLIT_COLUMNS))
@@ -105,12 +105,12 @@ def draw(logits: Tensor, streams: Tensor, position: Tensor, temperature: float, 
     columns_of = torch.empty_like(scores, dtype=torch.int64)
     best, token = torch.empty_like(scores[0]), torch.empty_like(columns_of[0])
     with on_device_of(logits):
-        scores_kernel[(rows, splits)](logits, streams, position, scores, columns_of, logits.stride(0), columns, first_token, temperature,
+        scores_kernel[(rows, splits)](logits, streams, positions, scores, columns_of, logits.stride(0), columns, first_token, temperature,
                                       SPLIT_COLUMNS, BLOCK=BLOCK, num_warps=WARPS)
         merge_kernel[(rows,)](scores, columns_of, best, token, rows, splits, first_token, no_token, MERGED=MERGED, num_warps=1)
     return best, token
 
 
 @draw.register_fake
-def _(logits, streams, position, temperature, columns, first_token, no_token):
+def _(logits, streams, positions, temperature, columns, first_token, no_token):
     return logits.new_empty(len(logits), dtype=torch.float32), streams.new_empty(len(logits))
