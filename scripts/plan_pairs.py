@@ -73,7 +73,8 @@ def planned(pair: str, cards: int, gpu: str) -> dict:
             model.save_pretrained(Path(folder) / name)
         flags = ["--config", str(recipe), "--model", f"{folder}/student", "--teacher-model", f"{folder}/teacher"]
         flags += ["--gpu", gpu, "--gpus", str(cards)]
-        flags += ["--rank-layouts", "--most-stages", "1", "--keep-best", "", "--micro-batch-size", str(MICRO_BATCH), "--use-distributed-optimizer"]
+        flags += ["--rank-layouts", "--most-stages", "1", "--keep-best", "", "--micro-batch-size", str(MICRO_BATCH)]
+        flags += ["--use-distributed-optimizer"]
         made = plans(parse(flags, PlanConfig, program="plan.py"))
     best = made[0]
     layouts = [{"layout": str(plan.layout), "gib": plan.need_gib, "fits": plan.fits, "seconds": plan.iteration_s} for plan in made]
@@ -82,6 +83,7 @@ def planned(pair: str, cards: int, gpu: str) -> dict:
         "peaks": best.fullest.peaks,
         "alive": best.fullest.alive[best.fullest.peak_part],
         "seconds": {part: best.seconds(part) for part in best.parts},
+        "launches": {part: round(work.launches) for part, work in best.fullest.works.items()},
     }
 
 
