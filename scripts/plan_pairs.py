@@ -16,15 +16,18 @@ ROOT = Path(__file__).parents[1]
 
 
 def gpt2(layers: int, hidden: int, heads: int) -> PretrainedConfig:
+    """Of these sizes, as the following."""
     return GPT2Config(n_layer=layers, n_embd=hidden, n_head=heads)
 
 
 def opt(layers: int, hidden: int, heads: int) -> PretrainedConfig:
+    """Its words as wide as its layers."""
     widths = {"hidden_size": hidden, "word_embed_proj_dim": hidden, "ffn_dim": 4 * hidden}
     return OPTConfig(num_hidden_layers=layers, num_attention_heads=heads, **widths)
 
 
 def llama(layers: int, hidden: int, heads: int, inner: int) -> PretrainedConfig:
+    """`inner` columns of each MLP."""
     return LlamaConfig(num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=heads, intermediate_size=inner)
 
 
@@ -38,6 +41,14 @@ PAIRS = {  # of configs/, by the recipe's name: the teacher's name and sizes, th
     "opt-6.7b": ("OPT-13B", OPT_13B, opt(32, 4096, 32)),
     "llama-7b": ("Llama 13B", LLAMA_13B, llama(32, 4096, 32, 11008)),
 }
+HEAD = """# Predictions for the paper's pairs
+
+**Nothing here was measured.** `python scripts/plan_pairs.py` makes this page, `planned.json` and `planned.png`: memory is simulated, times
+are estimated (`docs/gpu.md`). PromptKD by the recipes of `configs/` in bfloat16, every prompt of 256 tokens and every response of 256,
+micro-batches of 16 rows and `--use-distributed-optimizer`. A machine is so many H100 or A100 of 80 GB, with the links of one node. Of the
+layouts without pipeline stages the quickest that fits was chosen; those that cannot hold their weights, gradients and moments were not
+simulated and are not listed.
+"""
 MICRO_BATCH = 16  # rows, where the recipe has fewer: GPT-2's 2 leave a GPU waiting for its host
 
 
@@ -56,7 +67,7 @@ def main() -> None:
             found[key] = planned(pair, cards, gpu)
             file.write_text(json.dumps(found, indent=1) + "\n")
             print(f"{key}: {found[key]['layouts'][0]}", flush=True)
-    (asked.out / "planned.md").write_text("\n".join(table(found)) + "\n")
+    (asked.out / "README.md").write_text(page(found))
     draw(found, asked.out / "planned.png")
 
 
@@ -73,7 +84,8 @@ def planned(pair: str, cards: int, gpu: str) -> dict:
             model.save_pretrained(Path(folder) / name)
         flags = ["--config", str(recipe), "--model", f"{folder}/student", "--teacher-model", f"{folder}/teacher"]
         flags += ["--gpu", gpu, "--gpus", str(cards)]
-        flags += ["--rank-layouts", "--most-stages", "1", "--micro-batch-size", str(MICRO_BATCH), "--use-distributed-optimizer"]
+        flags += ["--rank-layouts", "--most-stages", "1", "--keep-best", "", "--micro-batch-size", str(MICRO_BATCH)]
+        flags += ["--use-distributed-optimizer"]
         made = plans(parse(flags, PlanConfig, program="plan.py"))
     best = made[0]
     layouts = [{"layout": str(plan.layout), "gib": plan.need_gib, "fits": plan.fits, "seconds": plan.iteration_s} for plan in made]
@@ -82,7 +94,19 @@ def planned(pair: str, cards: int, gpu: str) -> dict:
         "peaks": best.fullest.peaks,
         "alive": best.fullest.alive[best.fullest.peak_part],
         "seconds": {part: best.seconds(part) for part in best.parts},
+        "launches": {part: round(work.launches) for part, work in best.fullest.works.items()},
     }
+
+
+def page(found: dict) -> str:
+    """Markdown: what was assumed, and the tables."""
+    from megakd.planning.page import ASSUMED
+
+    launches = ["| chosen layout of | launches outside the rollout's graphs | of the rollout |", "|---|---|---|"]
+    for key, told in found.items():
+        written = told["launches"].get("rollout", 0)
+        launches.append(f"| {key} | {sum(told['launches'].values()) - written:,} | {written:,} |")
+    return "\n".join([HEAD, *table(found), "", "![GiB at the peak](planned.png)", "", *launches, "", ASSUMED, ""])
 
 
 def table(found: dict) -> list[str]:

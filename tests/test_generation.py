@@ -16,11 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megakd.config import Config
+from megakd.data.batch import Sample
+from megakd.data.end_ids import EndIds
 from megakd.generation import room, rows, sampling
 from megakd.generation.decoder import slices_of_like_length
 from megakd.generation.generate import generate
 from megakd.generation.mixture import MixtureComponent
 from megakd.generation.sampling import Sampler, Sampling, gumbel, noise_streams, uniform31
+from megakd.methods.rollout import rollout
 from megakd.models.hf_checkpoint import HFCheckpoint
 from megakd.models.model_provider import build_model, load_weights, padded_vocab_size
 
@@ -302,6 +306,25 @@ def test_steps_are_captured_once_a_run_and_serve_every_iteration(folders, monkey
         (first, second, third, colder, fourth, moved, narrow, wide), *_ = run_distributed(check, stages, pp=stages)
         assert min(first, colder, moved, narrow) >= 2
         assert first + second + third + fourth <= most and narrow + wide <= most
+
+
+def rooms_after_a_rollout(layout, folder):
+    """How many stay with and without --release-decode-cache, and what is written."""
+    model, config = load(layout, folder), Config(method="promptkd")
+    samples = [Sample(i, tuple(prompt), ()) for i, prompt in enumerate(prompts())]
+    generation = replace(config.generation, max_new_tokens=9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "is_capturable", lambda device, sampling: True)
+        patch.setattr(rows, "CapturedStep", EagerStep)
+        for release in (False, True):
+            asked = replace(config, generation=replace(generation, release_decode_cache=release))
+            written = rollout(model, samples, asked, EndIds((EOS,), EOS), 1)
+            yield len(room.Rooms.of(model).free), [sample.response for sample in written]
+
+
+def test_a_rollouts_cache_is_given_back_where_that_is_asked_for(folders):
+    ((kept, written), (left, again)), *_ = run_distributed(lambda layout: list(rooms_after_a_rollout(layout, folders["gpt2"])), 1)
+    assert kept > left == 0 and written == again
 
 
 @pytest.mark.gpu

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
+import megatron.core.optimizer
 import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_distributed
+from tiny import tiny_config
 
+from megakd.models.model_provider import family_of, transformer_config
+from megakd.runtime import megatron_repairs, quiet
 from megakd.runtime.initialize import initialize, join, process_group_closed_at_exit, share_cores
 
 
@@ -31,7 +36,7 @@ def test_ranks_share_the_cores_they_may_use_unless_told_otherwise(monkeypatch, l
 
 
 def gpu_of(monkeypatch, local_rank: int, visible: int) -> list[int]:
-    """The device that a rank takes where it sees so many."""
+    """The device that a rank takes where it sees so many, whether cuDNN's attention stays on, and the process group."""
     taken = []
     launcher = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for name, value in (launcher | {"LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": "8"}).items():
@@ -39,7 +44,7 @@ def gpu_of(monkeypatch, local_rank: int, visible: int) -> list[int]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: None)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", taken.append)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout, device_id, **place: taken.append((backend, device_id)))
     join()
     return taken
@@ -47,7 +52,34 @@ def gpu_of(monkeypatch, local_rank: int, visible: int) -> list[int]:
 
 def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one_it_sees(monkeypatch):
     for visible, own in ((8, torch.device("cuda", 3)), (1, torch.device("cuda", 0))):
-        assert gpu_of(monkeypatch, 3, visible) == [own, ("nccl", own)]
+        assert gpu_of(monkeypatch, 3, visible) == [own, False, ("nccl", own)]
+
+
+def test_the_allocators_segments_can_grow_unless_somebody_has_chosen(monkeypatch):
+    for name in quiet.ALLOCATOR:
+        monkeypatch.delenv(name, raising=False)
+    quiet.quiet_megatron()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
+    quiet.quiet_megatron()
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+
+
+def test_the_optimizer_is_repaired_unless_megatron_has_found_a_fused_one(monkeypatch):
+    """It is megatron that is asked: a package named apex may be any."""
+    monkeypatch.setattr(megatron.core.optimizer, "USING_PYTORCH_OPTIMIZER", False)
+    assert not megatron_repairs.install()
+    monkeypatch.setattr(megatron.core.optimizer, "USING_PYTORCH_OPTIMIZER", True)
+    assert megatron_repairs.install()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_stages_talk_over_one_communicator_on_a_gpu(device):
+    layout = SimpleNamespace(device=torch.device(device), tp_size=1, pp_size=2)
+    hf = tiny_config("gpt2")
+    config = transformer_config(hf, family_of(hf), layout, torch.float32, False, {})
+    assert config.batch_p2p_comm == (device == "cuda") and not config.batch_p2p_sync
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):

@@ -32,6 +32,9 @@ class GenerationConfig(SamplingConfig):
         1, "answers to each prompt; --global-batch-size counts answers", range=POSITIVE, read_by="answers_prompts_often"
     )
     rollout_batch_size: int = flag(64, "rows decoded together", range=POSITIVE, read_by="writes_responses")
+    release_decode_cache: bool = flag(
+        False, "give a rollout's cache back while the models learn: less memory, steps captured anew (a GPU's)", read_by="writes_responses"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

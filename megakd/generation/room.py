@@ -85,6 +85,10 @@ class Rooms:
         self.free = [room for room in self.free if (room.rows, choice(room.sampler)) != (rows, choice(sampler)) and room.addresses == here]
         return Room(components, sampler, rows, [aligned(width, KEPT_COLUMNS) for width in columns])
 
+    def release(self) -> None:
+        """Their memory, and the steps that were captured in them."""
+        self.free.clear()
+
     def give_back(self, room: Room, stages: int) -> None:
         """Its rows have ended."""
         self.free = [*self.free, room][-KEPT_ROOMS * stages :]

@@ -10,6 +10,7 @@ from megakd.data.batch import Sample
 from megakd.data.end_ids import EndIds
 from megakd.generation.generate import generate
 from megakd.generation.mixture import MixtureComponent
+from megakd.generation.room import Rooms
 from megakd.generation.sampling import Sampling
 from megakd.models.gpt_model import HiddenStateGPTModel
 
@@ -47,6 +48,8 @@ def rollout(
         mix_with=mix_with,
         generations=[sample.generation for sample in samples],
     )
+    if settings.release_decode_cache:
+        Rooms.of(student).release()
     if config.training.reference_compat.forced_eos:
         cut_off = lambda response: len(response) == config.max_new_tokens and response[-1] not in ends.stop
         responses = [[*response[:-1], ends.taught] if cut_off(response) else response for response in responses]

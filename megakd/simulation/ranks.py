@@ -42,6 +42,8 @@ def simulate_folder(folder: Path, processes: int) -> None:
     what their losses log."""
     from megakd.simulation.rank import record_of  # imports torch, which comes after the shim
 
+    shim.hold_device()
+
     told: dict[str, list] = {}
 
     def simulated(number: int, rank: Simulated) -> None:

@@ -1,4 +1,4 @@
-"""shim.cpp compiled and loaded, before torch: a build of torch without CUDA then lets autograd carry tensors of a CUDA device."""
+"""shim.cpp compiled and loaded, before torch: autograd then carries tensors of a CUDA device that is not there."""
 
 from __future__ import annotations
 
@@ -28,7 +28,16 @@ def load() -> None:
     assert "torch" not in sys.modules, "the shim comes before torch"
     library = compiled()
     ctypes.CDLL(str(torch_folder() / "lib" / "libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
-    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    _loaded.append(ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL))
+
+
+def hold_device() -> None:
+    """The device is the shim's, also where torch, which is loaded by now, has brought one of its own."""
+    for library in _loaded:
+        library.megakd_hold_device()
+
+
+_loaded: list[ctypes.CDLL] = []
 
 
 def compiled() -> Path:

@@ -49,6 +49,7 @@ def check(method: str, layout: str, records: list[Record]) -> None:
     for rank, record in enumerate(records):
         assert not refusals(record), f"rank {rank}: {refusals(record)[0]}"
         assert not over_budget(method, record), f"rank {rank} waits more often than before: {waits(record)}"
+        assert not {part for part, _ in record.copies} & {"teacher", "prompt_step", "student_step"}, "batches travel to the device once"
         assert record.captures == 0, "in the second iteration each number of rows is captured already"
         assert record.parts["student_step"].launches > 100 and record.messages  # something was seen
     assert disagreement(records) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -128,6 +129,28 @@ def test_layouts_are_those_that_both_models_and_the_batch_take(folders):
         "TP 1 × PP 1 × DP 4", "TP 1 × PP 2 × DP 2", "TP 2 × PP 1 × DP 2", "TP 2 × PP 2 × DP 1", "TP 4 × PP 1 × DP 1",
     ]  # fmt: skip
     assert Layout(1, 1, 16) not in possible(16, 8, models)
+
+
+def test_layouts_whose_weights_and_moments_alone_are_too_large_are_left_out(tmp_path):
+    """18 bytes a parameter of 6.7 billion, which ranks share by TP, and the moments by DP where the optimizer is split."""
+    sizes = {"hidden": 4096, "layers": 32, "vocab_size": 32000, "num_attention_heads": 32, "num_key_value_heads": 32, "intermediate_size": 11008}
+    tiny_config("llama", **sizes).save_pretrained(tmp_path)
+    flags = ["--method", "sft", "--model", str(tmp_path), "--gpus", "8", "--rank-layouts", "--most-stages", "1"]
+    for more, least in (([], 2), (["--use-distributed-optimizer"], 1)):
+        config = from_flags([*flags, *more], PlanConfig())
+        assert [layout.tp for layout in layouts_of(config, models_of(config))] == [tp for tp in (1, 2, 4, 8) if tp >= least]
+
+
+def test_what_is_predicted_for_the_papers_pairs_fits_and_is_what_the_page_says():
+    spec = importlib.util.spec_from_file_location("plan_pairs", ROOT / "scripts" / "plan_pairs.py")
+    plan_pairs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plan_pairs)
+    folder = ROOT / "docs" / "results" / "planned"
+    found = json.loads((folder / "planned.json").read_text())
+    assert (folder / "README.md").read_text() == plan_pairs.page(found)
+    for told in found.values():
+        best, *others = told["layouts"]
+        assert best["fits"] and best["gib"] <= 79.1 and all(best["seconds"] <= other["seconds"] for other in others if other["fits"])
 
 
 @pytest.mark.parametrize(

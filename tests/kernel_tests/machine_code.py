@@ -22,6 +22,7 @@ from pathlib import Path
 
 import triton
 from megakd_kernels.cross_entropy import triton as cross_entropy_triton
+from megakd_kernels.gumbel import triton as gumbel_triton
 from megakd_kernels.kl import triton as kl_triton
 from megakd_kernels.mixture import triton as mixture_triton
 from megakd_kernels.prompt_embedding import triton as prompt_embedding_triton
@@ -30,9 +31,9 @@ from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+(?:\.[A-Z0-9_]+)*)", re.M)
-FLOAT32_POINTERS = re.compile(r"(weights|stats|top_.|sum_.|top|sum|kl_.*|scale|coef|lse|x|y)_ptr")
-INT64_POINTERS = ("labels_ptr", "tokens_ptr", "position_ids_ptr")
-FLOATS = ("k", "share", "log_share", "log_rest")
+FLOAT32_POINTERS = re.compile(r"(weights|stats|top_.|sum_.|top|sum|kl_.*|scale|coef|lse|score|best|x|y)_ptr")
+INT64_POINTERS = ("labels_ptr", "tokens_ptr", "position_ids_ptr", "streams_ptr", "positions_ptr", "column_ptr", "token_ptr")
+FLOATS = ("k", "share", "log_share", "log_rest", "temperature")
 MULTIPLES_OF_16 = ("split_columns", "H")  # the first is a multiple of a tile
 DTYPES = {"bf16": 2, "fp32": 4}  # bytes; a run has no others
 FEW = ("statistics, two tensors", "gradient, two tensors, both", "mixture gradient, skew, both")
@@ -160,6 +161,8 @@ def usual() -> Iterator[Variant]:
         constants = {**embedding, "HAS_POSITIONS": positions, "HAS_IDS": ids, "OWNS_PROMPT": True}
         yield Variant(f"prompt embedding, {name}", prompt_embedding_triton.embed_kernel, constants, warps, 2 + positions, 1, block)
     yield Variant("prompt gradient", prompt_embedding_triton.prompt_gradient_kernel, embedding, warps, 1, 0, block)
+    yield Variant("gumbel scores", gumbel_triton.scores_kernel, {"BLOCK": gumbel_triton.BLOCK}, gumbel_triton.WARPS)  # computes, mostly
+    yield Variant("merge, gumbel scores", gumbel_triton.merge_kernel, {"MERGED": gumbel_triton.MERGED}, gumbel_triton.MERGE_WARPS)
 
 
 def usual_of_mixtures() -> Iterator[Variant]:

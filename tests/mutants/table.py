@@ -394,6 +394,16 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (METHODS + "minillm.py", "has_dropout = False", "has_dropout = True"),
         (TRAINER, "if not METHODS[config.method].has_dropout:", "if True:"),
     ],
+    "tests/gpu_simulation/test_planning.py::test_layouts_whose_weights_and_moments_alone_are_too_large_are_left_out": [
+        ("megakd/planning/layouts.py", "if layout.pp <= most]", "if True]"),
+        ("megakd/planning/layouts.py", "if config.parallel.use_distributed_optimizer else 1)", "if False else 1)"),
+    ],
+    "tests/test_runtime.py": [
+        (RUNTIME + "initialize.py", "torch.backends.cuda.enable_cudnn_sdp(False)", "torch.backends.cuda.enable_cudnn_sdp(True)"),
+        (RUNTIME + "quiet.py", "if not ALLOCATOR & os.environ.keys():", "if True:"),
+        (RUNTIME + "megatron_repairs.py", "if not USING_PYTORCH_OPTIMIZER:", "if False:"),
+        (MODELS + "model_provider.py", '"batch_p2p_comm": layout.device.type == "cuda"', '"batch_p2p_comm": False'),
+    ],
     of("test_overlap", "gradients_that_travel_early_teach_the_same"): [
         (METHODS + "__init__.py", '"overlap": config.parallel.overlap_grad_reduce', '"overlap": False'),
         (SCHEDULES, "nullcontext() if forward_only or done == len(batches) else without_reduction(model)", "nullcontext()"),
@@ -401,6 +411,10 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     "tests/test_weight_gradient.py": [
         (TRAINER, '"gradient_accumulation_fusion": config.training.gradient_accumulation_fusion', '"gradient_accumulation_fusion": False'),
         (RUNTIME + "weight_gradient.py", "if layers._grad_accum_fusion_available:", "if False:"),
+    ],
+    of("test_generation", "a_rollouts_cache_is_given_back_where_that_is_asked_for"): [
+        (METHODS + "rollout.py", "        Rooms.of(student).release()", "        pass"),
+        (METHODS + "rollout.py", "if settings.release_decode_cache:", "if True:"),
     ],
     of("test_generation", "tensor_parallel_ranks_agree_on_a_token"): [
         (GENERATION + "sampling.py", "if self.sampling.top_p < 1 and self.shard.ranks > 1:", "if False:"),

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_rows import on_device_of
+from ..triton_rows import on_device_of, warps
 
-BLOCK, WARPS = 1024, 4
+BLOCK, WARPS, MERGE_WARPS = 1024, 4, 2
 SPLIT_COLUMNS = 8192  # of one program
 MERGED = 128  # splits, at most: a million columns
 
@@ -57,15 +57,15 @@ def scores_kernel(
     positions_ptr, # [B] int64
     score_ptr,     # [P, B] float32: the highest of a split, infinite where a logit is NaN or infinite
     column_ptr,    # [P, B] int64: the first column that has it
-    stride, columns, first_token, temperature, split_columns, BLOCK: tl.constexpr,
+    stride, columns, first_token, temperature, width, BLOCK: tl.constexpr,  # of a split
 ):
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     key = mix64(tl.load(streams_ptr + row) + (tl.load(positions_ptr + row) + 1) * _GAMMA)
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
-    at = tl.zeros((BLOCK,), tl.int32) + split * split_columns
-    end = tl.minimum(columns, (split + 1) * split_columns)
-    for tile in range(split * split_columns, end, BLOCK):
+    at = tl.zeros((BLOCK,), tl.int32) + split * width
+    end = tl.minimum(columns, (split + 1) * width)
+    for tile in range(split * width, end, BLOCK):
         column = tile + tl.arange(0, BLOCK)
         z = tl.load(logits_ptr + row * stride + column, mask=column < end, other=float("-inf")).to(tl.float32)
         score = z / temperature + gumbel(key, (first_token + column).to(tl.int32))
@@ -106,8 +106,9 @@ def draw(logits: Tensor, streams: Tensor, positions: Tensor, temperature: float,
     best, token = torch.empty_like(scores[0]), torch.empty_like(columns_of[0])
     with on_device_of(logits):
         scores_kernel[(rows, splits)](logits, streams, positions, scores, columns_of, logits.stride(0), columns, first_token, temperature,
-                                      SPLIT_COLUMNS, BLOCK=BLOCK, num_warps=WARPS)
-        merge_kernel[(rows,)](scores, columns_of, best, token, rows, splits, first_token, no_token, MERGED=MERGED, num_warps=1)
+                                      SPLIT_COLUMNS, BLOCK=BLOCK, num_warps=warps(WARPS))
+        merge_kernel[(rows,)](scores, columns_of, best, token, rows, splits, first_token, no_token, MERGED=MERGED,
+                             num_warps=warps(MERGE_WARPS))
     return best, token
 
 
