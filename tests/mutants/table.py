@@ -555,6 +555,12 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         ("megakd/dry_run.py", "sum(sorted(lengths)[-most:]) if pack", "sum(sorted(lengths)[:most]) if pack"),
         ("megakd/dry_run.py", "min(tokens, max(most_tokens, longest))", "min(tokens, most_tokens)"),
     ],
+    of("test_packing", "attention_that_slides_takes_some_queries_at_a_time"): [
+        (MODELS + "attention.py", "max(0, first - window + 1), first + query.shape[2]", "max(0, first - window + 2), first + query.shape[2]"),
+    ],
+    of("test_packing", "nothing_grows_with_the_square_of_a_row_or_with_row_times_vocabulary"): [
+        (MODELS + "attention.py", "QUERIES_AT_ONCE = 512", "QUERIES_AT_ONCE = 2**20"),
+    ],
     of("test_packing", "held_out_rows_are_packed_too"): [
         (TRAINER, "pack=training.pack", "pack=False"),
     ],
