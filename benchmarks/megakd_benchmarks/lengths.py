@@ -57,7 +57,8 @@ class GivenResponses(PromptKD):
 
 
 def peak_in_own_process(case: Case) -> tuple[float, float]:
-    """MiB: of weights, gradients and optimizer state, and what the iteration adds at its worst. Forked: this process has only imported."""
+    """MiB beyond the imports: of weights, gradients and optimizer state, and at the iteration's worst. Forked: this process has only
+    imported."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
         return pool.submit(peak, case).result()
 
@@ -70,7 +71,7 @@ def peak(case: Case) -> tuple[float, float]:
     method.train([row_of(0, 2 * PROMPT, case.vocabulary)], 1)
     always = memory("VmRSS")
     method.train([row_of(i, length, case.vocabulary) for i, length in enumerate(case.lengths)], 2)
-    return (always - before) / MIB, (memory("VmHWM") - always) / MIB
+    return (always - before) / MIB, (memory("VmHWM") - before) / MIB
 
 
 def row_of(number: int, positions: int, vocabulary: int) -> Sample:

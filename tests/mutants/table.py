@@ -523,7 +523,6 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     of("test_packing", "every_method_learns_packed_what_it_learns_padded[one rank]"): [
         (METHODS + "base.py", '"pack": training.pack', '"pack": False'),
         (MODELS + "packed_rows.py", "columns = [prompted + length for length in lengths]", "columns = list(lengths)"),
-        (DATA + "batch.py", "teacher_batch = batch.teacher_batch and packed(batch.teacher_batch)", "teacher_batch = batch.teacher_batch"),
     ],
     of("test_packing", "every_method_learns_packed_what_it_learns_padded[PP2]"): [
         (MODELS + "gpt_model.py", " * len(packed_lengths or (0,))", ""),
@@ -546,6 +545,9 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     of("test_packing", "flash_attn_is_told_where_rows_begin"): [
         (MODELS + "packed_rows.py", "max_seqlen_q=max(columns)", "max_seqlen_q=sum(columns)"),
         (MODELS + "packed_rows.py", "starts = torch.tensor([0, *accumulate(columns)]", "starts = torch.tensor([0, sum(columns)]"),
+    ],
+    of("test_packing", "a_packed_batch_has_the_same_labels_in_the_same_order_and_no_padding"): [
+        (DATA + "batch.py", "teacher_batch = batch.teacher_batch and packed(batch.teacher_batch)", "teacher_batch = batch.teacher_batch"),
     ],
     of("test_packing", "packed_micro_batches_are_few_and_within_both_limits"): [
         (DATA + "batch.py", "len(group) < most and sample.longest <= room[i]", "sample.longest <= room[i]"),
