@@ -11,8 +11,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from distributed import run_distributed
 from stories import CASES, Batches, story_config, text_batch
+from test_families import write_inputs
 from test_methods import PAIRS, method_inputs
 from test_models import VARIANTS
+from test_trainer import command, numbers, run
 from tiny import tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -67,6 +69,17 @@ def test_every_method_learns_packed_what_it_learns_padded(layout):
     tp, pp, dp, sp, cases, iterations = LAYOUTS[layout]
     parallel = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "sequence_parallel": sp}
     run_distributed(check_same, tp * pp * dp, cases, PAIRS["gpt2"], parallel, iterations, tp=tp, pp=pp)
+
+
+def test_a_run_with_adapters_recomputation_and_a_teacher_in_another_layout(tmp_path):
+    """From flags to metrics.jsonl: two replicas, whose token ids travel to one teacher."""
+    write_inputs(tmp_path, {"family": "qwen3", "layers": 2})
+    flags = {"train-iters": 2, "lora-rank": 4, "recompute": True, "teacher-tp": 2, "micro-batch-size": 4}
+    for name, more in (("padded", {}), ("packed", {"pack": True, "micro-batch-tokens": 30})):
+        run_distributed(run, 2, command(tmp_path, name, "kd", **flags, **more))
+    padded, unpadded = (numbers(tmp_path / name) for name in ("padded", "packed"))
+    for one, other in zip(padded, unpadded, strict=True):
+        assert other == pytest.approx(one, rel=1e-5, abs=1e-6)
 
 
 # ---- a model, in float64

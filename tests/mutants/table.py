@@ -531,7 +531,6 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     of("test_packing", "every_family_says_the_same_packed_and_its_gradient_is_the_same[]"): [
         (MODELS + "packed_rows.py", "return [(size, len(list(same))) for size, same in groupby(self.lengths)]", "return [(sum(self.lengths), 1)]"),
         (MODELS + "gpt_model.py", "tables[:, :, packed.position_ids] if packed else tables", "tables[:, :, : received.shape[0]]"),
-        (MODELS + "gpt_model.py", "packed.max_seqlen_q if packed else", "received.shape[0] if packed else"),
         (MODELS + "transformer_layer.py", "packed_seq_params=packed_seq_params\n        )", "packed_seq_params=None\n        )"),
         (DATA + "batch.py", "torch.cat([torch.arange(length) for length in lengths.tolist()])", "torch.arange(tokens.shape[1])"),
     ],
