@@ -11,10 +11,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from distributed import run_distributed
 from stories import CASES, Batches, story_config, text_batch
+from test_families import write_inputs
 from test_methods import PAIRS, method_inputs
 from test_models import VARIANTS
+from test_trainer import command, numbers, run
 from tiny import tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from megakd.config import Config
 from megakd.data.batch import Sample, batch_of, collate, micro_batches, packed
 from megakd.dry_run import largest_micro_batch
 from megakd.evaluation import held_out
@@ -64,6 +69,17 @@ def test_every_method_learns_packed_what_it_learns_padded(layout):
     tp, pp, dp, sp, cases, iterations = LAYOUTS[layout]
     parallel = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "sequence_parallel": sp}
     run_distributed(check_same, tp * pp * dp, cases, PAIRS["gpt2"], parallel, iterations, tp=tp, pp=pp)
+
+
+def test_a_run_with_adapters_recomputation_and_a_teacher_in_another_layout(tmp_path):
+    """From flags to metrics.jsonl: two replicas, whose token ids travel to one teacher."""
+    write_inputs(tmp_path, {"family": "qwen3", "layers": 2})
+    flags = {"train-iters": 2, "lora-rank": 4, "recompute": True, "teacher-tp": 2, "micro-batch-size": 4}
+    for name, more in (("padded", {}), ("packed", {"pack": True, "micro-batch-tokens": 30})):
+        run_distributed(run, 2, command(tmp_path, name, "kd", **flags, **more))
+    padded, unpadded = (numbers(tmp_path / name) for name in ("padded", "packed"))
+    for one, other in zip(padded, unpadded, strict=True):
+        assert other == pytest.approx(one, rel=1e-5, abs=1e-6)
 
 
 # ---- a model, in float64
@@ -229,3 +245,61 @@ def test_held_out_rows_are_packed_too(monkeypatch):
 def test_one_row_alone_is_cut_to_its_length():
     batch = packed(collate(rows()[:1], seq_length=40))
     assert batch.seq_length == rows()[0].num_positions and batch.packed_lengths is None
+
+
+# ---- long rows
+
+
+def test_attention_that_slides_takes_some_queries_at_a_time(monkeypatch):
+    """Values and gradients are those of one mask over all, in float64."""
+    query, key, value = (torch.randn(23, 2, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+
+    def gradients(attended):
+        loss = (attended * torch.arange(8.0, dtype=torch.float64)).sum()
+        return attended, *torch.autograd.grad(loss, (query, key, value), retain_graph=True)
+
+    for window in (1, 3, 9, 22):
+        distance = torch.arange(23)[:, None] - torch.arange(23)
+        seen = (distance >= 0) & (distance < window)
+        q, k, v = query, key.repeat_interleave(2, 2), value.repeat_interleave(2, 2)
+        whole = F.scaled_dot_product_attention(*(x.permute(1, 2, 0, 3) for x in (q, k, v)), attn_mask=seen).permute(2, 0, 1, 3)
+        for at_once in (4, 5, 64):
+            monkeypatch.setattr(attention, "QUERIES_AT_ONCE", at_once)
+            ours = attention.sdpa_attention(query, key, value, 0.0, None, window)
+            torch.testing.assert_close(gradients(ours), gradients(whole))
+
+
+class Largest(TorchDispatchMode):
+    """Numbers that the largest tensor of any operation keeps, and which."""
+
+    numbers, operation = 0, ""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        sizes = [x.untyped_storage().nbytes() // x.element_size() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        if max(sizes, default=0) > self.numbers:
+            self.numbers, self.operation = max(sizes), str(function)
+        return out
+
+
+def check_long_rows(layout, method_name, pair, lengths):
+    """Neither [s, s] nor [s, V] at once; the vocabulary is wider than the models."""
+    draw = lambda n, seed: tuple(torch.randint(2, 1000, (n,), generator=torch.Generator().manual_seed(seed)).tolist())
+    samples = [Sample(i, draw(20, i), draw(n - 19, i)) for i, n in enumerate(lengths)]
+    config = Config(method=method_name)
+    config = replace(config, training=replace(config.training, micro_batch_size=4, pack=len(lengths) > 1))
+    if method_name == "kd":
+        config = replace(config, distillation=replace(config.distillation, hidden_coef=0.5))
+    method = METHODS[method_name](method_inputs(layout, config, pair), config, total_iters=10)
+    method.respond = lambda samples, iteration: list(samples)
+    with Largest() as largest:
+        method.train(samples, 1)
+    positions = sum(lengths)
+    assert largest.numbers < min(max(lengths) ** 2 / 3, positions * 1024 / 3), (largest.operation, largest.numbers)
+
+
+@pytest.mark.parametrize("method, lengths", [("sft", [1400]), ("kd", [1400]), ("promptkd", [1400]), ("promptkd", [1200, 150])])
+def test_nothing_grows_with_the_square_of_a_row_or_with_row_times_vocabulary(method, lengths):
+    same = {"layers": 2, "vocab_size": 1000, "max_position_embeddings": 2048}
+    slides = {"family": "smollm3", "no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 300} | same
+    run_distributed(check_long_rows, 1, method, (slides, {"family": "qwen3"} | same), lengths)

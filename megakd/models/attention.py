@@ -10,6 +10,7 @@ flash-attn is told where each begins, and torch is given neighbours that are as 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 
@@ -27,6 +28,8 @@ try:
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 except ImportError:
     flash_attn_func = flash_attn_varlen_func = None
+
+QUERIES_AT_ONCE = 512  # of a layer that slides, where torch attends
 
 
 class SDPACoreAttention(MegatronModule):
@@ -109,15 +112,27 @@ def sdpa_attention(
     s, r = query.shape[2], query.shape[1] // key.shape[1]
     if window is None or window >= s:
         seen = {"is_causal": True, "enable_gqa": r > 1}
-    else:  # with a mask and unequal heads torch has no kernel that leaves the scores unwritten
-        seen = {"attn_mask": sliding_mask(s, window, query.device)}
-        key, value = key.repeat_interleave(r, 1), value.repeat_interleave(r, 1)
-    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale, **seen).permute(2, 0, 1, 3)
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale, **seen).permute(2, 0, 1, 3)
+    key, value = key.repeat_interleave(r, 1), value.repeat_interleave(r, 1)  # for masks and unequal heads no kernel leaves scores unwritten
+    return torch.cat([part.permute(2, 0, 1, 3) for part in sliding_attention(query, key, value, dropout, scale, window)])
 
 
-def sliding_mask(s: int, window: int, device: torch.device) -> Tensor:
-    """[s, s], true where a token sees another."""
-    distance = torch.arange(s, device=device)[:, None] - torch.arange(s, device=device)
+def sliding_attention(
+    query_bnsd: Tensor, key_bnsd: Tensor, value_bnsd: Tensor, dropout: float, scale: float | None, window: int
+) -> Iterator[Tensor]:
+    """[b, n, ., d] of some queries at a time, which see few keys: no mask is as wide as it is long."""
+    for first in range(0, query_bnsd.shape[2], QUERIES_AT_ONCE):
+        query = query_bnsd[:, :, first : first + QUERIES_AT_ONCE]
+        start, stop = max(0, first - window + 1), first + query.shape[2]
+        mask = sliding_mask(range(first, stop), range(start, stop), window, query.device)
+        seen = (x[:, :, start:stop] for x in (key_bnsd, value_bnsd))
+        yield F.scaled_dot_product_attention(query, *seen, attn_mask=mask, dropout_p=dropout, scale=scale)
+
+
+def sliding_mask(queries: range, keys: range, window: int, device: torch.device) -> Tensor:
+    """True where a token sees another."""
+    positions = lambda of: torch.arange(of.start, of.stop, device=device)
+    distance = positions(queries)[:, None] - positions(keys)
     return (distance >= 0) & (distance < window)
 
 

@@ -152,7 +152,8 @@ class HiddenStateGPTModel(GPTModel):
                 x = x + self.embedding.position_embeddings(position_ids_BS)
         else:
             x = self._embed_behind(soft_prompt_PH, tokens_BS)
-        x = self.embedding.embedding_dropout(x.transpose(0, 1).contiguous())
+        x = x.transpose(0, 1).contiguous()
+        x = self.embedding.embedding_dropout(x.view(x.shape) if packed else x)  # one row's strides keep torch from plain matrix products
         if self.config.sequence_parallel:
             x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[0] % self.tp_group.size()))  # equal parts; nothing real sees what comes last
             x = scatter_to_sequence_parallel_region(x, group=self.tp_group)

@@ -552,7 +552,6 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     of("test_packing", "every_method_learns_packed_what_it_learns_padded[one rank]"): [
         (METHODS + "base.py", '"pack": training.pack', '"pack": False'),
         (MODELS + "packed_rows.py", "columns = [prompted + length for length in lengths]", "columns = list(lengths)"),
-        (DATA + "batch.py", "teacher_batch = batch.teacher_batch and packed(batch.teacher_batch)", "teacher_batch = batch.teacher_batch"),
     ],
     of("test_packing", "every_method_learns_packed_what_it_learns_padded[PP2]"): [
         (MODELS + "gpt_model.py", " * len(packed_lengths or (0,))", ""),
@@ -561,7 +560,6 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     of("test_packing", "every_family_says_the_same_packed_and_its_gradient_is_the_same[]"): [
         (MODELS + "packed_rows.py", "return [(size, len(list(same))) for size, same in groupby(self.lengths)]", "return [(sum(self.lengths), 1)]"),
         (MODELS + "gpt_model.py", "tables[:, :, packed.position_ids] if packed else tables", "tables[:, :, : received.shape[0]]"),
-        (MODELS + "gpt_model.py", "packed.max_seqlen_q if packed else", "received.shape[0] if packed else"),
         (MODELS + "transformer_layer.py", "packed_seq_params=packed_seq_params\n        )", "packed_seq_params=None\n        )"),
         (DATA + "batch.py", "torch.cat([torch.arange(length) for length in lengths.tolist()])", "torch.arange(tokens.shape[1])"),
     ],
@@ -576,6 +574,9 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (MODELS + "packed_rows.py", "max_seqlen_q=max(columns)", "max_seqlen_q=sum(columns)"),
         (MODELS + "packed_rows.py", "starts = torch.tensor([0, *accumulate(columns)]", "starts = torch.tensor([0, sum(columns)]"),
     ],
+    of("test_packing", "a_packed_batch_has_the_same_labels_in_the_same_order_and_no_padding"): [
+        (DATA + "batch.py", "teacher_batch = batch.teacher_batch and packed(batch.teacher_batch)", "teacher_batch = batch.teacher_batch"),
+    ],
     of("test_packing", "packed_micro_batches_are_few_and_within_both_limits"): [
         (DATA + "batch.py", "len(group) < most and sample.longest <= room[i]", "sample.longest <= room[i]"),
         (DATA + "batch.py", "room[i] -= sample.longest", "pass"),
@@ -583,6 +584,12 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     of("test_packing", "a_dry_run_counts_packed_positions"): [
         ("megakd/dry_run.py", "sum(sorted(lengths)[-most:]) if pack", "sum(sorted(lengths)[:most]) if pack"),
         ("megakd/dry_run.py", "min(tokens, max(most_tokens, longest))", "min(tokens, most_tokens)"),
+    ],
+    of("test_packing", "attention_that_slides_takes_some_queries_at_a_time"): [
+        (MODELS + "attention.py", "max(0, first - window + 1), first + query.shape[2]", "max(0, first - window + 2), first + query.shape[2]"),
+    ],
+    of("test_packing", "nothing_grows_with_the_square_of_a_row_or_with_row_times_vocabulary"): [
+        (MODELS + "attention.py", "QUERIES_AT_ONCE = 512", "QUERIES_AT_ONCE = 2**20"),
     ],
     of("test_packing", "held_out_rows_are_packed_too"): [
         (TRAINER, "pack=training.pack", "pack=False"),
