@@ -4,8 +4,8 @@ s sequence, b batch, n query heads, g key/value heads (GQA: g divides n), r = n 
 A layer that slides has a window: a token sees the last `window` tokens, itself among them.
 
 Training batches are right-padded and have no mask: under causal attention a real position never sees the padding behind it. flash-attn's
-kernels attend where it is installed, else torch's scaled_dot_product_attention. Packed rows stand one behind the other, [s, 1, n, d]:
-flash-attn is told where each begins, and torch is given neighbours that are as long as each other as a batch.
+kernels attend where they are installed (`flash`), else torch's scaled_dot_product_attention. Packed rows stand one behind the other,
+[s, 1, n, d]: flash-attn is told where each begins, and torch is given neighbours that are as long as each other as a batch.
 """
 
 from __future__ import annotations
@@ -20,13 +20,11 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
+from megakd.models.flash import package_for
 from megakd.models.kv_cache import CacheStep
 from megakd.models.packed_rows import PackedRows
 
-try:
-    from flash_attn import flash_attn_func, flash_attn_varlen_func
-except ImportError:
-    flash_attn_func = flash_attn_varlen_func = None
+MASK_COLUMNS = 16  # a row of a mask begins at a multiple of so many, or torch's kernel on a GPU copies the mask at every call
 
 
 class SDPACoreAttention(MegatronModule):
@@ -55,39 +53,14 @@ class SDPACoreAttention(MegatronModule):
         if inference_context is not None:
             keys_bgld, values_bgld = inference_context.store(self.layer_number, key_sbgd, value_sbgd)
             return masked_attention(query_sbnd, keys_bgld, values_bgld, inference_context.masks[self.window], self.softmax_scale)
-        if packed_seq_params is None:
-            attend = flash_attention if can_flash(query_sbnd) else sdpa_attention
-        else:
-            attend = partial(flash_varlen_attention if can_flash(query_sbnd) else attention_by_blocks, packed_seq_params)
         dropout = self.dropout if self.training else 0.0
+        flash = package_for(query_sbnd, dropout)
+        if packed_seq_params is None:
+            attend = flash.attention if flash else sdpa_attention
+        else:
+            attend = partial(flash.packed_attention if flash else attention_by_blocks, packed_seq_params)
         with tensor_parallel.get_cuda_rng_tracker().fork() if dropout else nullcontext():
             return attend(query_sbnd, key_sbgd, value_sbgd, dropout, self.softmax_scale, self.window).flatten(2)
-
-
-def can_flash(query_sbnd: Tensor) -> bool:
-    """flash-attn is installed, and takes tensors like these."""
-    return flash_attn_func is not None and query_sbnd.is_cuda and query_sbnd.dtype in (torch.float16, torch.bfloat16)
-
-
-def flash_attention(
-    query_sbnd: Tensor, key_sbgd: Tensor, value_sbgd: Tensor, dropout: float, scale: float | None, window: int | None
-) -> Tensor:
-    """[s, b, n, d], by flash-attn's own kernels, which count the columns before a token's own."""
-    query, key, value = (x.transpose(0, 1) for x in (query_sbnd, key_sbgd, value_sbgd))
-    reach = (-1 if window is None else window - 1, 0)
-    out = flash_attn_func(query, key, value, dropout_p=dropout, softmax_scale=scale, causal=True, window_size=reach)
-    return out.transpose(0, 1)
-
-
-def flash_varlen_attention(
-    packed: PackedRows, query_s1nd: Tensor, key_s1gd: Tensor, value_s1gd: Tensor, dropout: float, scale: float | None, window: int | None
-) -> Tensor:
-    """[s, 1, n, d] of packed rows, by flash-attn's own kernels."""
-    ends = (packed.cu_seqlens_q, packed.cu_seqlens_kv, packed.max_seqlen_q, packed.max_seqlen_kv)
-    reach = (-1 if window is None else window - 1, 0)
-    query, key, value = (x.squeeze(1) for x in (query_s1nd, key_s1gd, value_s1gd))
-    options = {"dropout_p": dropout, "softmax_scale": scale, "causal": True, "window_size": reach}
-    return flash_attn_varlen_func(query, key, value, *ends, **options).unsqueeze(1)
 
 
 def attention_by_blocks(packed: PackedRows, query_s1nd: Tensor, key_s1gd: Tensor, value_s1gd: Tensor, *options) -> Tensor:
@@ -110,15 +83,29 @@ def sdpa_attention(
     if window is None or window >= s:
         seen = {"is_causal": True, "enable_gqa": r > 1}
     else:  # with a mask and unequal heads torch has no kernel that leaves the scores unwritten
-        seen = {"attn_mask": sliding_mask(s, window, query.device)}
+        seen = {"attn_mask": sliding_mask(s, window, query.dtype, query.device)}
         key, value = key.repeat_interleave(r, 1), value.repeat_interleave(r, 1)
     return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale, **seen).permute(2, 0, 1, 3)
 
 
-def sliding_mask(s: int, window: int, device: torch.device) -> Tensor:
-    """[s, s], true where a token sees another."""
+_masks: dict[tuple, Tensor] = {}  # the longest so far, by window, type and device: shorter ones are its corners
+
+
+def sliding_mask(s: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[s, s], added to the scores: 0 where a token sees another, else -inf. All layers and passes share it; torch would make a like one
+    of a boolean mask in each of them."""
+    key = (window, dtype, device)
+    if key not in _masks or len(_masks[key]) < s:
+        _masks[key] = new_sliding_mask(-(-s // MASK_COLUMNS) * MASK_COLUMNS, window, dtype, device)
+    return _masks[key][:s, :s]
+
+
+@torch.inference_mode(False)  # what an evaluation makes serves training, too
+def new_sliding_mask(s: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[s, s]"""
     distance = torch.arange(s, device=device)[:, None] - torch.arange(s, device=device)
-    return (distance >= 0) & (distance < window)
+    hidden = (distance < 0) | (distance >= window)
+    return torch.zeros(s, s, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
 
 
 def masked_attention(query_sbnd: Tensor, key_bgld: Tensor, value_bgld: Tensor, mask_b1sl: Tensor, scale: float | None) -> Tensor:
