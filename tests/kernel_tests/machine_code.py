@@ -22,6 +22,7 @@ from pathlib import Path
 
 import triton
 from megakd_kernels.cross_entropy import triton as cross_entropy_triton
+from megakd_kernels.gumbel import triton as gumbel_triton
 from megakd_kernels.kl import triton as kl_triton
 from megakd_kernels.mixture import triton as mixture_triton
 from megakd_kernels.prompt_embedding import triton as prompt_embedding_triton
@@ -30,9 +31,9 @@ from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+(?:\.[A-Z0-9_]+)*)", re.M)
-FLOAT32_POINTERS = re.compile(r"(weights|stats|top_.|sum_.|top|sum|kl_.*|scale|coef|lse|x|y)_ptr")
-INT64_POINTERS = ("labels_ptr", "tokens_ptr", "position_ids_ptr")
-FLOATS = ("k", "share", "log_share", "log_rest")
+FLOAT32_POINTERS = re.compile(r"(weights|stats|top_.|sum_.|top|sum|kl_.*|scale|coef|score|best|x|y)_ptr")
+INT64_POINTERS = ("labels_ptr", "tokens_ptr", "position_ids_ptr", "streams_ptr", "column_ptr", "token_ptr")
+FLOATS = ("k", "share", "log_share", "log_rest", "temperature")
 MULTIPLES_OF_16 = ("split_columns", "H")  # the first is a multiple of a tile
 DTYPES = {"bf16": 2, "fp32": 4}  # bytes; a run has no others
 FEW = ("statistics, two tensors", "gradient, two tensors, both", "mixture gradient, skew, both")
@@ -82,7 +83,7 @@ class Variant:
 
 
 def argument_type(variant: Variant, name: str) -> str:
-    if name in INT64_POINTERS:
+    if name in INT64_POINTERS or (name == "position_ptr" and variant.kernel is gumbel_triton.scores_kernel):  # else a table
         return "*i64"
     if FLOAT32_POINTERS.fullmatch(name) or (name == "out_ptr" and variant.kernel.fn.__name__ != "embed_kernel"):
         return "*fp32"
@@ -100,7 +101,7 @@ def compiled(variant: Variant, card: Card):
         constexprs={(names.index(n),): value for n, value in constants.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
     )
-    return triton.compile(source, target=card.target, options={"num_warps": variant.warps * 32 // card.target.warp_size})
+    return triton.compile(source, target=card.target, options={"num_warps": max(1, variant.warps * 32 // card.target.warp_size)})
 
 
 def read(variant: Variant, card: Card) -> dict[str, int]:
@@ -108,10 +109,10 @@ def read(variant: Variant, card: Card) -> dict[str, int]:
     and how many global loads and stores there are, in all and of 128 bits; `_wanted` is what an unmasked tile takes."""
     asm = compiled(variant, card).asm
     code = of_amd(asm["amdgcn"]) if "amdgcn" in asm else of_nvidia(asm["cubin"])
-    threads = 32 * variant.warps
+    threads = max(32 * variant.warps, card.target.warp_size)
     allotted = -(-code["registers"] // card.granule) * card.granule
     fit = min(card.registers // (allotted * threads), card.threads // threads)
-    return code | {"fit": fit, "splits": "split_columns" in variant.kernel.arg_names, "loads_wanted": variant.wide(variant.loads), "stores_wanted": variant.wide(variant.stores)}
+    return code | {"fit": fit, "splits": {"split_columns", "ALIGNED"} <= set(variant.kernel.arg_names), "loads_wanted": variant.wide(variant.loads), "stores_wanted": variant.wide(variant.stores)}
 
 
 def of_nvidia(cubin: bytes) -> dict[str, int]:
@@ -159,6 +160,8 @@ def usual() -> Iterator[Variant]:
     for name, positions, ids in (("rotary", False, False), ("positions", True, False), ("position ids", True, True)):
         constants = {**embedding, "HAS_POSITIONS": positions, "HAS_IDS": ids, "OWNS_PROMPT": True}
         yield Variant(f"prompt embedding, {name}", prompt_embedding_triton.embed_kernel, constants, warps, 2 + positions, 1, block)
+    yield Variant("draw, scores", gumbel_triton.scores_kernel, {"BLOCK": gumbel_triton.BLOCK}, gumbel_triton.WARPS)
+    yield Variant("draw, merge", gumbel_triton.merge_kernel, {"MERGED": gumbel_triton.MERGED}, 1)
     yield Variant("prompt gradient", prompt_embedding_triton.prompt_gradient_kernel, embedding, warps, 1, 0, block)
 
 
@@ -181,7 +184,7 @@ def every() -> Iterator[Variant]:
     for variant in usual():
         names = [name for name in CHOICES if name in variant.constants]
         strided = (False, True) if any(name.startswith("stride") for name in variant.kernel.arg_names) else (False,)
-        typed = DTYPES if variant.tile else ("bf16",)
+        typed = ("bf16",) if variant.name.startswith("merge") or variant.name == "draw, merge" else DTYPES
         for dtype, of_16, values in product(typed, strided, product(*(CHOICES[name] for name in names))):
             rare = [dtype] * (dtype != "bf16") + ["strides of 16"] * of_16
             rare += [f"{name} {value}" for name, value in zip(names, values) if not value]

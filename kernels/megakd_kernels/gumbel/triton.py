@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_rows import on_device_of
+from ..triton_rows import on_device_of, warps
 
 BLOCK, WARPS = 1024, 4
 SPLIT_COLUMNS = 8192  # of one program
@@ -106,8 +106,8 @@ def draw(logits: Tensor, streams: Tensor, position: Tensor, temperature: float, 
     best, token = torch.empty_like(scores[0]), torch.empty_like(columns_of[0])
     with on_device_of(logits):
         scores_kernel[(rows, splits)](logits, streams, position, scores, columns_of, logits.stride(0), columns, first_token, temperature,
-                                      SPLIT_COLUMNS, BLOCK=BLOCK, num_warps=WARPS)
-        merge_kernel[(rows,)](scores, columns_of, best, token, rows, splits, first_token, no_token, MERGED=MERGED, num_warps=1)
+                                      SPLIT_COLUMNS, BLOCK=BLOCK, num_warps=warps(WARPS))
+        merge_kernel[(rows,)](scores, columns_of, best, token, rows, splits, first_token, no_token, MERGED=MERGED, num_warps=warps(1))
     return best, token
 
 
