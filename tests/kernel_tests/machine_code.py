@@ -196,12 +196,13 @@ def every() -> Iterator[Variant]:
 
 def table(found: dict[str, dict[str, dict[str, int]]]) -> str:
     """A row a kernel: the most registers of its variants and the fewest programs that fit, by card."""
-    kernels = list(dict.fromkeys(v.name for v in usual()))
+    of = lambda kernel, name: name == kernel or name.startswith(f"{kernel}, ")
+    kernels = [v.name for v in usual() if any(of(v.name, name) for codes in found.values() for name in codes)]
     lines = [f"| registers (programs at once) | {' | '.join(found)} |", f"|---|{'---|' * len(found)}"]
     for kernel in kernels:
         cells = []
         for by_variant in found.values():
-            codes = [code for name, code in by_variant.items() if name == kernel or name.startswith(f"{kernel}, ")]
+            codes = [code for name, code in by_variant.items() if of(kernel, name)]
             cells.append(f"{max(code['registers'] for code in codes)} ({min(code['fit'] for code in codes)})")
         lines.append(f"| {kernel} | {' | '.join(cells)} |")
     bad = [f"{card}: {name}" for card, codes in found.items() for name, code in codes.items() if not good(code)]
