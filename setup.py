@@ -41,6 +41,7 @@ setup(
         "wandb": ["wandb"],  # --wandb-project
         "quantize": ["torchao>=0.15"],  # --teacher-quantize
         "gpu": ["triton>=3.6", "flash-attn"],  # torch pins its own Triton; tests interpret kernels, which takes 3.7 beside NumPy 2.4
+        "flash4": ["flash-attn-4>=4.0.0b9"],  # Hopper and Blackwell; there are betas alone so far
         "test": ["gguf", "hypothesis", "peft", "pytest", "pytest-xdist", "ruff", "triton>=3.7", "pyarrow", "torchao>=0.15"],
     },
 )

@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from distributed import run_distributed
 from tiny import tiny_config, tiny_folder, tiny_model
 from transformers import AutoModelForCausalLM
 
-from megakd.models import attention
 from megakd.models.hf_checkpoint import HFCheckpoint
 from megakd.models.model_provider import (
     build_model,
@@ -145,23 +143,6 @@ def test_yarn_stretches_the_context_and_dynamic_does_not():
     assert length(rope_type="yarn", factor=2.0, original_max_position_embeddings=16) == 64
     assert length(rope_type="yarn", factor=4.0) == 256, "the original context is then max_position_embeddings"
     assert length(rope_type="dynamic", factor=4.0) == 64 == length(rope_type="linear", factor=4.0)
-
-
-def test_flash_attn_is_called_in_its_own_shapes_and_gives_what_sdpa_gives(monkeypatch):
-    """Its kernels need a GPU; its signature does not: [b, s, n, d], fewer key/value heads allowed, causal."""
-
-    def flash_attn_func(q, k, v, dropout_p, softmax_scale, causal, window_size):
-        repeat = q.shape[2] // k.shape[2]
-        q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)))
-        left, right = window_size  # keys i - left to i + right of query i, -1: no bound
-        seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril(0 if causal else right).triu(-left if left >= 0 else -q.shape[2])
-        return F.scaled_dot_product_attention(q, k, v, seen, dropout_p, scale=softmax_scale).transpose(1, 2)
-
-    monkeypatch.setattr(attention, "flash_attn_func", flash_attn_func)
-    query, key, value = torch.randn(7, 2, 4, 8), torch.randn(7, 2, 2, 8), torch.randn(7, 2, 2, 8)
-    for window in (None, 1, 3, 7, 9):
-        ours, theirs = (attend(query, key, value, 0.0, None, window) for attend in (attention.flash_attention, attention.sdpa_attention))
-        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_layout_that_does_not_divide_the_model_is_refused_with_the_sizes_that_do():

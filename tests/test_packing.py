@@ -24,7 +24,7 @@ from megakd.data.batch import Sample, batch_of, collate, micro_batches, packed
 from megakd.dry_run import largest_micro_batch
 from megakd.evaluation import held_out
 from megakd.methods import METHODS
-from megakd.models import attention
+from megakd.models import attention, flash
 from megakd.models.model_provider import build_model, padded_vocab_size
 from megakd.models.packed_rows import PackedRows
 from megakd.schedules import supervised
@@ -167,14 +167,15 @@ def test_rows_do_not_see_each_other():
     run_distributed(check, 1)
 
 
-def test_flash_attn_is_told_where_rows_begin(monkeypatch):
+@pytest.mark.parametrize("package", flash.PACKAGES, ids=lambda package: package.name)
+def test_flash_attn_is_told_where_rows_begin(monkeypatch, package):
     """Its kernels need a GPU; its signature does not: [s, n, d], int32 starts, the longest row."""
 
-    def flash_attn_varlen_func(q, k, v, starts_q, starts_k, longest_q, longest_k, dropout_p, softmax_scale, causal, window_size):
-        assert starts_q.dtype == torch.int32 and starts_q is starts_k and causal
-        sizes = starts_q.diff().tolist()
-        assert longest_q == longest_k == max(sizes)
-        left, _ = window_size
+    def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, dropout_p=0.0):
+        assert cu_seqlens_q.dtype == torch.int32 and cu_seqlens_q is cu_seqlens_k and causal
+        sizes = cu_seqlens_q.diff().tolist()
+        assert max_seqlen_q == max_seqlen_k == max(sizes)
+        left = -1 if window_size[0] is None else window_size[0]
         out = []
         for row in zip(*(x.split(sizes) for x in (q, k, v))):
             q, k, v = (x.repeat_interleave(row[0].shape[1] // x.shape[1], 1).transpose(0, 1) for x in row)
@@ -183,12 +184,12 @@ def test_flash_attn_is_told_where_rows_begin(monkeypatch):
             out.append(F.scaled_dot_product_attention(q, k, v, seen, dropout_p, scale=softmax_scale).transpose(0, 1))
         return torch.cat(out)
 
-    monkeypatch.setattr(attention, "flash_attn_varlen_func", flash_attn_varlen_func)
+    monkeypatch.setattr(flash, "functions", {package.module: (None, varlen)}.get)
     ends = PackedRows.behind_prompts([7, 3, 3, 1], 2, multiple=4, device=torch.device("cpu"))
     assert ends.lengths == (9, 5, 5, 3, 2) and ends.blocks == [(9, 1), (5, 2), (3, 1), (2, 1)] and ends.rows == 4
     query, key, value = torch.randn(24, 1, 4, 8), torch.randn(24, 1, 2, 8), torch.randn(24, 1, 2, 8)
     for window in (None, 1, 3, 9):
-        ours, theirs = (attend(ends, query, key, value, 0.0, None, window) for attend in (attention.flash_varlen_attention, attention.attention_by_blocks))
+        ours, theirs = (attend(ends, query, key, value, 0.0, None, window) for attend in (package.packed_attention, attention.attention_by_blocks))
         torch.testing.assert_close(ours, theirs)
 
 

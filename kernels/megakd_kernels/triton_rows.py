@@ -90,7 +90,7 @@ def aligned(*tensors_NV: Tensor | None) -> bool:
 
 def warps(of_32: int) -> int:
     """As many threads in the device's own warps, which AMD makes of 64: more threads a tile would leave each with less than 128 bits."""
-    return of_32 // 2 if torch.version.hip else of_32
+    return max(1, of_32 // 2) if torch.version.hip else of_32
 
 
 def programs_wanted(x: Tensor) -> int:

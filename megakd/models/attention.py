@@ -4,8 +4,8 @@ s sequence, b batch, n query heads, g key/value heads (GQA: g divides n), r = n 
 A layer that slides has a window: a token sees the last `window` tokens, itself among them.
 
 Training batches are right-padded and have no mask: under causal attention a real position never sees the padding behind it. flash-attn's
-kernels attend where it is installed, else torch's scaled_dot_product_attention. Packed rows stand one behind the other, [s, 1, n, d]:
-flash-attn is told where each begins, and torch is given neighbours that are as long as each other as a batch.
+kernels attend where they are installed (`flash`), else torch's scaled_dot_product_attention. Packed rows stand one behind the other,
+[s, 1, n, d]: flash-attn is told where each begins, and torch is given neighbours that are as long as each other as a batch.
 """
 
 from __future__ import annotations
@@ -21,13 +21,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
+from megakd.models.flash import package_for
 from megakd.models.kv_cache import CacheStep
 from megakd.models.packed_rows import PackedRows
-
-try:
-    from flash_attn import flash_attn_func, flash_attn_varlen_func
-except ImportError:
-    flash_attn_func = flash_attn_varlen_func = None
 
 QUERIES_AT_ONCE = 512  # of a layer that slides, where torch attends
 
@@ -58,39 +54,14 @@ class SDPACoreAttention(MegatronModule):
         if inference_context is not None:
             keys_bgld, values_bgld = inference_context.store(self.layer_number, key_sbgd, value_sbgd)
             return masked_attention(query_sbnd, keys_bgld, values_bgld, inference_context.masks[self.window], self.softmax_scale)
-        if packed_seq_params is None:
-            attend = flash_attention if can_flash(query_sbnd) else sdpa_attention
-        else:
-            attend = partial(flash_varlen_attention if can_flash(query_sbnd) else attention_by_blocks, packed_seq_params)
         dropout = self.dropout if self.training else 0.0
+        flash = package_for(query_sbnd, dropout)
+        if packed_seq_params is None:
+            attend = flash.attention if flash else sdpa_attention
+        else:
+            attend = partial(flash.packed_attention if flash else attention_by_blocks, packed_seq_params)
         with tensor_parallel.get_cuda_rng_tracker().fork() if dropout else nullcontext():
             return attend(query_sbnd, key_sbgd, value_sbgd, dropout, self.softmax_scale, self.window).flatten(2)
-
-
-def can_flash(query_sbnd: Tensor) -> bool:
-    """flash-attn is installed, and takes tensors like these."""
-    return flash_attn_func is not None and query_sbnd.is_cuda and query_sbnd.dtype in (torch.float16, torch.bfloat16)
-
-
-def flash_attention(
-    query_sbnd: Tensor, key_sbgd: Tensor, value_sbgd: Tensor, dropout: float, scale: float | None, window: int | None
-) -> Tensor:
-    """[s, b, n, d], by flash-attn's own kernels, which count the columns before a token's own."""
-    query, key, value = (x.transpose(0, 1) for x in (query_sbnd, key_sbgd, value_sbgd))
-    reach = (-1 if window is None else window - 1, 0)
-    out = flash_attn_func(query, key, value, dropout_p=dropout, softmax_scale=scale, causal=True, window_size=reach)
-    return out.transpose(0, 1)
-
-
-def flash_varlen_attention(
-    packed: PackedRows, query_s1nd: Tensor, key_s1gd: Tensor, value_s1gd: Tensor, dropout: float, scale: float | None, window: int | None
-) -> Tensor:
-    """[s, 1, n, d] of packed rows, by flash-attn's own kernels."""
-    ends = (packed.cu_seqlens_q, packed.cu_seqlens_kv, packed.max_seqlen_q, packed.max_seqlen_kv)
-    reach = (-1 if window is None else window - 1, 0)
-    query, key, value = (x.squeeze(1) for x in (query_s1nd, key_s1gd, value_s1gd))
-    options = {"dropout_p": dropout, "softmax_scale": scale, "causal": True, "window_size": reach}
-    return flash_attn_varlen_func(query, key, value, *ends, **options).unsqueeze(1)
 
 
 def attention_by_blocks(packed: PackedRows, query_s1nd: Tensor, key_s1gd: Tensor, value_s1gd: Tensor, *options) -> Tensor:

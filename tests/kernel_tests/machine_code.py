@@ -83,7 +83,7 @@ class Variant:
 
 
 def argument_type(variant: Variant, name: str) -> str:
-    if name in INT64_POINTERS:
+    if name in INT64_POINTERS or (name == "position_ptr" and variant.kernel is gumbel_triton.scores_kernel):  # else a table
         return "*i64"
     if FLOAT32_POINTERS.fullmatch(name) or (name == "out_ptr" and variant.kernel.fn.__name__ != "embed_kernel"):
         return "*fp32"
@@ -101,7 +101,7 @@ def compiled(variant: Variant, card: Card):
         constexprs={(names.index(n),): value for n, value in constants.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
     )
-    return triton.compile(source, target=card.target, options={"num_warps": variant.warps * 32 // card.target.warp_size})
+    return triton.compile(source, target=card.target, options={"num_warps": max(1, variant.warps * 32 // card.target.warp_size)})
 
 
 def read(variant: Variant, card: Card) -> dict[str, int]:
@@ -109,10 +109,10 @@ def read(variant: Variant, card: Card) -> dict[str, int]:
     and how many global loads and stores there are, in all and of 128 bits; `_wanted` is what an unmasked tile takes."""
     asm = compiled(variant, card).asm
     code = of_amd(asm["amdgcn"]) if "amdgcn" in asm else of_nvidia(asm["cubin"])
-    threads = 32 * variant.warps
+    threads = max(32 * variant.warps, card.target.warp_size)
     allotted = -(-code["registers"] // card.granule) * card.granule
     fit = min(card.registers // (allotted * threads), card.threads // threads)
-    return code | {"fit": fit, "splits": "split_columns" in variant.kernel.arg_names, "loads_wanted": variant.wide(variant.loads), "stores_wanted": variant.wide(variant.stores)}
+    return code | {"fit": fit, "splits": {"split_columns", "ALIGNED"} <= set(variant.kernel.arg_names), "loads_wanted": variant.wide(variant.loads), "stores_wanted": variant.wide(variant.stores)}
 
 
 def of_nvidia(cubin: bytes) -> dict[str, int]:
@@ -184,7 +184,7 @@ def every() -> Iterator[Variant]:
     for variant in usual():
         names = [name for name in CHOICES if name in variant.constants]
         strided = (False, True) if any(name.startswith("stride") for name in variant.kernel.arg_names) else (False,)
-        typed = DTYPES if variant.tile else ("bf16",)
+        typed = ("bf16",) if variant.name.startswith("merge") or variant.name == "draw, merge" else DTYPES
         for dtype, of_16, values in product(typed, strided, product(*(CHOICES[name] for name in names))):
             rare = [dtype] * (dtype != "bf16") + ["strides of 16"] * of_16
             rare += [f"{name} {value}" for name, value in zip(names, values) if not value]
@@ -196,12 +196,13 @@ def every() -> Iterator[Variant]:
 
 def table(found: dict[str, dict[str, dict[str, int]]]) -> str:
     """A row a kernel: the most registers of its variants and the fewest programs that fit, by card."""
-    kernels = list(dict.fromkeys(v.name for v in usual()))
+    of = lambda kernel, name: name == kernel or name.startswith(f"{kernel}, ")
+    kernels = [v.name for v in usual() if any(of(v.name, name) for codes in found.values() for name in codes)]
     lines = [f"| registers (programs at once) | {' | '.join(found)} |", f"|---|{'---|' * len(found)}"]
     for kernel in kernels:
         cells = []
         for by_variant in found.values():
-            codes = [code for name, code in by_variant.items() if name == kernel or name.startswith(f"{kernel}, ")]
+            codes = [code for name, code in by_variant.items() if of(kernel, name)]
             cells.append(f"{max(code['registers'] for code in codes)} ({min(code['fit'] for code in codes)})")
         lines.append(f"| {kernel} | {' | '.join(cells)} |")
     bad = [f"{card}: {name}" for card, codes in found.items() for name, code in codes.items() if not good(code)]

@@ -570,6 +570,15 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     of("test_packing", "sequence_parallelism_fills_up_what_does_not_divide"): [
         (MODELS + "packed_rows.py", "if missing := -sum(columns) % multiple:", "if missing := 0:"),
     ],
+    of("test_flash", "the_first_package_that_takes_a_call_attends"): [
+        (MODELS + "flash.py", "major in package.majors and ", ""),
+        (MODELS + "flash.py", "(package.knows_dropout or not dropout) and functions", "functions"),
+        (MODELS + "flash.py", "if not query.is_cuda or query.dtype not in", "if query.dtype not in"),
+    ],
+    of("test_flash", "each_package_is_called_in_its_own_shapes"): [
+        (MODELS + "flash.py", "else (window - 1, 0)", "else (window, 0)"),
+        (MODELS + "flash.py", "no_window=(None, None)", "no_window=(-1, 0)"),
+    ],
     of("test_packing", "flash_attn_is_told_where_rows_begin"): [
         (MODELS + "packed_rows.py", "max_seqlen_q=max(columns)", "max_seqlen_q=sum(columns)"),
         (MODELS + "packed_rows.py", "starts = torch.tensor([0, *accumulate(columns)]", "starts = torch.tensor([0, sum(columns)]"),

@@ -28,14 +28,14 @@ def machine(device: torch.device, bandwidth: float, threads: int) -> dict[str, s
 
 
 def write(path: Path, header: dict[str, str], rows: list[dict]) -> None:
-    """The CSV, which opens with where its numbers come from, and a figure of it."""
+    """The CSV, which opens with where its numbers come from, and a figure of it where anything was timed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".csv").open("w", newline="") as file:
         file.writelines(f"# {key}: {value}\n" for key, value in header.items())
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows(rows)
-    if importlib.util.find_spec("matplotlib") is not None:
+    if importlib.util.find_spec("matplotlib") is not None and any(row["p50_ms"] for row in rows):
         draw(path.with_suffix(".png"), header, rows)
 
 
