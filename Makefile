@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+MEGATRON ?= megatron-core==0.16.1
 BIN := $(VENV)/bin
 
 .PHONY: install quickstart test mutants drill lint clean
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 $(VENV)/.installed: setup.py megakd/__init__.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(if $(PIP_INDEX_URL_TORCH),--index-url $(PIP_INDEX_URL_TORCH)) "$(TORCH)"
-	$(BIN)/pip install --quiet -e ".[test]"
+	$(BIN)/pip install --quiet "$(MEGATRON)" -e ".[test]"
 	touch $@
 
 install: $(VENV)/.installed
@@ -28,7 +29,7 @@ test: install lint
 mutants: install
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py $(WORDS)
 
-# Kills, signals, a full disk, locks, restarts, two launchers, and first more hostile files than `make test`: hours. WORDS="signals lock" takes some of it;
+# Kills, signals, a full disk, locks, damage, restarts, two machines, and first more hostile files than `make test`: hours. WORDS="signals lock" takes some of it;
 # docs/reliability.md has the figures.
 drill: install
 	OMP_NUM_THREADS=1 MEGAKD_FUZZ=4 $(BIN)/python -m pytest -q tests/test_fuzz.py

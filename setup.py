@@ -21,7 +21,8 @@ setup(
     package_data={"megakd.simulation": ["shim.cpp"]},
     install_requires=[
         "torch>=2.10",  # addmm adds bfloat16 products to a float32 sum, which the fused heads do on a GPU
-        "megatron-core>=0.16.1,<0.17",  # 0.17 needs Python 3.12
+        "megatron-core>=0.16.1,<0.20",  # the base, up to Python 3.11 the only one; docs/running.md names what was tried
+        'triton>=3.6; python_version >= "3.12" and sys_platform == "linux"',  # megatron-core imports it from 0.18 on, and does not say so
         "transformers>=5",
         "regex",
         "safetensors",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from megakd import begun_with
 from megakd.checkpointing.model_folder import ModelFolder
 from megakd.config import Config
 from megakd.data.batch import Sample
@@ -21,7 +22,7 @@ from megakd.memory import GIB, Load, RankMemory, free_bytes, memory_per_stage, w
 from megakd.methods import METHODS
 from megakd.models.model_provider import tensor_parallel_sizes
 from megakd.models.sizes import parameter_count
-from megakd.preflight import check_run_folder
+from megakd.preflight import check_run_folder, continues
 from megakd.run_data import RunData
 from megakd.runtime.parallel_layout import Grid
 from megakd.trainer import open_answers, open_checked, remarks, total_iterations
@@ -46,6 +47,8 @@ def dry_run(config: Config) -> None:
     config = with_ranks(config)
     check_run_folder(config)
     folders = open_checked(config)
+    if continues(config):
+        begun_with.check(config, folders, begun_with.checksums(begun_with.named_by(config, folders)))
     grids = grids_of(config.parallel, config.teacher_parallel, ranks=config.preview.ranks)
     data = RunData.open(config, folders, FirstReplica(grids[0].dp_size))
     open_answers(config, folders, data)
@@ -108,15 +111,25 @@ def load_of(config: Config, loader: DataLoader, grid: Grid) -> Load:
     rows: Sequence[Sample] = [loader.dataset[i] for i in range(min(ROWS_MEASURED, len(loader.dataset)))]
     lengths = [min(config.data.max_length, len(row.prompt) + config.max_new_tokens) if written else row.num_positions for row in rows]
     training, device = config.training, "cuda" if torch.cuda.is_available() else "cpu"
-    return Load(training.global_batch_size // grid.dp_size, training.micro_batch_size, max(lengths), written, device)
+    tokens = largest_micro_batch(lengths, training.micro_batch_size, training.micro_batch_tokens, pack=training.pack)
+    return Load(training.global_batch_size // grid.dp_size, training.micro_batch_size, max(lengths), tokens, written, device)
+
+
+def largest_micro_batch(lengths: Sequence[int], most: int, most_tokens: int | None, *, pack: bool) -> int:
+    """Positions that it can have: packed those of the longest rows, else as many as there are rows times those of the longest."""
+    longest = max(lengths)
+    tokens = sum(sorted(lengths)[-most:]) if pack else most * longest
+    return tokens if most_tokens is None else min(tokens, max(most_tokens, longest))
 
 
 def batch_line(config: Config, loader: DataLoader, grid: Grid, load: Load) -> str:
     """How an iteration is made, and how many there are."""
     steps, micro = total_iterations(config, loader, grid.dp_size), load.rows // load.micro_batch
     epochs = steps / loader.iterations_per_epoch
-    parts = f"{grid.dp_size} replica(s) × {micro} micro-batch(es) × {load.micro_batch} row(s)"
-    return f"{config.training.global_batch_size} rows an iteration = {parts}; {steps:,} iteration(s) = {epochs:.2f} epochs"
+    parts = f"{grid.dp_size} replica(s) × {micro} micro-batch(es) × {load.micro_batch} row(s){', packed' * config.training.pack}"
+    answers = loader.num_generations
+    of = f" ({loader.rows_per_batch} prompts × {answers} answers)" if answers > 1 else ""
+    return f"{config.training.global_batch_size} rows an iteration{of} = {parts}; {steps:,} iteration(s) = {epochs:.2f} epochs"
 
 
 def memory_line(memory: RankMemory) -> str:

@@ -3,8 +3,9 @@
     python -m megakd.launch --nproc_per_node 8 scripts/pretrain_kd.py ...
 
 torchrun gives its ranks 30 seconds on SIGTERM or Ctrl-C, and ends with a traceback and exit code 1 though they have saved; this agent hands
-the signal on and waits for them. torchrun starts again what a user has to mend (exit code 2); this agent does not. What torchrun prints
-of a rank that has failed goes into a file; the reader's last lines are those of the ranks.
+the signal on and waits for them. torchrun starts again what a user has to mend (exit code 2); this agent does not. A machine that was lost
+may join again, which torchrun's first machine does not notice. What torchrun prints of a rank that has failed goes into a file; the
+reader's last lines are those of the ranks.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousHandler
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.launcher import api
 
 USERS_MISTAKE = 2  # errors.fail's exit code
@@ -29,6 +32,10 @@ REPORT = "megakd_launch.log"
 
 class Agent(LocalElasticAgent):
     """Hands signals on to its ranks, and restarts them unless they were told to stop or somebody has to mend something."""
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        tell_address_anew(worker_group.spec.rdzv_handler)
+        super()._rendezvous(worker_group)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict:
         started = super()._start_workers(worker_group)  # takes the signals for itself
@@ -67,6 +74,13 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return 0
+
+
+def tell_address_anew(handler: RendezvousHandler) -> None:
+    """Let the first machine say in the coming round, too, where its store is. torch says it in the first round alone, and a launcher that
+    joins a later one waits for it there until both end (`DynamicRendezvousHandler.next_rendezvous`)."""
+    if isinstance(handler, DynamicRendezvousHandler):
+        handler._bootstrap_store_info = None
 
 
 def with_file(logger: logging.Logger, file: Path) -> None:

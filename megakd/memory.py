@@ -34,6 +34,7 @@ class Load:
     rows: int  # of an iteration, on one replica
     micro_batch: int
     length: int  # of the longest row
+    tokens: int  # positions of the largest micro-batch
     written: bool  # the student writes responses
     device: str = "cpu"
 
@@ -85,7 +86,7 @@ def rank_memory(
     trained = trained_parameters(config, size)
     split = grid.dp_size if config.parallel.use_distributed_optimizer else 1
     in_flight = min(grid.pp_size - stage, math.ceil(load.rows / load.micro_batch))
-    tokens = load.micro_batch * load.length
+    tokens = load.tokens
     kept = size.layers * hidden + size.of_one_layer if config.training.recompute else size.activations
     is_last = stage == grid.pp_size - 1
     chunk = min(CHUNK_ROWS[load.device], tokens) * padded // grid.tp_size
@@ -138,7 +139,7 @@ def teacher_bytes(config: Config, size: StageSizes, number: int) -> int:
 
 def written_bytes(config: Config, folders: ModelFolders) -> tuple[int, int]:
     """Of a checkpoint and of the export, without what is small."""
-    number, hf = number_bytes(config, Load(1, 1, 1, False)), folders.student.config
+    number, hf = number_bytes(config, Load(1, 1, 1, 1, False)), folders.student.config
     whole, adapters = parameter_count(hf), config.lora.rank
     if adapters:
         size = stage_sizes(hf, padded_vocab_size=hf.vocab_size, tp=1, pp=1, stage=0)

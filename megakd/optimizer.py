@@ -39,11 +39,16 @@ class StudentOptimizer:
     """The student inside DistributedDataParallel, its gradients and its AdamW or SGD (fp32 master weights under bf16).
 
     Norms and biases of every family are kept from weight decay.
+
+    Args:
+        distributed: whether data-parallel ranks share the optimizer's state.
+        overlap: whether gradients travel while the backward pass runs.
     """
 
-    def __init__(self, model: torch.nn.Module, config: TrainingConfig, *, total_iters: int, distributed: bool):
+    def __init__(self, model: torch.nn.Module, config: TrainingConfig, *, total_iters: int, distributed: bool, overlap: bool = False):
         self.config, self.total_iters = config, total_iters
-        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
+        options = {"use_distributed_optimizer": distributed, "overlap_grad_reduce": overlap}
+        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **options)
         self.ddp = DistributedDataParallel(model.config, ddp_config, model, pg_collection=model.layout.groups)
         settings = _optimizer_config(config, model.config.params_dtype, distributed)
         self.optimizer: MegatronOptimizer = get_megatron_optimizer(
@@ -162,17 +167,17 @@ class SoftPromptOptimizer:
         """None, not zeros: on a stage that does not read the prompt it stays None."""
         self.adam.zero_grad()
 
-    def step(self, iteration: int, tokens: torch.Tensor) -> dict[str, float]:
-        """One step on Σ loss / `tokens` of the global batch, the same on every rank; none where the gradient's norm is NaN or infinite."""
+    def clip(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The gradient becomes that of Σ loss / `tokens` of the global batch, the same on every rank, and no longer than the limit.
+        Returns its norm before, which whoever steps looks at: where it is NaN or infinite there is to be no step."""
         self.prompt.synchronize_gradient(tokens)
-        limit = self.config.clip_grad or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.prompt.parameters(), limit).item()
-        if not math.isfinite(norm):
-            return {"grad_norm/prompt": norm}
+        return torch.nn.utils.clip_grad_norm_(self.prompt.parameters(), self.config.clip_grad or math.inf)
+
+    def step(self, iteration: int) -> None:
+        """One step on the gradient, with the iteration's learning rate."""
         choose_kernel(self.adam)
         self.adam.param_groups[0]["lr"] = learning_rate(iteration, lr=self.lr, total_iters=self.total_iters, config=self.config)
         self.adam.step()
-        return {"grad_norm/prompt": norm}
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """The prompt and its moments by name: a checkpoint saves them, and fills them in place."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 import megakd
+from megakd.begun_with import beside_places, read
 from megakd.checkpointing.best import FOLDER as BEST
 from megakd.checkpointing.export_hf import REPORT
 from megakd.checkpointing.model_folder import ModelFolder
@@ -29,10 +30,10 @@ from megakd.runtime.waiting import host_group
 
 MAY_CHANGE = {  # between a run and its resumption: the layout, and what is only written down
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel", "micro_batch_size",
-    "micro_batch_tokens", "rollout_batch_size", "recompute",
+    "micro_batch_tokens", "pack", "rollout_batch_size", "recompute",
     "teacher_tensor_model_parallel_size", "teacher_pipeline_model_parallel_size", "teacher_ranks", "teacher_offload",
     "save", "save_interval", "eval_interval", "eval_iters", "log_interval", "save_rollouts", "show_data", "dry_run", "ranks", "merge_lora",
-    "eval_answers", "eval_decoding", "keep_best", "keep_last", "exact_match_rule", "gsm8k_rule", "rouge_tokenizer",
+    "eval_answers", "eval_decoding", "keep_best", "keep_last", "async_save", "exact_match_rule", "gsm8k_rule", "rouge_tokenizer",
     "exit_duration_in_mins", "exit_signal", "resume", "on_nonfinite", "timeout_minutes",
     "wandb_project", "wandb_name",
 }  # fmt: skip
@@ -141,10 +142,15 @@ def check_run_folder(config: Config) -> None:
     own_folder(config).check(is_older=is_run)
     iteration = iteration_to_resume(config)
     check_nothing_is_lost(folder, has_checkpoint=iteration is not None)
-    if iteration is not None or is_export(folder / BEST):  # what an attempt without a checkpoint has kept is beaten by the same run alone
+    if continues(config):
         check_same_settings(config, from_yaml(saved) if saved.is_file() else config)
     if iteration is not None:
         NativeCheckpoint(folder / "checkpoints", iteration=iteration, flag="--save")  # a damaged one is told before the models are loaded
+
+
+def continues(config: Config) -> bool:
+    """Whether the run in --save goes on. What an attempt without a checkpoint has kept is beaten by the same run alone."""
+    return iteration_to_resume(config) is not None or is_export(Path(config.output.save) / BEST)
 
 
 def iteration_to_resume(config: Config) -> int | None:
@@ -239,10 +245,12 @@ def check_same_settings(config: Config, before: Config) -> None:
     Raises:
         UserError: the first setting that is not.
     """
-    given, fixed = before.flat(), WATCHED if config.page.learns_from_evaluations else set()
-    for name, value in config.flat().items():
-        if name not in MAY_CHANGE - fixed and given[name] != value:
+    fixed, has_sums = WATCHED if config.page.learns_from_evaluations else set(), read(Path(config.output.save))
+    now, then = (beside_places(one) if has_sums else one.flat() for one in (config, before))
+    for name, value in now.items():
+        if name not in MAY_CHANGE - fixed and then[name] != value:
+            ours, theirs = config.flat()[name], before.flat()[name]
             raise UserError(
-                f"{flag_name(name)} {value} differs from the {given[name]} of the run in --save {config.output.save}; "
+                f"{flag_name(name)} {ours} differs from the {theirs} of the run in --save {config.output.save}; "
                 "give the same command to continue it, or another --save to start anew"
             )

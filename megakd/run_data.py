@@ -51,6 +51,7 @@ class RunData:
             seed=config.training.seed,
             dp_rank=layout.dp_rank,
             dp_size=layout.dp_size,
+            num_generations=config.generation.num_generations,
         )
         text = method.open_text(config, tokenizer, layout, conditioning)
         options = {"conditioning": conditioning, "no_response": HELD_OUT}

@@ -2,8 +2,8 @@
 
 N supervised tokens of a micro-batch, H hidden size.
 
-A model is any pipeline stage with a `layout` that is called with (tokens, position_ids, soft_prompt) and knows the `p2p_shape` of
-what it then gives to the next one: models.gpt_model's.
+A model is any pipeline stage with a `layout` that is called with (tokens, position_ids, soft_prompt, packed_lengths) and knows the
+`p2p_shape` of what it then gives to the next one: models.gpt_model's.
 What comes out of the last stage is the hidden states of the supervised positions, [N, H], and never logits. A loss gets them one
 micro-batch at a time and gives a value per token; values are summed here, over micro-batches and data-parallel ranks, and divided
 once by the tokens of the whole global batch: a token mean, not a mean of means.
@@ -58,7 +58,7 @@ def forward_only(
 
     def step(iterator, model):
         batch = next(iterator)
-        return model(batch.tokens, batch.position_ids, soft_prompt), lambda hidden, non_loss_data: keep(hidden, batch)
+        return model(batch.tokens, batch.position_ids, soft_prompt, batch.packed_lengths), lambda hidden, non_loss_data: keep(hidden, batch)
 
     if not batches:  # a replica that has none of them to read
         return []
@@ -120,9 +120,12 @@ def _run_loss(model, batches, loss_function, context, soft_prompt, *, forward_on
     """Sums by name over the micro-batches, `tokens` last, in float64; on the last stage."""
     parts = []
     with nullcontext() if forward_only else gradients_finished_once(model):
+        done = 0
         for window, beside in in_windows(batches, context):
+            done += len(window)
             step = loss_step(loss_function, iter(beside), unwrap(model).output_weight, soft_prompt)
-            parts += run_schedule(model, window, step, soft_prompt, forward_only=forward_only) if window else []
+            with nullcontext() if forward_only or done == len(batches) else without_reduction(model):
+                parts += run_schedule(model, window, step, soft_prompt, forward_only=forward_only) if window else []
     return {name: torch.stack([part[name] for part in parts]).sum(0) for name in (parts[0] if parts else ())}
 
 
@@ -149,7 +152,7 @@ def loss_step(loss_function: LossFunction, context: Iterator[Any], output_weight
 
     def step(iterator, model):
         batch = next(iterator)
-        output = model(batch.tokens, batch.position_ids, soft_prompt)
+        output = model(batch.tokens, batch.position_ids, soft_prompt, batch.packed_lengths)
 
         def loss(hidden: Tensor):
             found = loss_function(HeadRows(supervised(hidden, batch), output_weight()), batch, next(context))
@@ -164,7 +167,8 @@ def loss_step(loss_function: LossFunction, context: Iterator[Any], output_weight
 
 @contextmanager
 def gradients_finished_once(model: torch.nn.Module) -> Iterator[None]:
-    """megatron-core sums gradients over ranks and divides them by the tokens at the end of each schedule; here at the end of the last."""
+    """megatron-core sums gradients over ranks and divides them by the tokens at the end of each schedule; here at the end of the last.
+    The division is ours: megatron's own asks the host whether there are tokens, which waits for the device."""
     config, tokens, options = unwrap(model).config, [], {}
     finish = config.finalize_model_grads_func
     if finish is None:  # a frozen model, whose soft prompt learns
@@ -180,7 +184,26 @@ def gradients_finished_once(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         config.finalize_model_grads_func = finish
-    finish([model], sum(tokens), **options)
+    finish([model], None, **options)
+    layout = unwrap(model).layout
+    total = layout.sum_over_data_parallel(layout.broadcast_from_last_stage(sum(tokens)))
+    model.scale_gradients(1.0 / total.clamp(min=1))
+
+
+@contextmanager
+def without_reduction(model: torch.nn.Module) -> Iterator[None]:
+    """For a schedule behind which others add to the same gradients: under --overlap-grad-reduce its last micro-batch would send them."""
+    config = unwrap(model).config
+    no_sync = config.no_sync_func
+    if no_sync is None:  # a frozen model
+        yield
+        return
+    config.no_sync_func = nullcontext
+    try:
+        with no_sync():
+            yield
+    finally:
+        config.no_sync_func = no_sync
 
 
 def mean_of_means(loss_function: LossFunction, batches: Sequence[Batch], layout: ParallelLayout) -> LossFunction:
@@ -206,7 +229,8 @@ def run_schedule(
     inner = unwrap(model)
     layout = inner.layout
     if layout.pp_size > 1:
-        options["p2p_communicator"] = KnownShapes(inner, [inner.p2p_shape(batch.tokens, soft_prompt) for batch in batches])
+        shapes = [inner.p2p_shape(batch.tokens, soft_prompt, batch.packed_lengths) for batch in batches]
+        options["p2p_communicator"] = KnownShapes(inner, shapes)
     return get_forward_backward_func(pp_size=layout.pp_size)(
         forward_step_func=step,
         data_iterator=iter(batches),

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from megakd import preflight
+from megakd import begun_with, preflight
 from megakd.checkpointing.best import NATIVE, BestStudent
 from megakd.checkpointing.export_hf import export_to_hf
-from megakd.checkpointing.native import read_latest, remove_older, write_latest
+from megakd.checkpointing.native import read_latest, write_latest
 from megakd.checkpointing.publish import remove_left_behind
 from megakd.checkpointing.soft_prompt_folder import FOLDER as SOFT_PROMPT
 from megakd.checkpointing.soft_prompt_folder import write_soft_prompt
@@ -44,6 +44,7 @@ from megakd.reporting.own_folder import write_text
 from megakd.reporting.plots import plot_training
 from megakd.reporting.wandb_run import WandbRun
 from megakd.run_data import RunData
+from megakd.runtime.background import background, look, settle
 from megakd.runtime.initialize import agreed, is_rank_zero, prepare, seed_everything
 from megakd.runtime.lock import locked
 from megakd.runtime.peers import Peers
@@ -73,6 +74,7 @@ def train(config: Config, *, callbacks: Callbacks = Callbacks(), write_inputs: C
     Raises:
         UserError: something does not fit; before any weight is loaded where that can be known.
     """
+    background.forget()
     stop_after(config.running.exit_duration_in_mins)
     set_timeout(config.running.timeout_minutes)
     preflight.check_run_folder(config)
@@ -91,6 +93,7 @@ def _train(config: Config, callbacks: Callbacks) -> None:
 
 def _run_on(config: Config, callbacks: Callbacks, folders: ModelFolders, peers: Peers) -> None:
     preflight.check_same_on_all_ranks(config, peers)
+    sums = begun_with.agreed_checksums(config, folders, peers, continues=preflight.continues(config))
     places = start_apart(config.parallel, config.teacher_parallel, seed=config.training.seed)
     agreed(lambda: preflight.verify_checkpoint(config, rank=dist.get_rank(), ranks=dist.get_world_size()))
     data = agreed(lambda: places.student and RunData.open(config, folders, places.student))  # a teacher's own ranks learn of an error, too
@@ -99,7 +102,7 @@ def _run_on(config: Config, callbacks: Callbacks, folders: ModelFolders, peers: 
         return serve(config, folders, places)
     data.show(config.output.show_data or int(config.conditioning.adds_text), config, folders.student.tokenizer)
     if not config.output.show_data:
-        Trainer(config, folders, data, places, callbacks, answers).run()
+        Trainer(config, folders, data, places, callbacks, answers, sums).run()
 
 
 def open_checked(config: Config) -> ModelFolders:
@@ -137,10 +140,11 @@ class Trainer:
         data: RunData,
         places: Places,
         callbacks: Callbacks,
-        answers: HeldOutAnswers | None = None,
+        answers: HeldOutAnswers | None,
+        sums: begun_with.Sums,
     ):
         self.config, self.folders, self.data, self.places, self.callbacks = config, folders, data, places, callbacks
-        self.answers = answers
+        self.answers, self.sums = answers, sums
         self.layout = layout = places.student
         self.folder = Path(config.output.save)
         self.checkpoints = self.folder / "checkpoints"
@@ -173,6 +177,7 @@ class Trainer:
         try:
             self._run()
         except UserError:
+            settle()  # what is being written is whole
             self.teacher.shut_down()  # ranks of its own would wait, and end with a traceback
             raise
         self.teacher.shut_down()
@@ -196,6 +201,7 @@ class Trainer:
 
     def _is_told_to_stop(self) -> bool:
         """Whether any rank of the job is, and the run can be left here."""
+        self._on_all_ranks(look)
         self.teacher.on_teacher_ranks(agree_to_stop)
         before, self.stopped_by = self.stopped_by, agree_to_stop()
         can_be_left = self.iteration == self.saved or self.method.can_be_left_after(self.iteration)
@@ -210,6 +216,7 @@ class Trainer:
         """Saved, and one line that says how to go on."""
         if self.iteration > self.saved:
             self._save()
+        self._on_all_ranks(settle)
         if is_rank_zero():
             done = f"iteration {self.iteration}/{self.total_iters}, which is saved" if self.iteration else "no iteration"
             print(f"{name_of(self.stopped_by)}: ended after {done}; the same command continues {self.folder}", flush=True)
@@ -259,6 +266,8 @@ class Trainer:
             write_text(self.folder / "config.yaml", yaml.safe_dump(self.config.flat(), sort_keys=False))
             if self.iteration == 0:
                 (self.folder / "rollouts.jsonl").unlink(missing_ok=True)
+            if self.iteration == 0 or begun_with.read(self.folder) is None:
+                begun_with.keep(self.folder, self.sums)
         selection = self.config.selection
         return BestStudent(self.folder, selection.metric, lower_is_better=selection.lower_is_better) if selection.metric else None
 
@@ -297,6 +306,7 @@ class Trainer:
         Raises:
             UserError: the run is to stop, or has left out LEFT_OUT_IN_A_ROW iterations.
         """
+        self._on_all_ranks(settle)  # a checkpoint that is being written is the latest
         teacher = self.method.teacher
         with teacher.on_device() if teacher else nullcontext():
             findings = find(error, self.method.student, teacher and teacher.model)
@@ -320,7 +330,8 @@ class Trainer:
         dist.gather_object(self.method.rollouts, replicas, group=self.layout.dp_group)
         for sample in (sample for replica in replicas or [] for sample in replica):
             mask = [0] * (len(sample.prompt) - 1) + [1] * len(sample.response)
-            row = {"sample_id": sample.sample_id, "prompt": sample.prompt, "response": sample.response, "loss_mask": mask}
+            which = {"generation": sample.generation} if self.config.generation.num_generations > 1 else {}
+            row = {"sample_id": sample.sample_id, **which, "prompt": sample.prompt, "response": sample.response, "loss_mask": mask}
             self.rollouts.append(self.iteration, row)
 
     # ---- evaluation
@@ -370,25 +381,29 @@ class Trainer:
             extra_tensors=self.method.extra_tensors(),
             teacher_layout=self.teacher.layout,
             teacher=teacher_weights(self.method.teacher),
+            keep_last=self.config.output.keep_last,
+            in_background=self.config.output.async_save,
         )
         self.saved = self.iteration
-        if self.config.output.keep_last and is_rank_zero():
-            remove_older(self.checkpoints, self.config.output.keep_last)
 
-    def _save_into(self, root: Path, **what: Any) -> None:
-        self.teacher.on_teacher_ranks(save_nothing, root, self.iteration)
+    def _save_into(self, root: Path, *, in_background: bool = False, **what: Any) -> None:
+        self.teacher.on_teacher_ranks(save_nothing, root, self.iteration, in_background)
         run_config, method = self.folder / "config.yaml", self.method
         options = {"model": method.student, "source": self.folders.student, "ends": self.ends, "run_config": run_config, **what}
-        save_checkpoint(root, self.iteration, **options)
+        save_checkpoint(root, self.iteration, in_background=in_background, **options)
 
     def _export_best(self) -> None:
         self._save_into(self.folder / NATIVE)
         if is_rank_zero():
             self.best.export(merge_adapter=self.config.lora.merge_lora)
-        self.teacher.on_teacher_ranks(wait_for_all)
-        wait_for_all()
+        self._on_all_ranks(wait_for_all)
+
+    def _on_all_ranks(self, work: Callable[[], None]) -> None:
+        self.teacher.on_teacher_ranks(work)
+        work()
 
     def _finish(self) -> None:
+        self._on_all_ranks(settle)
         soft_prompt = self.method.soft_prompt()
         if is_rank_zero():
             lora, hf = self.config.lora, self.folder / "hf"
@@ -402,8 +417,7 @@ class Trainer:
 
     def _close(self) -> None:
         self.logger.close()
-        self.teacher.on_teacher_ranks(wait_for_all)
-        wait_for_all()
+        self._on_all_ranks(wait_for_all)
 
 
 def open_folders(config: Config) -> ModelFolders:
@@ -442,7 +456,8 @@ def student_options(config: Config) -> dict:
     dropouts = {"hidden_dropout": config.models.hidden_dropout, "attention_dropout": config.models.attention_dropout}
     if not METHODS[config.method].has_dropout:
         dropouts = dict.fromkeys(dropouts, 0.0)
-    return {name: value for name, value in dropouts.items() if value is not None} | recomputation(config)
+    fused = {"gradient_accumulation_fusion": config.training.gradient_accumulation_fusion}
+    return {name: value for name, value in dropouts.items() if value is not None} | recomputation(config) | fused
 
 
 def teacher_options(config: Config) -> dict:
@@ -475,16 +490,17 @@ def evaluation_interval(config: Config, loader: DataLoader, total_iters: int) ->
 
 def remarks(config: Config, loader: DataLoader, total_iters: int) -> Iterator[str]:
     """What is allowed, but may not be meant: known when the data are."""
-    rows, batch, warmup = len(loader.dataset), config.training.global_batch_size, config.training.lr_warmup_iters
+    rows, batch, warmup = len(loader.dataset), loader.rows_per_batch, config.training.lr_warmup_iters
     if warmup > total_iters:
         reached = config.training.lr * total_iters / warmup
         yield f"--lr-warmup-iters {warmup} is more than the run's {total_iters} iterations: its learning rate ends at {reached:.1e}"
     if config.selection.keep_best and config.output.eval_interval is None and not config.page.learns_from_evaluations:
         yield f"--keep-best {config.selection.keep_best} without --eval-interval has the last iteration alone to choose from"
+    per_prompt = f" / --num-generations {loader.num_generations}" if loader.num_generations > 1 else ""
     if rows % batch and total_iters >= loader.iterations_per_epoch:
         yield (
-            f"--global-batch-size {batch} does not divide the {rows} rows of the data: {rows % batch} of them, others each time, "
-            "are left out of an epoch"
+            f"--global-batch-size {config.training.global_batch_size}{per_prompt} does not divide the {rows} rows of the data: "
+            f"{rows % batch} of them, others each time, are left out of an epoch"
         )
 
 
@@ -497,6 +513,7 @@ def valid_losses(method: Method, samples: Sequence[Sample]) -> dict[str, float]:
         samples=samples,
         micro_batch_size=training.micro_batch_size,
         micro_batch_tokens=training.micro_batch_tokens,
+        pack=training.pack,
         samples_per_pass=max(1, training.global_batch_size // method.layout.dp_size),
         divergences=["reverse_kl"],
     )

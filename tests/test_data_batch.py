@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megakd.data.batch import Sample, collate, collate_unshifted, cut_by_length, micro_batches, unpack
+from megakd.data.batch import Sample, batch_of, collate, collate_unshifted, cut_by_length, micro_batches
 
 EOS = 9
 
@@ -150,7 +150,7 @@ def test_a_token_budget_limits_positions_and_a_longer_row_stands_alone():
 def test_a_batch_follows_from_its_essence(collated):
     batch = collated([replace(sample, teacher_prompt=(7, *sample.prompt)) for sample in samples_of((3, 4), (1, 6), (5, 1))])
     for part in (replace(batch, teacher_batch=None), batch.for_teacher):
-        again = unpack(*part.packed)
+        again = batch_of(*part.essence)
         essential = {name: value for name, value in vars(part).items() if name != "samples"}  # whoever asks for those has them
         for name, value in essential.items():
             assert torch.equal(getattr(again, name), value) if torch.is_tensor(value) else value is None, name

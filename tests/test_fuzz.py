@@ -30,7 +30,7 @@ from megakd import preflight
 from megakd.checkpointing import ModelFolder
 from megakd.checkpointing.import_hf import hf_to_native
 from megakd.checkpointing.teacher_store import TeacherStore, write_targets
-from megakd.checkpointing.training import LoadCommonWithoutPickle
+from megakd.checkpointing.torch_dist_save import load_common
 from megakd.config import Config, EvaluateConfig, GenerateConfig, from_yaml, parse
 from megakd.data.rows import read_rows
 from megakd.data.tokenizer import load_tokenizer
@@ -305,7 +305,7 @@ def test_any_small_file_of_a_checkpoint_is_read_or_refused_in_one_line(name, nat
         file.write_bytes(data)
         with refused_in_one_line(folder, "checkpoint", "--"):
             read_a_tensor(folder / "checkpoint")
-            LoadCommonWithoutPickle().load_common(native)
+            load_common(native)
 
     check()
 

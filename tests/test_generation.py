@@ -369,6 +369,20 @@ def fit(observed: list[Tensor], probabilities: Tensor) -> float:
     return p_value([(counts, COUNT * probabilities) for counts in observed])
 
 
+def draw_with_another_sum(layout):
+    """Top-p, where a rank's sums of a row are not its neighbour's, as a GPU's may be."""
+    if layout.tp_rank == 1:
+        sampling.keep_top_p = lambda z, p: z.masked_fill(z >= z.amax(-1, keepdim=True), -torch.inf)
+    z = torch.randn(6, 40, generator=torch.Generator().manual_seed(2)).tensor_split(2, 1)[layout.tp_rank].contiguous()
+    sampler = Sampler(Sampling(top_p=0.3), VocabShard(40, tp_group=layout.tp_group), [1.0], 20, layout.device)
+    return sampler([z], noise_streams(1, list(range(6)), layout.device), torch.tensor(0), None).tolist()
+
+
+def test_tensor_parallel_ranks_agree_on_a_token():
+    first, second = run_distributed(draw_with_another_sum, 2, tp=2)
+    assert first == second
+
+
 def test_samples_follow_the_softmax_with_temperature_top_k_and_top_p():
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 

@@ -15,7 +15,7 @@ from transformers.utils import is_kernels_available
 ROOT = Path(__file__).parents[1]
 ROOMS = [  # a file imports from rooms above its own, or from its own
     "megakd_kernels", "errors", "launch", "model_files", "config", "reporting", "runtime", "data", "optimizer", "losses", "schedules", "models", "checkpointing",
-    "loading", "generation", "teachers", "faults", "methods", "memory", "preflight", "run_data", "evaluation", "trainer", "dry_run", "verify", "api", "simulation", "planning",
+    "loading", "generation", "teachers", "faults", "methods", "memory", "begun_with", "preflight", "run_data", "evaluation", "trainer", "dry_run", "verify", "api", "simulation", "planning",
 ]  # fmt: skip
 WITHOUT_MEGATRON = [
     "kernels/megakd_kernels",

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from distributed import run_distributed
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
@@ -94,3 +95,11 @@ def test_a_folder_of_that_name_is_taken_before_the_cache(inputs, cache, tmp_path
     (tmp_path / "org" / "student").symlink_to(inputs / "student")
     monkeypatch.chdir(tmp_path)
     assert ModelFolder.open("org/student").hf_folder == Path("org/student")
+
+
+def test_a_base_whose_name_is_no_path_is_told(tmp_path):
+    name = "9" * 400
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": int(name), "r": 1, "lora_alpha": 1}))
+    save_file({"x": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=f"base_model_name_or_path {name}, which is no folder here; write the base model's folder there"):
+        ModelFolder.open(tmp_path)

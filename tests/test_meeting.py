@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import datetime
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
 
 from megakd.errors import LostRankError
+from megakd.launch import tell_address_anew
 from megakd.runtime.meeting import be_welcomed, welcome_all
 
 SOON = datetime.timedelta(seconds=10)
@@ -36,3 +40,31 @@ def test_a_rank_that_died_before_it_was_welcomed_is_not_taken_for_one_that_lives
     with pytest.raises(LostRankError, match=r"of 2 ranks \[1\] have not come"):
         welcome_all(store, 2, datetime.timedelta(seconds=0.2))
     assert attempt(store, 2)
+
+
+def next_round(handler) -> tuple[int, int, int]:
+    """What a launcher does: its number, how many there are, and the port of the store of the first."""
+    tell_address_anew(handler)
+    found = handler.next_rendezvous()
+    return found.rank, found.world_size, int(found.bootstrap_store_info.master_port)
+
+
+def test_a_launcher_joins_a_round_that_is_not_the_first_of_the_one_that_stayed():
+    """torch's alone would wait for an address until its store gives up, here after five seconds."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=5))
+    timeouts = RendezvousTimeout(join=datetime.timedelta(seconds=30), last_call=datetime.timedelta(seconds=1))
+    first, second = (
+        DynamicRendezvousHandler.from_backend(
+            "job", store, C10dRendezvousBackend(store, "job"), 1, 2, local_addr="127.0.0.1", timeout=timeouts, keep_alive_interval=1
+        )
+        for store in (server, dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=datetime.timedelta(seconds=5)))
+    )
+    assert next_round(first)[:2] == (0, 1)
+    with ThreadPoolExecutor(2) as launchers:
+        joined = launchers.submit(next_round, second)
+        while not first.num_nodes_waiting():
+            time.sleep(0.05)
+        stayed = launchers.submit(next_round, first)
+        (stayed_rank, size, port), (rank, same_size, same_port) = stayed.result(), joined.result()
+    assert {stayed_rank, rank} == {0, 1} and size == same_size == 2 and port == same_port
+    first.shutdown(), second.shutdown()

@@ -94,6 +94,14 @@ ENDS = EndIds(stop=(0,), taught=0)
 
 
 def method_inputs(layout, config, pair, dtype=torch.float32, total_iters=TOTAL_ITERS) -> MethodInputs:
+    """What a method works on, with the models of `models_of`."""
+    student, teacher = models_of(layout, config, pair, dtype)
+    distributed = config.parallel.use_distributed_optimizer
+    optimizer = StudentOptimizer(student, config.training, total_iters=total_iters, distributed=distributed)
+    return MethodInputs(student, optimizer, LiveTeacher(teacher) if config.needs_teacher else None, TOKENIZER, ENDS)
+
+
+def models_of(layout, config, pair, dtype=torch.float32):
     """Student and teacher from the same seeds that the oracle takes."""
     specs = [tiny_config(**spec) for spec in pair]
     options = align_vocabularies([spec.vocab_size for spec in specs], layout.tp_size)
@@ -102,10 +110,7 @@ def method_inputs(layout, config, pair, dtype=torch.float32, total_iters=TOTAL_I
     teacher = build_model(specs[1], layout, **options, **teacher_options(config))
     load_weights(student, StateDictSource(tiny_model(specs[0], seed=1)))
     load_weights(teacher, StateDictSource(tiny_model(specs[1], seed=2)))
-    teacher.eval().requires_grad_(False)
-    distributed = config.parallel.use_distributed_optimizer
-    optimizer = StudentOptimizer(student, config.training, total_iters=total_iters, distributed=distributed)
-    return MethodInputs(student, optimizer, LiveTeacher(teacher) if config.needs_teacher else None, TOKENIZER, ENDS)
+    return student, teacher.eval().requires_grad_(False)
 
 
 def oracle(pair, dtype=torch.float32) -> Oracle:
@@ -528,6 +533,6 @@ def flags_read(layout, method_name):
 def test_a_method_reads_the_flags_that_are_called_its_own_and_no_others(method_name):
     config = Config(method=method_name)
     groups = (config.distillation, config.kd, config.distillm, config.promptkd, config.response_priming, config.minillm, config.generation)
-    flags = {name for group in groups for name in vars(group)} - {"max_new_tokens"}  # which the trainer reads for all
+    flags = {name for group in groups for name in vars(group)} - {"max_new_tokens", "num_generations"}  # trainer and loader read them
     (read,) = run_distributed(flags_read, 1, method_name)
     assert read & flags == {name for name, methods in config.readers().items() if method_name in methods} & flags

@@ -391,6 +391,7 @@ def test_a_rope_that_changes_with_a_rows_length_is_read_as_far_as_it_does_not(co
         ({"rope_scaling": {"type": "yarn"}, "rope_parameters": None}, r"cannot be read \(.*Missing required keys in `rope_parameters` for 'rope_type'='yarn'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "beta_fast": -1}}, r"config.json says beta_fast -1, which is no positive number; give"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": "1e4"}}, r"config.json says rope_theta '1e4', which is no positive number; give"),
+        ({"rope_parameters": {"rope_type": [], "rope_theta": 1e4}}, r"config.json says rope_type \[\], which is no name; give"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0}}, r"config.json says factor 0, which is no positive number; give"),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 128]}}, r"weight_block_size \[0, 128\], which is no two positive numbers"),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": "128"}}, r"weight_block_size '128', which is no two positive numbers; copy"),

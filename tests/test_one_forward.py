@@ -91,10 +91,10 @@ def training_logits(model):
 def decoded_logits(model):
     """The same, step by step on a cache, the responses being given; the model in training mode."""
     decoder = Decoder(model.train(), len(PROMPTS), aligned(max(map(len, PROMPTS)) + 5))
-    decoder.begin(PROMPTS)
-    tokens = torch.tensor([[1] * (decoder.width - len(prompt)) + prompt for prompt in PROMPTS])
+    decoder.begin(max(map(len, PROMPTS)))
+    decoder.expect(PROMPTS)
     with decoding([model]):
-        steps = decoder.prefill(tokens, [])
+        steps = decoder.prefill([])
         for i, tokens_B in enumerate(torch.tensor(RESPONSES).t()[:4]):
             steps.append(decoder.decode(tokens_B, torch.tensor(i), decoder.width + i + 1))
     return torch.stack(steps, 1)

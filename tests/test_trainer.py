@@ -167,7 +167,7 @@ def test_a_run_cut_off_while_it_writes_its_settings_keeps_the_old_ones(tmp_path,
 
     unfinished = trainer.Trainer.__new__(trainer.Trainer)
     unfinished.config, unfinished.folder, unfinished.iteration = Config(output=OutputConfig(save=str(tmp_path))), tmp_path, 2
-    unfinished.checkpoints = tmp_path / "checkpoints"
+    unfinished.checkpoints, unfinished.sums = tmp_path / "checkpoints", {}
     unfinished.checkpoints.mkdir()
     unfinished._begin_folder()
     monkeypatch.setattr(Path, "write_text", half)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megakd.config import BenchmarkConfig, Config, DataConfig, ModelConfig, TrainingConfig
+from megakd.config import BenchmarkConfig, Config, DataConfig, GenerationConfig, ModelConfig, TrainingConfig
 from megakd.data.batch import Sample
 from megakd.data.dataloader import split_across_dp
 from megakd.data.end_ids import EndIds
@@ -81,6 +81,7 @@ def run_config(config: BenchmarkConfig, models: Path) -> Config:
         models=ModelConfig(model=str(models / "student"), teacher_model=str(models / "teacher"), dtype=config.dtype),
         data=DataConfig(max_length=config.max_length, max_prompt_length=config.max_prompt_length),
         parallel=config.parallel,
+        generation=GenerationConfig(rollout_batch_size=config.rollout_batch_size),
         training=TrainingConfig(
             micro_batch_size=config.micro_batch_size,
             global_batch_size=config.global_batch_size,

@@ -15,6 +15,7 @@ from megakd.errors import file_errors
 from megakd.loading import start
 from megakd.runtime.initialize import is_rank_zero, resolve_dtype
 from megakd_benchmarks import report
+from megakd_benchmarks.generation_parts import report_parts
 from megakd_benchmarks.measuring import MIB, Timed, generations, iterations, memory, peak_in_own_process
 from megakd_benchmarks.megakd_system import MegakdSystem
 from megakd_benchmarks.workload import Workload, flops_of_iteration, make_workload, model_configs, write_models
@@ -35,7 +36,7 @@ def run(config: BenchmarkConfig) -> None:
     here, workload = report.machine(), make_workload(config)
     with model_folder(config, workload) as folder:
         rows = [here | report.what_ran(config, workload.source) | row for row in measure(config, workload, folder)]
-    if is_rank_zero():
+    if is_rank_zero() and config.measure != ("generation_parts",):  # a table alone: no line for the CSV
         _keep(config, rows)
 
 
@@ -47,9 +48,17 @@ def measure(config: BenchmarkConfig, workload: Workload, folder: Path) -> list[r
     systems = [make(config, workload, folder) for make in makers.values()]
     times = iterations(systems, workload, folder, resolve_dtype(config.dtype)) if "iteration" in wanted else {}
     written = generations(systems, workload) if "generation" in wanted else {}
+    if "generation_parts" in wanted:
+        tell_parts(report_parts(systems[0], workload))
     if "memory" in wanted and not peaks:
         peaks = {system.name: highest(memory("VmHWM") - before) / MIB for system in systems}
     return _as_rows(list(makers), times, written, peaks, needed_flops(config, workload))
+
+
+def tell_parts(table: str) -> None:
+    """All ranks have measured; the first one's numbers are shown."""
+    if is_rank_zero():
+        print(table, flush=True)
 
 
 def _as_rows(

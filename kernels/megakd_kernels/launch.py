@@ -118,9 +118,16 @@ def _prompt_embedding_triton() -> ModuleType:
     return triton
 
 
+def _gumbel_triton() -> ModuleType:
+    from .gumbel import triton
+
+    return triton
+
+
 KERNELS: dict[str, dict[str, Callable[[], ModuleType]]] = {
     "kl": {"rows": _kl_rows, "compiled": _kl_compiled, "triton": _kl_triton},
     "mixture": {"rows": _mixture_rows, "triton": _mixture_triton},
     "cross_entropy": {"rows": _cross_entropy_rows, "triton": _cross_entropy_triton},
     "prompt_embedding": {"rows": _prompt_embedding_rows, "triton": _prompt_embedding_triton},
+    "gumbel": {"triton": _gumbel_triton},
 }

@@ -22,7 +22,8 @@ from .shards import FLOOR
 LOG2E = math.log2(math.e)
 LN2 = tl.constexpr(math.log(2.0))
 NEG = tl.constexpr(FLOOR)
-SPLITS_WANTED = 8 * 132  # programs that fill an H200; fewer rows than that are split over the vocabulary
+PROGRAMS = 8  # of a launch on a multiprocessor: as many as fit at once or more, whatever the kernel and the card (docs/kernels.md)
+MULTIPROCESSORS = 132  # of an H200; where there is no device to ask
 
 
 @triton.jit
@@ -87,7 +88,19 @@ def aligned(*tensors_NV: Tensor | None) -> bool:
     return len({x.stride(0) % 8 for x in given}) == 1 and all(x.data_ptr() % 16 == 0 for x in given)
 
 
-def split_over(rows: int, columns: int, tile: int) -> tuple[int, int]:
-    """(splits, columns a split). The number of splits depends on the rows only: ranks with other widths make as many."""
-    splits = min(16, max(1, triton.cdiv(SPLITS_WANTED, max(1, rows))))
+def warps(of_32: int) -> int:
+    """As many threads in the device's own warps, which AMD makes of 64: more threads a tile would leave each with less than 128 bits."""
+    return of_32 // 2 if torch.version.hip else of_32
+
+
+def programs_wanted(x: Tensor) -> int:
+    """Programs that fill x's device; fewer rows than that are split over the vocabulary."""
+    return PROGRAMS * (torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else MULTIPROCESSORS)
+
+
+def split_over(x_NV: Tensor, tile: int) -> tuple[int, int]:
+    """(splits, columns a split). The number of splits depends on the rows and the device only: ranks with other widths, on cards of one
+    kind, make as many."""
+    rows, columns = x_NV.shape
+    splits = min(16, max(1, triton.cdiv(programs_wanted(x_NV), max(1, rows))))
     return splits, max(1, triton.cdiv(triton.cdiv(columns + 7, splits), tile)) * tile

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -50,6 +51,11 @@ class HuggingFaceView:
     def skipped(self) -> dict[str, Tensor]:
         """Rows at the head of a tensor that no parameter holds, by the tensor's name."""
         return read_skipped_rows(self.native.hf_folder)
+
+    @property
+    def files(self) -> set[Path]:
+        """Those of the checkpoint."""
+        return {file for file in self.native.folder.rglob("*") if file.is_file()}
 
     def __contains__(self, name: str) -> bool:
         return name in self.pieces

@@ -13,7 +13,7 @@ from megakd.checkpointing.description import Description, layout_dict
 from megakd.checkpointing.hf_files import write_hf_folder
 from megakd.checkpointing.hf_source import WindowedCheckpoint
 from megakd.checkpointing.hf_view import HuggingFaceView
-from megakd.checkpointing.native import NativeCheckpoint, is_native, iteration_folder, write_latest
+from megakd.checkpointing.native import COMMON, NativeCheckpoint, is_native, iteration_folder, write_latest
 from megakd.checkpointing.parameters import Grid, Parameter, checkpoint_parameters, extra_state_key
 from megakd.checkpointing.publish import check_target, published
 from megakd.checkpointing.torch_dist_writer import TorchDistWriter
@@ -23,8 +23,6 @@ from megakd.models.hf_checkpoint import DTYPES
 from megakd.models.hub_cache import local_folder
 from megakd.models.inspection import HEAD, inspect
 from megakd.models.model_provider import check_layout, not_finite, padded_vocab_size
-
-COMMON = "common.pt"  # what megatron-core keeps besides tensors; nothing here
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,11 @@ class ModelFolder:
         """The folder's own, read when it is first asked for."""
         return load_tokenizer(self.hf_folder)
 
+    @property
+    def files(self) -> list[Path]:
+        """All that is read of the model."""
+        return sorted({*small_files(self.hf_folder, flag=self.flag), *self.source.files})
+
     @cached_property
     def ends(self) -> EndIds:
         """Where this model's answers end."""

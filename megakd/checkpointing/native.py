@@ -26,6 +26,7 @@ from megakd.models.model_provider import family_of
 from megakd.reporting.own_folder import write_text
 
 LATEST, RUN_CONFIG = "latest_checkpointed_iteration.txt", "run_config.yaml"
+COMMON = "common.pt"  # what megatron-core keeps besides tensors: numbers and names
 
 
 class NativeCheckpoint:

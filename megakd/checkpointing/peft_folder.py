@@ -129,7 +129,7 @@ class PeftAdapter:
         if os.path.isdir(named) or named.is_absolute():
             return named
         beside = self.folder.parent / named
-        return beside if beside.is_dir() else local_folder(named, flag=f"{self.folder}: base_model_name_or_path")
+        return beside if os.path.isdir(beside) else local_folder(named, flag=f"{self.folder}: base_model_name_or_path")
 
     @property
     def scale(self) -> float:
@@ -178,6 +178,11 @@ class MergedSource:
         if not fits:
             found = f"{flag} {self.adapter.folder}: {WEIGHTS} has an adapter of {tensor!r}"
             raise UserError(f"{found}, which does not fit the base model {self.adapter.base}; give the base that it was trained on")
+
+    @property
+    def files(self) -> set[Path]:
+        """The base model's, and the adapter's."""
+        return {*self.base.files, self.adapter.folder / ADAPTER, self.adapter.folder / WEIGHTS}
 
     def __contains__(self, name: str) -> bool:
         return name in self.base

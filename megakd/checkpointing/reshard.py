@@ -19,8 +19,8 @@ from megakd.checkpointing import hf_files
 from megakd.checkpointing.blocks import Index, blocks
 from megakd.checkpointing.checksums import checksums, write_checksums
 from megakd.checkpointing.description import FORMAT_VERSION, layout_dict
-from megakd.checkpointing.import_hf import COMMON, extra_states
-from megakd.checkpointing.native import RUN_CONFIG, NativeCheckpoint, is_native, iteration_folder, write_latest
+from megakd.checkpointing.import_hf import extra_states
+from megakd.checkpointing.native import COMMON, RUN_CONFIG, NativeCheckpoint, is_native, iteration_folder, write_latest
 from megakd.checkpointing.parameters import Grid, Parameter, checkpoint_parameters
 from megakd.checkpointing.publish import check_target, published
 from megakd.checkpointing.torch_dist_writer import TorchDistWriter

@@ -6,21 +6,18 @@ Random state is not saved: the trainer seeds anew from (seed, iteration), which 
 
 from __future__ import annotations
 
-import pickle
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
@@ -28,18 +25,19 @@ from megakd.checkpointing.checksums import checksums, write_checksums
 from megakd.checkpointing.description import Description, layout_dict
 from megakd.checkpointing.hf_files import FOLDER, write_hf_folder
 from megakd.checkpointing.model_folder import ModelFolder
-from megakd.checkpointing.native import RUN_CONFIG, NativeCheckpoint, iteration_folder, number_of, write_latest
+from megakd.checkpointing.native import RUN_CONFIG, NativeCheckpoint, iteration_folder, number_of, remove_older, write_latest
 from megakd.checkpointing.parameters import HEAD
 from megakd.checkpointing.peft_folder import adapter_config
 from megakd.checkpointing.publish import hidden, published
 from megakd.checkpointing.space import bytes_to_write, check_room, telling_what_is_needed
-from megakd.checkpointing.torch_dist_save import SynchronousSave
+from megakd.checkpointing.torch_dist_save import StagedSave, load
 from megakd.data.end_ids import EndIds, write_end_ids
 from megakd.errors import UserError
 from megakd.models.gpt_model import HiddenStateGPTModel
+from megakd.runtime.background import background
 from megakd.runtime.initialize import agreed
 from megakd.runtime.parallel_layout import Grid, ParallelLayout
-from megakd.runtime.waiting import patient_group, wait_for_all
+from megakd.runtime.waiting import wait_for_all
 
 OPTIMIZER_SHARDING = "fully_reshardable"  # megatron-core's default kind cannot be saved at all in 0.16.1
 KINDS = {"distrib_optim_sharding_type": OPTIMIZER_SHARDING}
@@ -59,6 +57,8 @@ def save_checkpoint(
     run_config: Path | None = None,
     teacher_layout: ParallelLayout | Grid | None = None,
     teacher: TeacherWeights | None = None,
+    keep_last: int | None = None,
+    in_background: bool = False,
 ) -> Path:
     """Write ROOT/iter_<iteration> from all ranks and make it the latest; returns its folder.
 
@@ -69,20 +69,23 @@ def save_checkpoint(
         extra_tensors: small tensors by name, alike on all ranks (the soft prompt and its moments); rank 0's are written.
         run_config: the run's config.yaml.
         teacher: weights of a teacher that no other folder has.
+        keep_last: how many iterations stay when this one is there; None: all.
+        in_background: of what is to be written a copy is made, and `background` writes it; what was in it before is settled first.
     """
     target = iteration_folder(Path(root), iteration)
     state = sharded_state(model, optimizer, is_loading=False)
     state["teacher"] = teacher.sharded_state() if teacher else {}
     state["extra"] = {name: _replicated(name, tensor) for name, tensor in (extra_tensors or {}).items()}
-    with published_by_rank_zero(target, state) as folder:
-        dist_checkpointing.save(state, str(folder), SynchronousSave(), content_metadata=KINDS)
-        if dist.get_rank() == 0:
-            _describe(model, iteration, teacher_layout, source).write(folder)
-            write_hf_folder(source.hf_folder, folder, source.config)
-            if ends is not None:
-                write_end_ids(folder / FOLDER, ends)
-            if run_config is not None:
-                shutil.copyfile(run_config, folder / RUN_CONFIG)
+
+    def describe(folder: Path) -> None:
+        _describe(model, iteration, teacher_layout, source).write(folder)
+        write_hf_folder(source.hf_folder, folder, source.config)
+        if ends is not None:
+            write_end_ids(folder / FOLDER, ends)
+        if run_config is not None:
+            shutil.copyfile(run_config, folder / RUN_CONFIG)
+
+    _write(target, state, describe, keep_last=keep_last, in_background=in_background)
     return target
 
 
@@ -105,7 +108,7 @@ def load_checkpoint(
     state["teacher"] = teacher.sharded_state() if teacher else {}
     dict_list_map_inplace(without_objects, state)
     _check_complete(native, state, flag=flag)
-    loaded = dist_checkpointing.load(state, str(native.folder), common_strategy=LoadCommonWithoutPickle())
+    loaded = load(state, native.folder)
     model.load_state_dict(loaded["model"], strict=not model.adapted)
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
@@ -114,16 +117,14 @@ def load_checkpoint(
     return _read_extra_tensors(native)
 
 
-def save_nothing(root: str | Path, iteration: int) -> None:
+def save_nothing(root: str | Path, iteration: int, in_background: bool = False) -> None:
     """The part of a rank that has none of the model in `save_checkpoint`, which all ranks of the job do together."""
-    state = {"model": {}, "teacher": {}, "extra": {}}
-    with published_by_rank_zero(iteration_folder(Path(root), iteration), state) as folder:
-        dist_checkpointing.save(state, str(folder), SynchronousSave(), content_metadata=KINDS)
+    _write(iteration_folder(Path(root), iteration), {"model": {}, "teacher": {}, "extra": {}}, in_background=in_background)
 
 
 def load_nothing(root: str | Path, iteration: int) -> None:
     """The same of `load_checkpoint`."""
-    dist_checkpointing.load({}, str(iteration_folder(Path(root), iteration)), common_strategy=LoadCommonWithoutPickle())
+    load({}, iteration_folder(Path(root), iteration))
 
 
 @dataclass(frozen=True)
@@ -143,26 +144,53 @@ class TeacherWeights:
         return {name: state[name] for name in self.weights}
 
 
-@contextmanager
-def published_by_rank_zero(target: Path, state: dict[str, Any]) -> Iterator[Path]:
-    """`published` for all ranks: rank 0 makes, names and removes the folder, the others write in it; there is room for the state, and
-    what was written has checksums."""
-    first, needed = dist.get_rank() == 0, bytes_to_write(state)
+def _write(
+    target: Path,
+    state: dict[str, Any],
+    describe: Callable[[Path], None] = lambda folder: None,
+    *,
+    keep_last: int | None = None,
+    in_background: bool = False,
+) -> None:
+    """Rank 0 describes. What cannot be done beside training (megatron-core's barriers are over the device's group) is done at once."""
+    background.settle()
+    needed, strategy = bytes_to_write(state), StagedSave(in_background=in_background)
     check_room(target, needed)
+    with ExitStack() as begun:
+        folder = begun.enter_context(published_by_rank_zero(target, needed, strategy.group, keep_last))
+        strategy.stage(state, folder, content=KINDS)
+        if dist.get_rank() == 0:
+            describe(folder)
+        rest = begun.pop_all()
+
+    def write_and_publish() -> None:
+        with rest:
+            strategy.write()
+
+    finish = lambda: agreed(write_and_publish, strategy.group)
+    background.begin(finish) if in_background else finish()
+
+
+@contextmanager
+def published_by_rank_zero(target: Path, needed: int, group: dist.ProcessGroup, keep_last: int | None = None) -> Iterator[Path]:
+    """`published` for all ranks: rank 0 makes, names and removes the folder, the others write in it; what was written has checksums."""
+    first = dist.get_rank() == 0
     with telling_what_is_needed(needed), published(target) if first else nullcontext(hidden(target)) as folder:
-        wait_for_all()
+        wait_for_all(group)
         yield folder
-        write_all_checksums(folder)
-        wait_for_all()
+        write_all_checksums(folder, group)
+        wait_for_all(group)
     if first:
         write_latest(target.parent, number_of(target))
-    wait_for_all()
+        if keep_last:
+            remove_older(target.parent, keep_last)
 
 
-def write_all_checksums(folder: Path) -> None:
+def write_all_checksums(folder: Path, group: dist.ProcessGroup) -> None:
     """Each rank reads its share, rank 0 writes all down."""
     rank, everyone = dist.get_rank(), [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, agreed(lambda: checksums(folder, rank=rank, ranks=len(everyone))), group=patient_group())
+    mine = agreed(lambda: checksums(folder, rank=rank, ranks=len(everyone)), group)
+    dist.all_gather_object(everyone, mine, group=group)
     if rank == 0:
         write_checksums(folder, {name: digest for share in everyone for name, digest in share.items()})
 
@@ -221,23 +249,6 @@ def _check_complete(native: NativeCheckpoint, state: dict, *, flag: str) -> None
         raise UserError(f"{flag} {native.folder}: holds no optimizer state to resume from; start a new run from it with --model")
     if missing:
         raise UserError(f"{flag} {native.folder}: holds no {missing[0]!r}; it belongs to another model or method")
-
-
-class LoadCommonWithoutPickle(TorchCommonLoadStrategy):
-    """common.pt holds numbers and names only, and is read as such, whatever torch's environment variables say."""
-
-    def load_common(self, checkpoint_dir: str | Path) -> dict:
-        """
-        Raises:
-            UserError: damaged, or there is more in it.
-        """
-        file = Path(checkpoint_dir) / COMMON_STATE_FNAME
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise UserError(
-                f"{file}: damaged, or holds more than numbers and names; copy the checkpoint again, or do not trust it"
-            ) from error
 
 
 def _describe(

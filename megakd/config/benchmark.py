@@ -60,11 +60,14 @@ class BenchmarkConfig(SizesConfig):
     max_prompt_length: int = flag(256, "tokens of a prompt; the baseline pads to it", range=POSITIVE)
     micro_batch_size: Annotated[int, alias("--mbs")] = flag(8, "rows of one forward pass on one rank", range=POSITIVE)
     global_batch_size: Annotated[int, alias("--gbs")] = flag(32, "rows of one iteration", range=POSITIVE)
+    rollout_batch_size: int = flag(64, "rows decoded together on one replica", range=POSITIVE)
     parallel: Group[ParallelConfig] = ParallelConfig()
     dtype: Literal["auto", "bf16", "fp32"] = flag("auto", "weights and activations; auto: bf16 on a GPU, fp32 on a CPU")
     lr: float = flag(5e-5, "of student and soft prompt", range=POSITIVE)
     baseline: Literal["none", "hf"] = flag("none", "hf: the same iteration as the reference does it, in turn with ours")
-    measure: tuple[Literal["iteration", "generation", "memory"], ...] = flag(("iteration", "generation", "memory"), "what to measure")
+    measure: tuple[Literal["iteration", "generation", "memory", "generation_parts"], ...] = flag(
+        ("iteration", "generation", "memory"), "what to measure; generation_parts: where generation's time goes, a table alone"
+    )
     repetitions: int = flag(5, "iterations measured, each on its own global batch; medians are shown", range=POSITIVE)
     threads: int | None = flag(None, "CPU threads of a rank; default: torch's", range=POSITIVE)
     out: str = flag("", "where CSV and figure go, no suffix; default: benchmarks/results/iteration_<cpu or gpu>", path=True)

@@ -19,6 +19,9 @@ class OutputConfig:
         None, "iterations between checkpoints; default: only the last", range=POSITIVE
     )
     keep_last: int | None = flag(None, "of the checkpoints keep so many, the newest; default: all", range=POSITIVE)
+    async_save: bool = flag(
+        False, "write checkpoints beside training, from a copy of all state in the host's memory"
+    )
     eval_interval: Annotated[int | None, alias("--eval-steps")] = flag(
         None,
         "iterations between evaluations; default: before and after, distillm: every epoch, ten a run at least",

@@ -20,6 +20,7 @@ class PlanFlags:
     gpu: GpuName = flag("h100", "the card: A100 of 80 GB, H100 of 80 GB, H200, B200, L40S")
     gpus: int | None = flag(None, "cards at hand; default: as many as TP × PP", range=POSITIVE)
     rank_layouts: bool = flag(False, "try every TP and PP that fits the models on the cards at hand, not only the one given")
+    most_stages: int | None = flag(None, "with --rank-layouts: pipeline stages at most; default: as many as fit", range=POSITIVE)
     prompt_tokens: int | None = flag(None, "of every row; default: --max-prompt-length", range=POSITIVE)
     response_tokens: int | None = flag(None, "of every row; default: --max-new-tokens", range=POSITIVE)
     out: str = flag("", "folder for plan.md, plan.json and plan.png; none: the page is printed alone", path=True)

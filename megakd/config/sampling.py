@@ -28,6 +28,9 @@ class GenerationConfig(SamplingConfig):
     max_new_tokens: int | None = flag(
         None, "longest response; default: --max-length minus --max-prompt-length", range=POSITIVE
     )
+    num_generations: int = flag(
+        1, "answers to each prompt; --global-batch-size counts answers", range=POSITIVE, read_by="answers_prompts_often"
+    )
     rollout_batch_size: int = flag(64, "rows decoded together", range=POSITIVE, read_by="writes_responses")
 
 

@@ -138,6 +138,11 @@ class Config(BaseConfig):
             yield "--sequence-parallel needs --tensor-model-parallel-size of at least 2; leave it out"
         if parallel.use_distributed_optimizer and training.optimizer == "sgd":
             yield "--use-distributed-optimizer splits AdamW's moments, which --optimizer sgd does not have; leave it out"
+        if training.global_batch_size % self.generation.num_generations:
+            yield (
+                f"--num-generations {self.generation.num_generations} does not divide --global-batch-size {training.global_batch_size}, "
+                "which counts answers; use a divisor of it"
+            )
         if data.max_prompt_length >= data.max_length:
             yield f"--max-prompt-length {data.max_prompt_length} leaves no room for a response in --max-length {data.max_length}; lower it"
         if training.min_lr > training.lr:

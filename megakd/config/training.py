@@ -18,6 +18,9 @@ class TrainingConfig:
     micro_batch_tokens: int | None = flag(
         None, "positions of one forward pass on one rank, a further limit beside --micro-batch-size", range=POSITIVE
     )
+    pack: bool = flag(
+        False, "rows of a micro-batch stand one behind the other without padding, attention stays inside each; the same numbers"
+    )
     global_batch_size: Annotated[int, alias("--gbs")] = flag(32, "rows of one optimizer step over all ranks", range=POSITIVE)
     train_iters: Annotated[int | None, alias("--max-steps")] = flag(None, "optimizer steps; or give --epochs", range=POSITIVE)
     epochs: Annotated[int | None, alias("--num-train-epochs")] = flag(
@@ -37,6 +40,9 @@ class TrainingConfig:
     adam_eps: float = flag(1e-8, "AdamW's epsilon", range=POSITIVE)
     clip_grad: float = flag(1.0, "largest global gradient norm; 0: no clipping", range=NOT_NEGATIVE)
     recompute: bool = flag(False, "recompute each layer's activations in the backward pass: less memory, a third more work")
+    gradient_accumulation_fusion: bool = flag(
+        False, "linear layers add their weights' gradients to the float32 sums within the matrix product, unrounded; Apex's where it is"
+    )
     reference_behaviour: tuple[ReferenceBehaviour, ...] = flag(
         (), "do as PromptKD's code does, by name or all; docs/fidelity.md explains each"
     )

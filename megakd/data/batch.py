@@ -13,8 +13,13 @@ order, of which the same labels count, of a width of its own. So the n-th row of
 
     prompt a b c      response d e EOS          student   a b c d e          mask 0 0 1 1 1
     teacher's prompt p q a b c                  teacher   p q a b c d e      mask 0 0 0 0 1 1 1
+
+Packed, rows stand one behind the other and there is no padding; each begins again at position 0, and sees itself alone:
+
+    rows  a b c d e | f g          tokens   a b c d e f g          position_ids   0 1 2 3 4 0 1          lengths   5 2
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -35,6 +40,7 @@ class Sample:
     response: tuple[int, ...]  # EOS included, unless truncated
     teacher_prompt: tuple[int, ...] | None = None  # what the teacher reads in the prompt's place; None: the prompt
     teacher: str = ""  # the name of the row's own, where there are several
+    generation: int = 0  # which answer to its prompt, of --num-generations
 
     @property
     def num_positions(self) -> int:
@@ -59,12 +65,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """b rows of s positions, right-padded."""
+    """b rows of s positions, right-padded; or packed, in [1, s] of everything that is [b, s] here."""
 
     tokens: Tensor  # [b, s] int64, inputs
     labels: Tensor  # [b, s] int64, the next token; 0 where there is none
     loss_mask: Tensor  # [b, s] float32, 1 where the label is a token of the response, EOS included
-    position_ids: Tensor  # [b, s] int64, 0 .. s-1 in every row
+    position_ids: Tensor  # [b, s] int64, from 0 in every row
     supervised_positions: Tensor  # [n] int64, where the mask is 1 in the flattened [b * s]
     lengths: Tensor  # [b] int64, real input positions; like the two below always on the host, which asks for them
     response_lengths: Tensor  # [b] int64, labels that count
@@ -85,11 +91,16 @@ class Batch:
     @property
     def micro_batch_size(self) -> int:
         """Rows, b."""
-        return self.tokens.shape[0]
+        return len(self.lengths)
+
+    @property
+    def packed_lengths(self) -> tuple[int, ...] | None:
+        """Positions of each row where they stand one behind the other; None where each has a row of `tokens`."""
+        return tuple(self.lengths.tolist()) if len(self.tokens) < len(self.lengths) else None
 
     @property
     def seq_length(self) -> int:
-        """Positions of a row, s, padding included."""
+        """Positions of a row, s, padding included; packed, of all rows."""
         return self.tokens.shape[1]
 
     @property
@@ -108,8 +119,8 @@ class Batch:
         return torch.tensor([self.num_supervised, int(self.lengths.sum()), self.tokens.numel()])
 
     @property
-    def packed(self) -> tuple[Tensor, ...]:
-        """What all of it but the teacher's batch follows from (`unpack`), on the host, ids in 32 bits: what travels between ranks."""
+    def essence(self) -> tuple[Tensor, ...]:
+        """What all of it but the teacher's batch follows from (`batch_of`), on the host, ids in 32 bits: what travels between ranks."""
         return self.tokens.int().cpu(), self.labels.int().cpu(), self.lengths, self.response_lengths, self.sample_ids
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -144,14 +155,19 @@ def padded(samples: Sequence[Sample], labels: Sequence[int], width: int) -> Batc
         row[: sample.num_positions + 1] = torch.tensor(sample.prompt + sample.response)
 
     sample_ids = torch.tensor([sample.sample_id for sample in samples])
-    return unpack(ids[:, :-1], ids[:, 1:].contiguous(), lengths, torch.tensor(labels), sample_ids)
+    return batch_of(ids[:, :-1], ids[:, 1:].contiguous(), lengths, torch.tensor(labels), sample_ids)
 
 
-def unpack(tokens: Tensor, labels: Tensor, lengths: Tensor, response_lengths: Tensor, sample_ids: Tensor) -> Batch:
-    """A Batch from `Batch.packed`, whatever stands behind a row's end; the last `response_lengths` labels of a row count."""
-    position_ids = torch.arange(tokens.shape[1]).expand(len(tokens), -1).contiguous()
-    real = position_ids < lengths[:, None]
-    loss_mask = real & (position_ids >= (lengths - response_lengths)[:, None])
+def batch_of(tokens: Tensor, labels: Tensor, lengths: Tensor, response_lengths: Tensor, sample_ids: Tensor) -> Batch:
+    """A Batch from its `essence`, whatever stands behind a row's end; the last `response_lengths` labels of a row count."""
+    if len(tokens) < len(lengths):  # packed
+        position_ids = torch.cat([torch.arange(length) for length in lengths.tolist()])[None]
+        ends, counted = (x.repeat_interleave(lengths)[None] for x in (lengths, response_lengths))
+    else:
+        position_ids = torch.arange(tokens.shape[1]).expand(len(tokens), -1).contiguous()
+        ends, counted = lengths[:, None], response_lengths[:, None]
+    real = position_ids < ends
+    loss_mask = real & (position_ids >= ends - counted)
     return Batch(
         tokens=tokens.where(real, PADDING).long(),  # the last id is a label only
         labels=labels.long(),
@@ -162,6 +178,15 @@ def unpack(tokens: Tensor, labels: Tensor, lengths: Tensor, response_lengths: Te
         sample_ids=sample_ids,
         supervised_positions=loss_mask.flatten().nonzero().squeeze(1),
     )
+
+
+def packed(batch: Batch) -> Batch:
+    """The same rows without padding, and the teacher's as well. One row alone is as it was, cut to its length."""
+    real = batch.position_ids < batch.lengths[:, None]
+    tokens, labels = (x[real][None] for x in (batch.tokens, batch.labels))
+    teacher_batch = batch.teacher_batch and packed(batch.teacher_batch)
+    rows = batch_of(tokens, labels, batch.lengths, batch.response_lengths, batch.sample_ids)
+    return replace(rows, teacher_batch=teacher_batch, samples=batch.samples)
 
 
 def collate_unshifted(samples: Sequence[Sample]) -> Batch:
@@ -182,10 +207,12 @@ def micro_batches(
     micro_batch_size: int,
     *,
     most_tokens: int | None = None,
+    pack: bool = False,
     device: torch.device | str = "cpu",
     collate: Callable[[Sequence[Sample]], Batch] = collate,
 ) -> list[Batch]:
-    """Batches on `device` of at most `micro_batch_size` rows of like length and of one teacher, each as wide as its own longest row.
+    """Batches on `device` of at most `micro_batch_size` rows of like length and of one teacher, each as wide as its own longest row; or
+    packed, of rows of any length.
 
     `most_tokens` limits the positions of a batch as well, padding included; a row that is longer stands alone. A row is as long as it is
     to whoever reads more of it, the student or the teacher.
@@ -196,14 +223,38 @@ def micro_batches(
     device = torch.device(device)
     cost = MICRO_BATCH_COST if device.type == "cpu" else GPU_MICRO_BATCH_COST
     groups = [[sample for sample in samples if sample.teacher == name] for name in sorted({sample.teacher for sample in samples})]
+    if pack:
+        parts = [part for group in groups for part in first_fit(longest_first(group), micro_batch_size, most_tokens)]
+        return [packed(collate(part)).to(device) for part in parts]
     parts = [part for group in groups for part in parted(group, micro_batch_size, most_tokens, cost=cost)]
     return [collate(part).to(device) for part in parts]
 
 
+def longest_first(samples: Sequence[Sample]) -> list[Sample]:
+    """As whoever reads more of each finds them."""
+    return sorted(samples, key=lambda sample: -sample.longest)
+
+
 def parted(samples: Sequence[Sample], most: int, most_tokens: int | None, *, cost: int) -> list[Sequence[Sample]]:
     """The rows of each micro-batch of one teacher."""
-    ordered = sorted(samples, key=lambda sample: -sample.longest)
+    ordered = longest_first(samples)
     return [ordered[part] for part in cut_by_length([sample.longest for sample in ordered], most, most_tokens, cost=cost)]
+
+
+def first_fit(ordered: Sequence[Sample], most: int, most_tokens: int | None) -> list[list[Sample]]:
+    """Few groups of at most `most` rows and `most_tokens` positions: each row goes to the first that has room for it (first-fit
+    decreasing). A row that is longer stands alone."""
+    groups: list[list[Sample]] = []
+    room: list[float] = []
+    for sample in ordered:
+        fits = (i for i, group in enumerate(groups) if len(group) < most and sample.longest <= room[i])
+        i = next(fits, len(groups))
+        if i == len(groups):
+            groups.append([])
+            room.append(math.inf if most_tokens is None else most_tokens)
+        groups[i].append(sample)
+        room[i] -= sample.longest
+    return groups
 
 
 def cut_by_length(lengths: Sequence[int], most: int, most_tokens: int | None = None, *, cost: int) -> list[slice]:

@@ -8,10 +8,18 @@ from transformers import PreTrainedTokenizerBase
 from megakd.config import DataConfig
 from megakd.data.batch import Sample
 from megakd.data.conditioning import Conditioning
-from megakd.data.indexed import IndexedDataset, is_indexed
+from megakd.data.indexed import IndexedDataset, is_indexed, shard_files
 from megakd.data.prompt_dataset import PromptDataset
 from megakd.data.sft_dataset import NO_RESPONSE, SFTDataset
+from megakd.data.tables import table_files
 from megakd.errors import UserError
+
+
+def data_files(path: str) -> list[Path]:
+    """The files whose rows are read, of a path of any form."""
+    if is_indexed(path):
+        return [file for ids in shard_files(Path(path)) for file in (ids, ids.with_suffix(".idx"))]
+    return table_files(Path(path)) if Path(path).is_dir() else [Path(path)]
 
 
 def open_prompts(

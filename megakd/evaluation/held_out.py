@@ -31,6 +31,7 @@ def held_out_losses(
     samples: Sequence[Sample],
     micro_batch_size: int,
     micro_batch_tokens: int | None = None,
+    pack: bool = False,
     samples_per_pass: int | None = None,
     divergences: Sequence[str] = ("reverse_kl", "forward_kl"),
     soft_prompt: torch.Tensor | None = None,
@@ -45,7 +46,7 @@ def held_out_losses(
     sums = torch.zeros(len(names) + 1, dtype=torch.double, device=layout.device)
     shares = split_across_dp(samples, layout.dp_size)
     for part in passes(shares[layout.dp_rank], micro_batch_size, samples_per_pass, longest=max(map(len, shares))):
-        batches = micro_batches(part, micro_batch_size, most_tokens=micro_batch_tokens, device=layout.device)
+        batches = micro_batches(part, micro_batch_size, most_tokens=micro_batch_tokens, pack=pack, device=layout.device)
         sums += sums_of(model, teacher, batches, divergences, names, soft_prompt)
     return {name: float(value) for name, value in token_means(sums, names, layout).items()}
 

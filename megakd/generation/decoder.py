@@ -1,17 +1,22 @@
 """One pipeline stage of a model, decoding a group of rows on a static cache.
 
-The model's own forward pass computes; what is said here is where columns stand. Rows are left-padded to one width, a soft prompt
-stands before the padding:
+The model's own forward pass computes; what is said here is where columns stand. A soft prompt has the first P columns; the R = L - P
+behind it are a ring, on which every row's prompt ends in the same column and every step writes the next one:
 
-    columns    0 .. P-1 soft prompt | P .. P+W-1 padding, then prompt | P+W .. response
-    positions  0 .. P-1             |                  P .. P+n-1     | P+n .. response            n = length of the row's prompt
+    columns    0 .. P-1 soft prompt | ... padding, prompt | response of step 0, 1, ... (mod R)
+    positions  0 .. P-1             |         P .. P+n-1  | P+n ..                            n = length of the row's prompt
+
+A row that joins later, at step J, has its prompt end in column J - 1 of the responses: it may write over columns of rows that are gone.
+No row is longer than the ring. So a column's position in a row follows from where the row starts on the ring, and a column sees those
+of a position up to its own: what others left there, and padding, have positions that the row has not come to.
 
 All that changes from step to step, and from group to group, is in tensors that stay where they are; with `filled` fixed a step can be
 captured as a CUDA graph, and replayed for other groups of as many rows; but for a sparse model's (`has_fixed_steps`).
 
-Prompts are read in slices of rows of like length, each as wide as its longest row: padding lies in the cache, hardly computed.
+Prompts are read in slices of rows of like length, each as wide as its longest row: padding lies in the cache, hardly computed. Of rows
+with one prompt the first reads it, and the others have a copy of its columns.
 
-B rows, S columns of this step (1 when decoding), L columns in all, H hidden, P soft prompt, W widest prompt,
+B rows, U prompts that are read, S columns of this step (1 when decoding), L columns in all, H hidden, P soft prompt,
 g key/value heads on this rank, d head size, Vp vocabulary columns on this rank.
 """
 
@@ -51,77 +56,99 @@ class Decoder:
         self.columns_L = torch.arange(columns, device=self.device)
         self.rotary = model.rotary_tables(columns)
         self.windows = {layer.self_attention.core_attention.window for layer in model.decoder.layers}
-        self.lengths_B = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        self.is_token_BL = torch.zeros(rows, columns, dtype=torch.bool, device=self.device)
-        self.prompts_end = torch.zeros((), dtype=torch.int64, device=self.device)  # P + W
+        self.ring = columns - soft_length
+        self.last_position = min(columns, model.max_sequence_length) - 1
+        self.offset_B = torch.zeros(rows, dtype=torch.int64, device=self.device)  # P + n - J: what a step is behind its position
+        self.position_BL = torch.zeros(rows, columns, dtype=torch.int64, device=self.device)
+        self.prompts_end = torch.zeros((), dtype=torch.int64, device=self.device)  # on the ring, of the rows that were there at first
 
-    def begin(self, prompts: Sequence[Sequence[int]], soft_prompt_PH: Tensor | None = None) -> None:
-        """A group of as many prompts as there are rows, longest first or nearly so, that fit with what will be behind them."""
-        lengths = [len(prompt) for prompt in prompts]
-        self.soft_prompt_PH, self.width, self.slices = soft_prompt_PH, max(lengths), slices_of_like_length(lengths)
-        end = self.soft_length + self.width
-        self.prompt_columns = end if self.device.type == "cpu" else aligned(end)  # what is behind the prompts is masked
-        self.prompts_end.fill_(end)
-        self.lengths_B.copy_(torch.tensor(lengths), non_blocking=True)
-        column = self.columns_L - self.soft_length
-        self.is_token_BL.copy_((column < 0) | (column >= (self.width - self.lengths_B)[:, None]))  # everything but the padding
+    def begin(self, width: int, soft_prompt_PH: Tensor | None = None) -> None:
+        """A group, whose first prompts are of `width` at most."""
+        self.soft_prompt_PH, self.width = soft_prompt_PH, width
+        self.prompts_end.fill_(width)
 
-    def buffers(self, rows: int, *, prefill: bool) -> list[Tensor]:
-        """Room for what the stage before sends."""
-        shapes = [(self.soft_length + s.width, len(s.rows)) for s in self.slices] if prefill else [(1, rows)]
-        return [torch.empty(*shape, self.model.config.hidden_size, dtype=self.dtype, device=self.device) for shape in shapes]
+    def expect(self, prompts: Sequence[Sequence[int]]) -> None:
+        """What the next prefill reads: longest first or nearly so, each of which fits with what will be behind it."""
+        self.prompts, self.slices = prompts, slices_of_like_length([len(prompt) for prompt in prompts])
 
-    def keep(self, order_B: Tensor, sources: Tensor, targets: Tensor, filled: int) -> None:
+    def prefill_buffers(self) -> list[Tensor]:
+        """Room for what the stage before sends of the prompts that are expected."""
+        return [self._buffer(self.soft_length + part.width, len(part.rows)) for part in self.slices]
+
+    def step_buffer(self, rows: int) -> Tensor:
+        """The same of one column of so many rows."""
+        return self._buffer(1, rows)
+
+    def _buffer(self, columns: int, rows: int) -> Tensor:
+        return torch.empty(columns, rows, self.model.config.hidden_size, dtype=self.dtype, device=self.device)
+
+    def filled(self, columns: int) -> int:
+        """Columns that hold something, when so many of the ring have been written."""
+        return self.soft_length + min(columns, self.ring)
+
+    def keep(self, order_B: Tensor, sources: Tensor, targets: Tensor, written: int) -> None:
         """Let rows leave: row i of the new group was row order_B[i]."""
-        self.cache.move(sources, targets, self.soft_length + filled)
-        for of_rows in (self.lengths_B, self.is_token_BL):
+        self.cache.move(sources, targets, self.filled(written))
+        for of_rows in (self.offset_B, self.position_BL):
             of_rows[: len(order_B)] = of_rows[order_B]
 
-    def prefill(self, tokens_BW: Tensor, hidden: list[Tensor]) -> list[Tensor]:
-        """The left-padded prompts, on later stages their hidden states: to hidden states by slice, or logits [B, Vp]."""
-        states = [self._prefill_slice(part, tokens_BW, *x) for part, *x in zip(self.slices, *([hidden] if hidden else []))]
+    def prefill(self, hidden: list[Tensor], *, first: int = 0, joined: int = 0, prompt_of: Sequence[int] = ()) -> list[Tensor]:
+        """The prompts, on later stages their hidden states: to hidden states by slice, or on the last stage logits [U, Vp].
+
+        Rows from `first` on join at step `joined`; `prompt_of` says which of the prompts each has, by default one after the other.
+        """
+        lengths_U = torch.tensor([len(prompt) for prompt in self.prompts]).to(self.device, non_blocking=True)
+        tokens_UW, end = left_padded(self.prompts, self.device), self.width + joined
+        parts = zip(self.slices, *([hidden] if hidden else []))
+        states = [self._prefill_slice(part, tokens_UW, lengths_U, end, first, *x) for part, *x in parts]
+        if len(prompt_of) > len(lengths_U):
+            of_B = torch.tensor(prompt_of).to(self.device, non_blocking=True)
+            self.cache.copy(first + of_B, first, self.filled(end))
+            lengths_U = lengths_U[of_B]
+        seats = slice(first, first + len(lengths_U))
+        self.offset_B[seats] = self.soft_length + lengths_U - joined
+        self.position_BL[seats] = self.positions(end - lengths_U)
         return [torch.cat(states)] if self.model.post_process else states
 
-    def _prefill_slice(self, part: Slice, tokens_BW: Tensor, hidden: Tensor | None = None) -> Tensor:
-        rows, soft_columns = slice(part.rows.start, part.rows.stop), self.columns_L[: self.soft_length]
-        columns = self.columns_L[self.width - part.width : self.width]  # of the prompt
-        positions = (columns - (self.width - self.lengths_B[rows, None])).clamp(min=0)
+    def _prefill_slice(
+        self, part: Slice, tokens_UW: Tensor, lengths_U: Tensor, end: int, first: int, hidden: Tensor | None = None
+    ) -> Tensor:
+        mine, seats = slice(part.rows.start, part.rows.stop), slice(first + part.rows.start, first + part.rows.stop)
+        soft_columns, columns = self.columns_L[: self.soft_length], self.columns_L[: part.width] - part.width  # before the prompts' end
+        columns_S = torch.cat([soft_columns, self.soft_length + (end + columns) % self.ring])
+        positions = (columns + lengths_U[mine, None]).clamp(min=0)
         positions_BS = torch.cat([soft_columns.expand(len(part.rows), -1), self.soft_length + positions], 1)
-        columns_S = torch.cat([soft_columns, self.soft_length + columns])
-        tokens_BS = tokens_BW[rows, self.width - part.width :]
-        return self.run(tokens_BS, positions_BS, columns_S, rows, self.prompt_columns, hidden, self.soft_prompt_PH)
+        filled = self.filled(end)
+        filled = filled if self.device.type == "cpu" else min(aligned(filled), len(self.columns_L))  # what is behind the prompts is masked
+        masks = self.masks(self.positions(end - lengths_U[mine])[:, :filled], positions_BS)
+        step = CacheStep(self.cache, seats, columns_S, filled, masks)
+        return self.run(tokens_UW[mine, tokens_UW.shape[1] - part.width :], positions_BS, step, hidden, self.soft_prompt_PH)
 
-    def decode(self, tokens_B: Tensor, step: Tensor, filled: int | None, hidden: Tensor | None = None) -> Tensor:
-        """The `step`-th response token (from 0) of each row, on later stages its hidden state: to a hidden state, or logits.
+    def positions(self, starts_B: Tensor) -> Tensor:
+        """[B, L], of every column in rows that start there on the ring; soft prompts in front are the same of all."""
+        on_ring = (self.columns_L - self.soft_length - starts_B[:, None]) % self.ring
+        return torch.where(self.columns_L < self.soft_length, self.columns_L, self.soft_length + on_ring)
 
-        `filled` columns of prompt and response are attended to; None: all there are, whatever the step.
+    def decode(self, tokens_B: Tensor, step: Tensor, written: int | None, hidden: Tensor | None = None) -> Tensor:
+        """The tokens that a step reads, from 0 on, on later stages their hidden states: to a hidden state of each row, or logits.
+
+        `written` columns of the ring are attended to; None: all there are, whatever the step.
         """
-        columns_S = self.prompts_end + step[None]
-        positions_BS = (self.soft_length + self.lengths_B[: len(tokens_B)] + step)[:, None]
-        positions_BS = positions_BS.clamp(max=self.model.max_sequence_length - 1)  # a row that has ended may not have left yet
-        rows, filled = slice(0, len(tokens_B)), len(self.columns_L) if filled is None else self.soft_length + filled
+        columns_S = self.soft_length + (self.prompts_end + step[None]) % self.ring
+        positions_BS = (self.offset_B[: len(tokens_B)] + step)[:, None]
+        positions_BS = positions_BS.clamp(max=self.last_position)  # a row that has ended may not have left yet
+        rows, filled = slice(0, len(tokens_B)), len(self.columns_L) if written is None else self.filled(written)
         tokens_BS = tokens_B[:, None].clamp(min=0)  # NO_TOKEN until it is looked at
-        return self.run(tokens_BS, positions_BS, columns_S, rows, filled, hidden)
+        masks = self.masks(self.position_BL[rows, :filled], positions_BS)
+        return self.run(tokens_BS, positions_BS, CacheStep(self.cache, rows, columns_S, filled, masks), hidden)
 
     def run(
-        self,
-        tokens_BS: Tensor,
-        positions_BS: Tensor,
-        columns_S: Tensor,
-        rows: slice,
-        filled: int,
-        hidden_SBH: Tensor | None,
-        soft_prompt_PH: Tensor | None = None,
+        self, tokens_BS: Tensor, positions_BS: Tensor, step: CacheStep, hidden_SBH: Tensor | None, soft_prompt_PH: Tensor | None = None
     ) -> Tensor:
         """This stage, and on the last stage the head at the last column; positions and columns are those of a soft prompt too."""
         self.model.set_input_tensor(hidden_SBH)
-        hidden_SBH = self.model(
-            tokens_BS,
-            positions_BS,
-            soft_prompt_PH,
-            rotary=None if self.rotary is None else self.rotary[:, :, positions_BS.t()],
-            step=CacheStep(self.cache, rows, columns_S, filled, self.masks(columns_S, rows, filled)),
-        )
+        rotary = None if self.rotary is None else self.rotary[:, :, positions_BS.t()]
+        hidden_SBH = self.model(tokens_BS, positions_BS, soft_prompt_PH, rotary=rotary, step=step)
         return self.head(hidden_SBH[-1]) if self.model.post_process else hidden_SBH
 
     def head(self, x_BH: Tensor) -> Tensor:
@@ -129,23 +156,23 @@ class Decoder:
         weight = self.model.output_weight()
         return (weight @ x_BH.t()).t().contiguous() if len(x_BH) <= FEW_ROWS else F.linear(x_BH, weight)
 
-    def masks(self, columns_S: Tensor, rows: slice, filled: int) -> dict[int | None, Tensor]:
-        """[B, 1, S, filled] for each window, added to the scores: a column sees the tokens up to itself, as far back as the window."""
-        columns_L = self.columns_L[:filled]
-        before, itself = columns_L <= columns_S[:, None], columns_L == columns_S[:, None]
-        visible = before & self.is_token_BL[rows, None, :filled] | itself  # padding too sees itself: an empty softmax is NaN
-        of = lambda window: visible if window is None else visible & self.within(window, columns_S, rows, filled)
+    def masks(self, position_BL: Tensor, positions_BS: Tensor) -> dict[int | None, Tensor]:
+        """[B, 1, S, filled] for each window, added to the scores: a column sees positions up to its own, as far back as the window. No
+        row of it is empty, whose softmax would be NaN: padding stands at position P."""
+        columns, own = position_BL[:, None], positions_BS[:, :, None]
+        before = columns <= own
+        of = lambda window: before if window is None else before & (own - columns < window)
         return {window: self._added(of(window)) for window in self.windows}
-
-    def within(self, window: int, columns_S: Tensor, rows: slice, filled: int) -> Tensor:
-        """[B, S, filled]: fewer than `window` positions back. Padding stands between a soft prompt and the prompt, and is none."""
-        padding_B1 = self.prompts_end - self.soft_length - self.lengths_B[rows, None]
-        position = lambda columns: torch.where(columns < self.soft_length, columns, columns - padding_B1)
-        return position(columns_S)[:, :, None] - position(self.columns_L[:filled])[:, None] < window
 
     def _added(self, visible: Tensor) -> Tensor:
         mask = torch.zeros(visible.shape, dtype=self.dtype, device=self.device).masked_fill_(~visible, float("-inf"))
         return mask[:, None]
+
+
+def left_padded(prompts: Sequence[Sequence[int]], device: torch.device, *, width: int = 0, padding: int = 0) -> Tensor:
+    """[B, W], W the longest of them, or `width`; the device is not waited for."""
+    width = max(width, *map(len, prompts))
+    return torch.tensor([[padding] * (width - len(prompt)) + list(prompt) for prompt in prompts]).to(device, non_blocking=True)
 
 
 def aligned(columns: int, multiple: int = ALIGNED) -> int:

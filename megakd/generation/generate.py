@@ -1,9 +1,9 @@
 """Responses of a model to prompts, over tensor, pipeline and data parallel ranks.
 
 Prompts are sorted by length and cut into groups of like lengths, so that little of a group is padding. A group's prompts are read
-at once (prefill), then it grows by one token a step; rows that have ended leave it. Under pipeline parallelism as many groups are
-under way as there are stages (ring.py). The model is that of training, its weights and its forward pass; its mode and its sequence
-parallelism are put back at the end.
+at once (prefill), then it grows by one token a step; rows that have ended leave it, and waiting ones take their places. Under pipeline
+parallelism as many groups are under way as there are stages (ring.py). The model is that of training, its weights and its forward
+pass; its mode and its sequence parallelism are put back at the end.
 
 A response ends with an EOS, after `max_new_tokens`, or where its row reaches the model's context (`max_position_embeddings`).
 """
@@ -11,6 +11,7 @@ A response ends with an EOS, after `max_new_tokens`, or where its row reaches th
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Collection, Sequence
 from functools import partial
 from itertools import pairwise
@@ -40,6 +41,7 @@ def generate(
     soft_prompt: Tensor | None = None,
     mix_with: Sequence[MixtureComponent] = (),
     limits: Sequence[int] | None = None,
+    generations: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Token ids of the responses in the prompts' order, the EOS included where one was sampled; the same on every rank of the model.
 
@@ -54,6 +56,8 @@ def generate(
         mix_with: further models, of the same layout and vocabulary, whose next-token distributions are mixed in by their shares;
             `model` has the rest. MiniLLM's (1 - α) q + α p is `mix_with=[MixtureComponent(teacher, α)]`. Each may read other prompts.
         limits: most response tokens of each row, below `max_new_tokens`.
+        generations: which answer to its prompt each is, from 0 on: each draws from noise of its own. Neighbours with one prompt, as
+            these are, read it once.
 
     Raises:
         ValueError: an empty prompt, one that leaves no room for a response, or models that do not go together.
@@ -61,17 +65,17 @@ def generate(
     """
     components = [MixtureComponent(model, 1 - sum(component.share for component in mix_with), soft_prompt), *mix_with]
     check_components(components)
-    limits = limits or [sampling.max_new_tokens] * len(prompts)
+    limits, generations = limits or [sampling.max_new_tokens] * len(prompts), generations or [0] * len(prompts)
     ends = frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
     read = zip(*(prompts if component.prompts is None else component.prompts for component in components), strict=True)
     rows = [
-        Row(of_row, sample_id, min(limit, sampling.max_new_tokens, room(i, of_row, components)), ends)
-        for i, (of_row, sample_id, limit) in enumerate(zip(read, sample_ids, limits))
+        Row(of_row, sample_id, min(limit, sampling.max_new_tokens, room(i, of_row, components)), ends, generation)
+        for i, (of_row, sample_id, limit, generation) in enumerate(zip(read, sample_ids, limits, generations))
     ]
     sampler = make_sampler(sampling, components)
-    groups = split_by_length(rows, model.layout.pp_size, batch_size)
+    groups, waiting = split_by_length(rows, model.layout.pp_size, batch_size)
     with decoding([component.model for component in components]):
-        run_pipeline_ring(iter([partial(RowGroup, group, components, sampler) for group in groups]), model.layout)
+        run_pipeline_ring(iter([partial(RowGroup, group, components, sampler, waiting) for group in groups]), model.layout)
     check_chosen(rows)
     return [row.response for row in rows]
 
@@ -140,12 +144,11 @@ def make_sampler(sampling: Sampling, components: Sequence[MixtureComponent]) -> 
     return Sampler(sampling, shard, [component.share for component in components], columns, next(model.parameters()).device)
 
 
-def split_by_length(rows: Sequence[Row], stages: int, batch_size: int | None) -> list[list[Row]]:
-    """Groups of like lengths and even sizes, longest first: what takes most memory and time is not left for the end."""
-    if not rows:
-        return []
-    in_flight = min(batch_size or len(rows), len(rows))
-    count = math.ceil(len(rows) / math.ceil(in_flight / stages))
-    ordered = sorted(rows, key=lambda row: len(row.prompt), reverse=True)
-    bounds = [len(ordered) * i // count for i in range(count + 1)]
-    return [ordered[lo:hi] for lo, hi in pairwise(bounds)]
+def split_by_length(rows: Sequence[Row], stages: int, batch_size: int | None) -> tuple[list[list[Row]], deque[Row]]:
+    """Groups of like lengths and even sizes, one a stage, and the rows that wait. Longest prompt first: what takes most memory and time is
+    not left for the end."""
+    ordered = deque(sorted(rows, key=lambda row: len(row.prompt), reverse=True))
+    under_way = min(math.ceil((batch_size or len(rows)) / stages) * stages, len(rows))
+    count = min(stages, under_way)
+    bounds = [under_way * i // count for i in range(count + 1)] if count else []
+    return [[ordered.popleft() for _ in range(hi - lo)] for lo, hi in pairwise(bounds)], ordered

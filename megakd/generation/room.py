@@ -32,6 +32,7 @@ class Room:
         parts = list(zip(components, columns))
         self.decoders = [Decoder(part.model, rows, width, soft_length=part.soft_length) for part, width in parts]
         self.streams_B = torch.zeros(rows, dtype=torch.int64, device=self.decoders[0].device)
+        self.joined_B = torch.zeros_like(self.streams_B)  # the step at which each row's response begins
         self.steps: dict[int, CapturedStep] = {}  # by the number of rows
         self.addresses = addresses(components)
 
@@ -46,17 +47,18 @@ class Room:
         )
 
     def decode(self, tokens_B: Tensor, step: Tensor, *hidden: Tensor) -> list[Tensor]:
-        """The `step`-th tokens of the responses, or their hidden states: hidden states, or on the last stage the next tokens. Whole caches
-        are attended to, so that steps differ in the numbers of tensors alone."""
+        """The tokens that a step reads, or their hidden states: hidden states, or on the last stage the next tokens. Whole caches are
+        attended to, so that steps differ in the numbers of tensors alone."""
         states = [decoder.decode(tokens_B, step, None, *rest) for decoder, *rest in zip(self.decoders, *([hidden] if hidden else []))]
         return self.sample(states, step + 1)
 
-    def sample(self, states: list[Tensor], position: Tensor, seen_BK: Tensor | None = None) -> list[Tensor]:
-        """On the last stage the tokens [B] at a position of the responses, else what there is to hand on."""
+    def sample(self, states: list[Tensor], step: Tensor, seen_BK: Tensor | None = None, *, first: int = 0) -> list[Tensor]:
+        """On the last stage the tokens [B] that a step will read, of the rows from `first` on; else what there is to hand on."""
         model = self.decoders[0].model
         if not model.layout.is_last_stage:
             return states
-        return [self.sampler(states, self.streams_B[: len(states[0])], position, seen_BK)]
+        rows = slice(first, first + len(states[0]))
+        return [self.sampler(states, self.streams_B[rows], step - self.joined_B[rows], seen_BK)]
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Next tokens by Gumbel-max, with noise that knows nothing of the layout.
 
-    token = argmax_v  z_v / T + g_v,    g_v = -log E_v,    E_v = -log(1 - u_v),    u_v = hash(seed, sample id, position, v)
+    token = argmax_v  z_v / T + g_v,    g_v = -log E_v,    E_v = -log(1 - u_v),    u_v = hash(seed, sample id and answer, position, v)
 
 u_v is uniform in (0, 1), so g_v is a Gumbel variable and the token is a draw from softmax(z / T). The hash is a function of four
 integers and nothing else: a sample gets the same tokens at any TP × PP × DP, in any batch and in any company. A tensor-parallel
@@ -13,11 +13,12 @@ B rows, V vocabulary, Vp columns on this rank (padded), K tokens seen by a row.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megakd_kernels import VocabShard
+from megakd_kernels import VocabShard, launch
 from torch import Tensor
 
 from megakd.errors import UserError
@@ -84,15 +85,17 @@ class Sampler:
         first = self.whole.start(columns)
         self.tokens = torch.arange(first, first + columns, dtype=torch.int32, device=device)
 
-    def __call__(self, logits: list[Tensor], streams_B: Tensor, position: Tensor, seen_BK: Tensor | None) -> Tensor:
+    def __call__(self, logits: list[Tensor], streams_B: Tensor, positions_B: Tensor, seen_BK: Tensor | None) -> Tensor:
         """Token ids [B].
 
         Args:
             logits: [B, Vp] of each model.
             streams_B: each row's stream of noise, from `noise_streams`.
-            position: number of tokens already sampled, an int64 scalar: the place in the stream.
+            positions_B: number of tokens already sampled, int64: the place in each stream; or a scalar.
             seen_BK: prompt and response so far, -1 where a row is shorter; needed by repetition limits only.
         """
+        if self.draws_at_once(logits):
+            return self.draw(logits[0], streams_B, position)
         z = self.mix([self.prepare(x, seen_BK) for x in logits])
         if self.sampling.greedy:
             return argmax(z, self.whole)
@@ -100,10 +103,22 @@ class Sampler:
             z = keep_top_k(z, self.sampling.top_k)
         if self.sampling.top_p < 1:
             z = keep_top_p(z, self.sampling.top_p)
-        token = argmax(gumbel(streams_B, position, self.tokens).add_(z), self.whole)
+        token = argmax(gumbel(streams_B, positions_B, self.tokens).add_(z), self.whole)
         if self.sampling.top_p < 1 and self.shard.ranks > 1:  # each rank sums the row, in an order that a GPU does not promise
             dist.broadcast(token, group=self.shard.tp_group, group_src=0)
         return token
+
+    def draws_at_once(self, logits: list[Tensor]) -> bool:
+        """Whether a kernel draws, in two launches for some forty: from one model, of whose logits no whole row has to be seen."""
+        simple = len(logits) == 1 and not (self.sampling.greedy or self.sampling.needs_whole_rows)
+        return simple and launch.implementation(logits[0], "gumbel") == "triton"
+
+    def draw(self, logits_BVp: Tensor, streams_B: Tensor, position: Tensor) -> Tensor:
+        """Token ids [B], by that kernel."""
+        width, shard = logits_BVp.shape[1], self.shard
+        where = {"columns": shard.columns(width), "first_token": shard.start(width), "no_token": NO_TOKEN}
+        kernels = launch.kernels(logits_BVp, "gumbel")
+        return of_all_ranks(*kernels.draw(logits_BVp, streams_B, position, self.sampling.temperature, **where), shard)
 
     def prepare(self, logits_BVp: Tensor, seen_BK: Tensor | None) -> Tensor:
         """One model's logits in float32: padding out, repetition limited, divided by the temperature."""
@@ -149,10 +164,14 @@ def log_softmax(logits_BVp: Tensor, shard: VocabShard) -> Tensor:
 def argmax(scores_BVp: Tensor, shard: VocabShard) -> Tensor:
     """Token ids [B] of the highest scores of whole rows, the lowest id among equals; NO_TOKEN where the highest is none."""
     score, column = scores_BVp.max(-1)  # NaN counts as the highest
-    token = (column + shard.start(scores_BVp.shape[1])).masked_fill(~(score < math.inf), NO_TOKEN)
+    return of_all_ranks(score, (column + shard.start(scores_BVp.shape[1])).masked_fill(~(score < math.inf), NO_TOKEN), shard)
+
+
+def of_all_ranks(score_B: Tensor, token_B: Tensor, shard: VocabShard) -> Tensor:
+    """Token ids [B] of the highest of all ranks' scores, the lowest rank's among equals."""
     if shard.ranks == 1:
-        return token
-    pairs = shard.all_gather(torch.stack([score.double(), token.double()])[None])  # [tp, 2, B], exact in float64
+        return token_B
+    pairs = shard.all_gather(torch.stack([score_B.double(), token_B.double()])[None])  # [tp, 2, B], exact in float64
     winner = pairs[:, 0].argmax(0)
     return pairs[:, 1].gather(0, winner[None])[0].long()
 
@@ -202,15 +221,19 @@ MASK31 = 0x7FFFFFFF
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
 
 
-def noise_streams(seed: int, sample_ids: list[int], device: torch.device) -> Tensor:
-    """One int64 a sample: where its noise begins."""
-    ids_B = torch.tensor(sample_ids, dtype=torch.int64).to(device, non_blocking=True)
+GENERATION_STRIDE = 1 << 40  # no sample has such an id: answer 1 of one draws what answer 0 of no other does
+
+
+def noise_streams(seed: int, sample_ids: Sequence[int], device: torch.device, generations: Sequence[int] = ()) -> Tensor:
+    """One int64 an answer of a sample, by default the first: where its noise begins."""
+    numbers = [i + g * GENERATION_STRIDE for i, g in zip(sample_ids, generations or [0] * len(sample_ids), strict=True)]
+    ids_B = torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
     return mix64(mix64(torch.full_like(ids_B, seed)) + ids_B * GOLDEN_GAMMA)
 
 
-def gumbel(streams_B: Tensor, position: Tensor, tokens_V: Tensor) -> Tensor:
-    """Gumbel noise [B, V], float32, of token ids [V] (int32) at one position of each row's stream; 22.2 at most."""
-    u = uniform31(mix64(streams_B + (position + 1) * GOLDEN_GAMMA), tokens_V)
+def gumbel(streams_B: Tensor, positions_B: Tensor, tokens_V: Tensor) -> Tensor:
+    """Gumbel noise [B, V], float32, of token ids [V] (int32) at a position of each row's stream, or at one of all; 22.2 at most."""
+    u = uniform31(mix64(streams_B + (positions_B + 1) * GOLDEN_GAMMA), tokens_V)
     exponential = u.mul_(-(2.0**-31)).sub_(2.0**-32).log1p_().neg_()  # small u resolve best, and they win
     return exponential.log_().neg_()
 

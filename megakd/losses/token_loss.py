@@ -44,6 +44,6 @@ class TokenLoss:
     objective_N: Tensor
     logs: dict[str, Tensor]
 
-    def scaled(self, factor: float) -> TokenLoss:
+    def scaled(self, factor: float | Tensor) -> TokenLoss:
         """Objective and logs times one number."""
         return TokenLoss(self.objective_N * factor, {name: value * factor for name, value in self.logs.items()})

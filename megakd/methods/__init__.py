@@ -46,6 +46,6 @@ def build_method(
     student.method_parts.update(kind.modules(student, teacher, config))
     if teacher is not None:
         teacher.on_teacher_ranks(without_a_student)
-    distributed = config.parallel.use_distributed_optimizer
-    optimizer = StudentOptimizer(student, config.training, total_iters=total_iters, distributed=distributed)
+    options = {"distributed": config.parallel.use_distributed_optimizer, "overlap": config.parallel.overlap_grad_reduce}
+    optimizer = StudentOptimizer(student, config.training, total_iters=total_iters, **options)
     return kind(MethodInputs(student, optimizer, teacher, tokenizer, ends, text), config, total_iters=total_iters)

@@ -106,9 +106,9 @@ class Method:
             tensor.copy_(tensors[name])
 
     def batches(self, samples: Sequence[Sample], collate: Callable[[Sequence[Sample]], Batch] = collate) -> list[Batch]:
-        """Micro-batches within --micro-batch-size and --micro-batch-tokens, of rows of like length."""
+        """Micro-batches within --micro-batch-size and --micro-batch-tokens, of rows of like length or packed."""
         training = self.config.training
-        options = {"most_tokens": training.micro_batch_tokens, "device": self.layout.device, "collate": collate}
+        options = {"most_tokens": training.micro_batch_tokens, "pack": training.pack, "device": self.layout.device, "collate": collate}
         return micro_batches(samples, training.micro_batch_size, **options)
 
     def read_teacher(self, batches: Sequence[Batch]) -> Context:
@@ -131,23 +131,24 @@ class Method:
             loss = normalised(loss, batches, self.config, self.layout)
             means = forward_backward(self.optimizer.ddp, batches, loss, context=context, layout=self.layout)
         with self.time("optimizer"):
-            learnt = to_floats(means)
+            learnt = to_floats(means | self.positions(batches))
+            counts = {"positions": int(learnt.pop("positions")), "real_share": learnt.pop("real_share")}
             check_finite(learnt, batches, context, loss)
             step = self.optimizer.step(iteration)
             check_finite(step, batches, context, loss)
             if self.teacher:
                 self.teacher.after_step(self.student)
-        return learnt | step | self.positions(batches)
+        return learnt | step | counts
 
     def cross_entropy_step(self, samples: Sequence[Sample], iteration: int) -> dict[str, float]:
         """One step on −log q of the responses: no teacher reads."""
         loss = lambda q, batch, _: sft_loss(q, batch.supervised_labels, self.vocabulary)
         return self.student_step(self.batches(samples), loss, iteration)
 
-    def positions(self, batches: list[Batch]) -> dict[str, float]:
-        """Real input positions of the global batch, and their share of the positions computed."""
-        counts = sum(batch.counts for batch in batches).to(self.layout.device)
-        _, real, computed = self.layout.sum_over_data_parallel(counts).tolist()
+    def positions(self, batches: list[Batch]) -> dict[str, torch.Tensor]:
+        """Real input positions of the global batch, and their share of the positions computed; float64, for nobody waits for them here."""
+        counts = sum(batch.counts for batch in batches).to(self.layout.device, non_blocking=True)
+        _, real, computed = self.layout.sum_over_data_parallel(counts).double()
         return {"positions": real, "real_share": real / computed}
 
     def all_gather_samples(self, samples: Sequence[Sample]) -> list[Sample]:

@@ -159,10 +159,11 @@ class MiniLLM(Method):
         return {sample.sample_id: row[: len(r)] for sample, row, r in zip(samples, white_RT, rewards)}
 
     def shares(self, rollouts, texts):
-        """Factors, one for the rollouts' losses and one for the text's, that make Σ/(all tokens) the sum of their token means."""
+        """Factors, one for the rollouts' losses and one for the text's, that make Σ/(all tokens) the sum of their token means; scalars
+        on the device."""
         tokens = [sum(batch.num_supervised for batch in part) for part in (rollouts, texts)]
-        counts = self.layout.sum_over_data_parallel(torch.tensor(tokens, device=self.layout.device)).tolist()
-        return [sum(counts) / max(1, count) for count in counts]
+        counts = self.layout.sum_over_data_parallel(torch.tensor(tokens).to(self.layout.device, non_blocking=True)).double()
+        return [counts.sum() / count.clamp(min=1) for count in counts]
 
 
 def concatenated(responses: list[Experience]) -> Experience:

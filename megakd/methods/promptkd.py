@@ -10,6 +10,7 @@ over the tokens of y with its EOS; g counts iterations up to G. P in (c) is the 
 responses are never read.
 """
 
+import math
 from functools import partial
 
 from megakd_kernels import VocabShard
@@ -84,8 +85,11 @@ class PromptLearner:
         loss = lambda p_P, batch, q_and_p: self.loss(p_P, *q_and_p, base_coef=base_coef)
         with time("prompt_step"):
             means = self.gradient(normalised(loss, batches, self.config, self.teacher.layout), batches, context)
-            moved = self.optimizer.step(iteration, means.pop("tokens"))
-        return to_floats(means) | moved
+            norm = self.optimizer.clip(means.pop("tokens"))
+            numbers = to_floats(means | {"grad_norm/prompt": norm.double()})  # in one look at the device
+            if math.isfinite(numbers["grad_norm/prompt"]):
+                self.optimizer.step(iteration)
+        return numbers
 
     def gradient(self, loss, batches, context):
         """∇_P of the token mean, in `prompt.vectors.grad`; returns what the loss logs, and the `tokens`."""

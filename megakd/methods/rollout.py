@@ -27,7 +27,7 @@ def rollout(
 ) -> list[Sample]:
     """The samples with responses of the student, or of a mixture with it; the end included where one was written.
 
-    The noise is a function of (seed, iteration, sample, position): any layout and batch size writes the same.
+    The noise is a function of (seed, iteration, sample and which answer to it, position): any layout and batch size writes the same.
     """
     settings = config.generation
     sampling = Sampling(
@@ -45,6 +45,7 @@ def rollout(
         eos_id=ends.stop,
         batch_size=settings.rollout_batch_size,
         mix_with=mix_with,
+        generations=[sample.generation for sample in samples],
     )
     if config.training.reference_compat.forced_eos:
         cut_off = lambda response: len(response) == config.max_new_tokens and response[-1] not in ends.stop

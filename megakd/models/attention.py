@@ -4,12 +4,14 @@ s sequence, b batch, n query heads, g key/value heads (GQA: g divides n), r = n 
 A layer that slides has a window: a token sees the last `window` tokens, itself among them.
 
 Training batches are right-padded and have no mask: under causal attention a real position never sees the padding behind it. flash-attn's
-kernels attend where it is installed, else torch's scaled_dot_product_attention.
+kernels attend where it is installed, else torch's scaled_dot_product_attention. Packed rows stand one behind the other, [s, 1, n, d]:
+flash-attn is told where each begins, and torch is given neighbours that are as long as each other as a batch.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +21,12 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megakd.models.kv_cache import CacheStep
+from megakd.models.packed_rows import PackedRows
 
 try:
-    from flash_attn import flash_attn_func
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
 except ImportError:
-    flash_attn_func = None
+    flash_attn_func = flash_attn_varlen_func = None
 
 
 class SDPACoreAttention(MegatronModule):
@@ -40,13 +43,22 @@ class SDPACoreAttention(MegatronModule):
         self.window = config.window_size[0] + 1 if slides else None
 
     def forward(
-        self, query_sbnd: Tensor, key_sbgd: Tensor, value_sbgd: Tensor, *, inference_context: CacheStep | None = None
+        self,
+        query_sbnd: Tensor,
+        key_sbgd: Tensor,
+        value_sbgd: Tensor,
+        *,
+        inference_context: CacheStep | None = None,
+        packed_seq_params: PackedRows | None = None,
     ) -> Tensor:
         """[s, b, n, d] and twice [s, b, g, d] to [s, b, n·d]; decoding attends to what the cache holds of earlier columns too."""
         if inference_context is not None:
             keys_bgld, values_bgld = inference_context.store(self.layer_number, key_sbgd, value_sbgd)
             return masked_attention(query_sbnd, keys_bgld, values_bgld, inference_context.masks[self.window], self.softmax_scale)
-        attend = flash_attention if can_flash(query_sbnd) else sdpa_attention
+        if packed_seq_params is None:
+            attend = flash_attention if can_flash(query_sbnd) else sdpa_attention
+        else:
+            attend = partial(flash_varlen_attention if can_flash(query_sbnd) else attention_by_blocks, packed_seq_params)
         dropout = self.dropout if self.training else 0.0
         with tensor_parallel.get_cuda_rng_tracker().fork() if dropout else nullcontext():
             return attend(query_sbnd, key_sbgd, value_sbgd, dropout, self.softmax_scale, self.window).flatten(2)
@@ -65,6 +77,28 @@ def flash_attention(
     reach = (-1 if window is None else window - 1, 0)
     out = flash_attn_func(query, key, value, dropout_p=dropout, softmax_scale=scale, causal=True, window_size=reach)
     return out.transpose(0, 1)
+
+
+def flash_varlen_attention(
+    packed: PackedRows, query_s1nd: Tensor, key_s1gd: Tensor, value_s1gd: Tensor, dropout: float, scale: float | None, window: int | None
+) -> Tensor:
+    """[s, 1, n, d] of packed rows, by flash-attn's own kernels."""
+    ends = (packed.cu_seqlens_q, packed.cu_seqlens_kv, packed.max_seqlen_q, packed.max_seqlen_kv)
+    reach = (-1 if window is None else window - 1, 0)
+    query, key, value = (x.squeeze(1) for x in (query_s1nd, key_s1gd, value_s1gd))
+    options = {"dropout_p": dropout, "softmax_scale": scale, "causal": True, "window_size": reach}
+    return flash_attn_varlen_func(query, key, value, *ends, **options).unsqueeze(1)
+
+
+def attention_by_blocks(packed: PackedRows, query_s1nd: Tensor, key_s1gd: Tensor, value_s1gd: Tensor, *options) -> Tensor:
+    """[s, 1, n, d] of packed rows: neighbours that are as long as each other are a batch to torch."""
+    blocks = packed.blocks
+    split = lambda x: x.squeeze(1).split([size * rows for size, rows in blocks])
+    attended = []
+    for (size, rows), *part in zip(blocks, *map(split, (query_s1nd, key_s1gd, value_s1gd))):
+        out = sdpa_attention(*(x.unflatten(0, (rows, size)).transpose(0, 1) for x in part), *options)
+        attended.append(out.transpose(0, 1).flatten(0, 1))
+    return torch.cat(attended).unsqueeze(1)
 
 
 def sdpa_attention(

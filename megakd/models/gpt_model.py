@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megakd.models.kv_cache import CacheStep
 from megakd.models.narrow_words import narrow_words
+from megakd.models.packed_rows import PackedRows
 from megakd.models.rope import Rope
 from megakd.runtime.parallel_layout import ParallelLayout
 
@@ -70,6 +71,7 @@ class HiddenStateGPTModel(GPTModel):
         tokens_BS: Tensor,
         position_ids_BS: Tensor,
         soft_prompt_PH: Tensor | None = None,
+        packed_lengths: Sequence[int] | None = None,
         *,
         rotary: Tensor | None = None,
         step: CacheStep | None = None,
@@ -77,57 +79,77 @@ class HiddenStateGPTModel(GPTModel):
         """Hidden states of the S real positions, [S, B, H], whole on every TP rank of the last stage; else the next stage's input.
         With narrow words the last stage's are as wide as these, [S, B, E].
 
+        Packed rows stand one behind the other, [1, S]; `packed_lengths` has the positions of each, in front of which it gets the soft
+        prompt, and attention stays inside it.
+
         Decoding (`step`) says where columns stand: it passes position ids and rotary table of all P + S columns, and gets hidden
         states of as many.
         """
         decodes = step is not None
-        embedded = self._embed(tokens_BS, position_ids_BS, soft_prompt_PH, decodes) if self.pre_process else None
+        first = 0 if soft_prompt_PH is None else soft_prompt_PH.shape[0]
+        packed = None
+        if packed_lengths:
+            packed = PackedRows.behind_prompts(packed_lengths, first, multiple=self._sequence_parts, device=tokens_BS.device)
+        embedded = self._embed(tokens_BS, position_ids_BS, soft_prompt_PH, decodes, packed) if self.pre_process else None
         if self.adapted and self.training and self.config.recompute_granularity and embedded is not None:
             embedded.requires_grad_()  # else a checkpointed layer would take the parameters in it for frozen
         hidden = self.decoder(
             hidden_states=embedded,
             attention_mask=None,
-            rotary_pos_emb=rotary if decodes else self._rotary(embedded),
+            rotary_pos_emb=rotary if decodes else self._rotary(embedded, packed),
             inference_context=step,
+            packed_seq_params=packed,
         )
         if not self.post_process:
             return hidden
         if not decodes:
             if self.config.sequence_parallel:
                 hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=self.tp_group)
-            first = 0 if soft_prompt_PH is None else soft_prompt_PH.shape[0]
-            hidden = hidden[first : first + tokens_BS.shape[1]]
+            hidden = packed.without_prompts(hidden) if packed else hidden[first : first + tokens_BS.shape[1]]
         return hidden if self.project_out is None else self.project_out(hidden)
 
-    def p2p_shape(self, tokens_BS: Tensor, soft_prompt_PH: Tensor | None = None) -> tuple[int, int, int]:
-        """[P + S, B, H] that goes from stage to stage, this rank's part of it under sequence parallelism."""
+    def p2p_shape(
+        self, tokens_BS: Tensor, soft_prompt_PH: Tensor | None = None, packed_lengths: Sequence[int] | None = None
+    ) -> tuple[int, int, int]:
+        """[P + S, B, H] that goes from stage to stage, packed [R P + S, 1, H] of R rows; of it this rank's part under sequence
+        parallelism."""
         rows, positions = tokens_BS.shape
-        positions += 0 if soft_prompt_PH is None else soft_prompt_PH.shape[0]
-        parts = self.tp_group.size() if self.config.sequence_parallel else 1
-        return math.ceil(positions / parts), rows, self.config.hidden_size
+        positions += 0 if soft_prompt_PH is None else soft_prompt_PH.shape[0] * len(packed_lengths or (0,))
+        return math.ceil(positions / self._sequence_parts), rows, self.config.hidden_size
+
+    @property
+    def _sequence_parts(self) -> int:
+        """Equal parts that a sequence is cut into."""
+        return self.tp_group.size() if self.config.sequence_parallel else 1
 
     def rotary_tables(self, positions: int) -> Tensor | None:
         """[kinds of layers, 2, positions, 1, d], for `rope.rotate`; None for a model with learned positions."""
         return torch.stack([rope.table(positions, self.config.params_dtype) for rope in self.ropes]) if self.ropes else None
 
-    def _rotary(self, embedded: Tensor | None) -> Tensor | None:
+    def _rotary(self, embedded: Tensor | None, packed: PackedRows | None) -> Tensor | None:
         """Those of positions 0, 1, ... of every row, [kinds, 2, S, 1, 1, d]; embedded None: on later stages."""
         received = self.decoder.input_tensor if embedded is None else embedded
-        parts = self.tp_group.size() if self.config.sequence_parallel else 1
-        tables = self.rotary_tables(received.shape[0] * parts)
-        return tables if tables is None else tables[:, :, :, None]
+        tables = self.rotary_tables(packed.max_seqlen_q if packed else received.shape[0] * self._sequence_parts)
+        if tables is None:
+            return None
+        return (tables[:, :, packed.position_ids] if packed else tables)[:, :, :, None]
 
-    def _embed(self, tokens_BS: Tensor, position_ids_BS: Tensor, soft_prompt_PH: Tensor | None, decodes: bool) -> Tensor:
-        """[P + S, B, H], this rank's part of it under sequence parallelism."""
-        if soft_prompt_PH is None or decodes or self.project_in is not None or self.embedding_scale != 1:
+    def _embed(
+        self, tokens_BS: Tensor, position_ids_BS: Tensor, soft_prompt_PH: Tensor | None, decodes: bool, packed: PackedRows | None
+    ) -> Tensor:
+        """[P + S, B, H], packed [R P + S, 1, H]; this rank's part of it under sequence parallelism."""
+        if soft_prompt_PH is None or decodes or packed or self.project_in is not None or self.embedding_scale != 1:
             x = self.word_embeddings(tokens_BS)
-            if soft_prompt_PH is not None:
+            if soft_prompt_PH is not None and packed:
+                x = packed.with_prompts(soft_prompt_PH, x[0])[None]
+            elif soft_prompt_PH is not None:
                 x = torch.cat([soft_prompt_PH.to(x.dtype).expand(len(x), -1, -1), x], 1)
             if self.project_in is not None:
                 x = self.project_in(x)
             if self.embedding.add_position_embedding:
-                gives_all = decodes or soft_prompt_PH is None
-                x = x + self.embedding.position_embeddings(position_ids_BS if gives_all else torch.arange(x.shape[1], device=x.device))
+                if soft_prompt_PH is not None and not decodes:
+                    position_ids_BS = packed.position_ids[: x.shape[1]] if packed else torch.arange(x.shape[1], device=x.device)
+                x = x + self.embedding.position_embeddings(position_ids_BS)
         else:
             x = self._embed_behind(soft_prompt_PH, tokens_BS)
         x = self.embedding.embedding_dropout(x.transpose(0, 1).contiguous())

@@ -95,6 +95,11 @@ class HFCheckpoint:
         block = block_shape(codes.shape, scale.shape, said)
         return block and Scale(scale.name, block)
 
+    @property
+    def files(self) -> set[Path]:
+        """Those that hold the weights."""
+        return {file for stored in self.tensors.values() for file in (stored.pieces.files if stored.pieces else [stored.file])}
+
     def shape(self, name: str) -> tuple[int, ...]:
         """As stored: GPT-2's Conv1D weights are [in, out]."""
         return self._find(name).shape

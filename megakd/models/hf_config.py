@@ -19,6 +19,7 @@ ROPE = (
     "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
     "attention_factor",
 )  # fmt: skip
+ROPE_KINDS = ("rope_type", "type")
 LAYERS, MOST_LAYERS = ("num_hidden_layers", "n_layer"), 100_000  # transformers makes a list of them
 WAY_OUT = "give a folder that save_pretrained wrote"
 
@@ -63,6 +64,8 @@ def _check_sizes(config: PretrainedConfig, name: str) -> None:
     for field, value in [*ropes.items(), *of_kinds]:
         if field in ROPE and value is not None and (type(value) not in (int, float) or not 0 < value < math.inf):
             raise UserError(f"{name}: config.json says {field} {value!r}, which is no positive number; {WAY_OUT}")
+        if field in ROPE_KINDS and not isinstance(value, str):
+            raise UserError(f"{name}: config.json says {field} {value!r}, which is no name; {WAY_OUT}")
     heads = getattr(config, "num_attention_heads", 1)
     groups = getattr(config, "num_key_value_heads", None) or heads
     if heads % groups:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
@@ -19,7 +20,7 @@ def local_folder(path: str | Path, *, flag: str) -> Path:
         UserError: it might be such a name, and the cache lacks it.
     """
     path, name = Path(path), str(path)
-    if path.exists() or path.is_absolute() or name.startswith(".") or not 1 <= len(path.parts) <= 2:
+    if os.path.exists(path) or path.is_absolute() or name.startswith(".") or not 1 <= len(path.parts) <= 2:
         return path
     try:
         return Path(snapshot_download(name, local_files_only=True))

@@ -32,6 +32,11 @@ class KVCache:
             for both in self.both:
                 both[:, targets, :, :filled] = both[:, sources, :, :filled]
 
+    def copy(self, sources: Tensor, first: int, filled: int) -> None:
+        """Rows from `first` on become those of `sources`, `filled` columns of them; they may be among them."""
+        for both in self.both:
+            both[:, first : first + len(sources), :, :filled] = both[:, sources, :, :filled]
+
 
 class CacheStep:
     """What attention is given beside the hidden states of S columns of some rows; `filled` columns are attended to.

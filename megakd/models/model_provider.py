@@ -117,7 +117,7 @@ def build_model(
 
     Args:
         real_vocab_size: ids that count, where they are fewer than the model's own.
-        overrides: TransformerConfig fields (dropout, recompute).
+        overrides: TransformerConfig fields (dropout, recompute, gradient accumulation).
     """
     family = family_of(hf)
     config, arguments = transformer_config(hf, family, layout, dtype, sequence_parallel, overrides), family.model_arguments(hf)
@@ -162,11 +162,12 @@ def transformer_config(
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
         "calculate_per_token_loss": True,  # sums travel, the mean is taken once over the global batch
-        "gradient_accumulation_fusion": False,  # needs Apex
+        "gradient_accumulation_fusion": False,
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
-        "batch_p2p_comm": False,
+        "batch_p2p_comm": layout.device.type == "cuda",  # over the stages' own NCCL communicator, not one for each pair
+        "batch_p2p_sync": False,
         **uneven_split(hf.num_hidden_layers, layout.pp_size),
     }
     return TransformerConfig(**common | family.transformer_config(hf) | overrides)

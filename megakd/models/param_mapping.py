@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -22,6 +23,10 @@ from torch import Tensor
 
 class Source(Protocol):
     """Hugging Face tensors by name; reads only what is asked for."""
+
+    @property
+    def files(self) -> set[Path]:
+        """Those that hold them."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of the whole tensor, as Hugging Face stores it."""

@@ -16,6 +16,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor, nn
 
 from megakd.models.kv_cache import CacheStep
+from megakd.models.packed_rows import PackedRows
 from megakd.models.rope import rotate
 
 WithBias = tuple[Tensor, Tensor | None]  # megatron's linear layers leave it to the layer to add their bias
@@ -27,10 +28,15 @@ class TransformerLayer(transformer_layer.TransformerLayer):
     __call__ = nn.Module.__call__  # megatron's looks for a captured graph of the layer
 
     def forward(
-        self, hidden_states: Tensor, rotary_pos_emb: Tensor | None = None, inference_context: CacheStep | None = None, **_
+        self,
+        hidden_states: Tensor,
+        rotary_pos_emb: Tensor | None = None,
+        inference_context: CacheStep | None = None,
+        packed_seq_params: PackedRows | None = None,
+        **_,
     ) -> tuple[Tensor, None]:
         x = hidden_states
-        x = self.behind_attention(x, self.self_attention(self.input_layernorm(x), rotary_pos_emb, inference_context))
+        x = self.behind_attention(x, self.self_attention(self.input_layernorm(x), rotary_pos_emb, inference_context, packed_seq_params))
         x = self.behind_mlp(x, self.mlp(self.pre_mlp_layernorm(x)))
         return x, None
 
@@ -110,11 +116,20 @@ class SelfAttention(attention.SelfAttention):
         self.turns = not (config.no_rope_freq and config.no_rope_freq[self.layer_number - 1])
         self.table = 0 if self.core_attention.window is None else -1
 
-    def forward(self, hidden_states: Tensor, rotary_pos_emb: Tensor | None, inference_context: CacheStep | None) -> WithBias:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rotary_pos_emb: Tensor | None,
+        inference_context: CacheStep | None,
+        packed_seq_params: PackedRows | None = None,
+    ) -> WithBias:
         query, key, value = self.get_query_key_value_tensors(hidden_states)
         if rotary_pos_emb is not None and self.turns:
             query, key = rotate(query, key, rotary_pos_emb[self.table])
-        return self.linear_proj(self.core_attention(query, key, value, inference_context=inference_context))
+        attended = self.core_attention(
+            query, key, value, inference_context=inference_context, packed_seq_params=packed_seq_params
+        )
+        return self.linear_proj(attended)
 
     def get_query_key_value_tensors(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[s, b, n, d] and twice [s, b, g, d], as megatron's, whose own asks global state for the tensor-parallel group.

@@ -9,7 +9,10 @@ from transformers import PretrainedConfig
 
 from megakd.config.plan import PlanConfig
 from megakd.errors import UserError
-from megakd.models.model_provider import check_layout
+from megakd.memory import state_bytes
+from megakd.models.model_provider import check_layout, padded_vocab_size
+from megakd.models.sizes import stage_sizes
+from megakd.simulation.cards import CARDS
 
 PER_NODE = 8  # cards that tensor parallelism may span
 
@@ -36,7 +39,9 @@ def layouts_of(config: PlanConfig, models: dict[str, PretrainedConfig]) -> list[
     tp, pp = given.tensor_model_parallel_size, given.pipeline_model_parallel_size
     cards = config.plan.gpus or tp * pp
     if config.plan.rank_layouts:
-        found = list(possible(cards, config.training.global_batch_size, models))
+        most = config.plan.most_stages or cards
+        found = [layout for layout in possible(cards, config.training.global_batch_size, models) if layout.pp <= most]
+        found = [layout for layout in found if can_fit(config, models, layout)] or found[-1:]
         if not found:
             raise UserError(f"--gpus {cards}: no TP × PP × DP of so many fits the models and --global-batch-size; use another number")
         return found
@@ -49,6 +54,21 @@ def layouts_of(config: PlanConfig, models: dict[str, PretrainedConfig]) -> list[
         rows = config.training.global_batch_size
         raise UserError(f"--global-batch-size {rows} is no multiple of the {dp} replicas on --gpus {cards}; use one")
     return [Layout(tp, pp, dp)]
+
+
+def can_fit(config: PlanConfig, models: dict[str, PretrainedConfig], layout: Layout) -> bool:
+    """Whether what stays between iterations leaves any room on a card: weights, float32 gradients and what the optimizer has of each. Where
+    it does not, nothing has to be simulated."""
+    student, *teacher = models.values()
+    padded = padded_vocab_size([model.vocab_size for model in models.values()], layout.tp)
+    place = {"padded_vocab_size": padded, "tp": layout.tp, "pp": layout.pp}
+    size = lambda model: max(stage_sizes(model, stage=i, **place).parameters for i in range(layout.pp))
+    number = 4 if config.models.dtype == "fp32" else 2
+    trained = 0 if config.lora.rank else size(student)
+    state = state_bytes(config, number) / (layout.dp if config.parallel.use_distributed_optimizer else 1)
+    frozen = 0 if config.teacher_parallel.teacher_offload else sum(map(size, teacher))
+    stays = number * (size(student) + frozen) + trained * (4 + state)
+    return stays < CARDS[config.plan.gpu].memory_gib * 2**30
 
 
 def possible(cards: int, rows: int, models: dict[str, PretrainedConfig]) -> Iterator[Layout]:

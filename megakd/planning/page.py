@@ -34,7 +34,7 @@ def page(config: PlanConfig, plans: list[Plan]) -> str:
 
 def verdict(config: PlanConfig, plan: Plan) -> str:
     """Whether it fits."""
-    stage, need = plan.fullest, plan.peak_gib + OUTSIDE_GIB
+    stage, need = plan.fullest, plan.need_gib
     where = f"in {stage.peak_part}" + (f" on stage {stage.number}" if plan.layout.pp > 1 else "")
     does = "fits" if plan.fits else "does not fit"
     return f"{need:.1f} GiB a card at most ({plan.peak_gib:.1f} of tensors, {where}): it {does} on {plan.card.memory_gib:.0f} GiB."
@@ -77,8 +77,7 @@ def messages(plan: Plan) -> list[str]:
 def ranking(plans: list[Plan]) -> list[str]:
     """All layouts, the best first."""
     lines = ["| layout | GiB a card | fits | seconds an iteration |", "|---|---|---|---|"]
-    need = lambda plan: plan.peak_gib + OUTSIDE_GIB
-    return lines + [f"| {plan.layout} | {need(plan):.1f} | {'yes' if plan.fits else 'no'} | {plan.iteration_s:.2f} |" for plan in plans]
+    return lines + [f"| {plan.layout} | {plan.need_gib:.1f} | {'yes' if plan.fits else 'no'} | {plan.iteration_s:.2f} |" for plan in plans]
 
 
 def write(config: PlanConfig, plans: list[Plan]) -> None:

@@ -60,9 +60,14 @@ class Plan:
         return self.fullest.peaks[self.fullest.peak_part] / 2**30
 
     @property
+    def need_gib(self) -> float:
+        """That, and what lies outside of the allocator."""
+        return self.peak_gib + OUTSIDE_GIB
+
+    @property
     def fits(self) -> bool:
-        """Whether that and what lies outside of the allocator is on the card."""
-        return self.peak_gib + OUTSIDE_GIB <= self.card.memory_gib
+        """Whether there is so much on the card."""
+        return self.need_gib <= self.card.memory_gib
 
     def seconds(self, part: str) -> float:
         """By roofline: the device's work and messages, or the host's launches where these take longer; stages that wait are counted."""

@@ -1,4 +1,4 @@
-"""What megatron-core 0.16.1 needs to run without a GPU. On a machine with one, `install` does nothing at all.
+"""What megatron-core 0.16.1 to 0.19 needs to run without a GPU. On a machine with one, `install` does nothing at all.
 
 Nothing here touches numerics or the distributed algorithms. Three kinds of patch, each listed below with its reason:
 
@@ -19,6 +19,7 @@ import types
 from typing import Any
 
 import torch
+from megatron.core.package_info import VERSION, __version__
 
 CPU = torch.device("cpu")
 
@@ -26,6 +27,7 @@ TORCH_CUDA = {  # name: (replacement, who needs it)
     "current_device": (lambda: CPU, "receive buffers, gradient buffers, rotary tables, gathers"),
     "set_device": (lambda device=None: None, "launchers"),
     "synchronize": (lambda device=None: None, "checkpoints"),
+    "current_stream": (lambda device=None: None, "gradient buffers, from 0.19 on"),
     "manual_seed": (lambda seed: torch.manual_seed(seed), "the tensor-parallel random state tracker"),
     "get_rng_state": (lambda device=None: torch.get_rng_state(), "the tracker, recompute"),
     "set_rng_state": (lambda state, device=None: torch.set_rng_state(state), "recompute"),
@@ -48,6 +50,8 @@ CONSTANTS = [  # (module below megatron.core, function, replacements, why)
     ("dist_checkpointing.strategies.state_dict_saver", "verify_global_md_reuse", DEVICE, "checkpoint metadata"),
     ("dist_checkpointing.exchange_utils", "_get_empty_tensor_for_exchange", DEVICE, "fully parallel load"),
 ]
+if VERSION[:2] >= (0, 19):
+    CONSTANTS.append(("optimizer.optimizer", "MegatronOptimizer.has_grad_norm_group", DEVICE, "a flag that ranks add up"))
 
 
 def _get_rng_state(device="cpu", clone=False, graph_safe=False):
@@ -109,8 +113,8 @@ def _patch_constants(module: str, function: str, table: dict[str, str]) -> None:
     if not hits:
         uninstall()
         raise RuntimeError(
-            f"megatron.core.{module}.{function} no longer holds {sorted(table)}: this megatron-core is not 0.16.1; "
-            "install megatron-core==0.16.1 or review megakd/runtime/cpu_backend.py"
+            f"megatron.core.{module}.{function} no longer holds {sorted(table)}: megatron-core {__version__} is not known; "
+            "install megatron-core 0.16.1 or 0.19.2, or review megakd/runtime/cpu_backend.py"
         )
     _set(target, "__code__", code)
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megakd.errors import UserError
-from megakd.runtime import cpu_backend, megatron_repairs
+from megakd.runtime import cpu_backend, megatron_repairs, weight_gradient
 from megakd.runtime.meeting import common_store
 from megakd.runtime.parallel_layout import Grid, ParallelLayout, parallel_state
 from megakd.runtime.waiting import patient_group, waiting
@@ -54,6 +54,7 @@ def prepare() -> None:
     """megatron-core made fit for this machine, and the other ranks joined."""
     cpu_backend.install()
     megatron_repairs.install()
+    weight_gradient.install()
     if not dist.is_initialized():
         join()
 
@@ -206,8 +207,8 @@ def from_rank_zero(make: Callable[[], Any]) -> Any:
     return found[0]
 
 
-def agreed(work: Callable[[], Any]) -> Any:
-    """Do it on every rank; what it returned here.
+def agreed(work: Callable[[], Any], group: dist.ProcessGroup | None = None) -> Any:
+    """Do it on every rank; what it returned here. `group` has all ranks.
 
     Raises:
         UserError: `work` raised it on some rank; on all of them, so that none waits for another.
@@ -218,7 +219,7 @@ def agreed(work: Callable[[], Any]) -> Any:
     except UserError as error:
         mine = error
     everyone: list[UserError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine, group=patient_group())
+    dist.all_gather_object(everyone, mine, group=group or patient_group())
     if raised := next(filter(None, [mine, *everyone]), None):
         raise raised
     return result

@@ -54,6 +54,11 @@ def request_group() -> dist.ProcessGroup:
     return waiting.group("requests", PATIENCE)
 
 
-def wait_for_all() -> None:
+def background_group() -> dist.ProcessGroup:
+    """The same, for what goes on beside training."""
+    return waiting.group("background", PATIENCE)
+
+
+def wait_for_all(group: dist.ProcessGroup | None = None) -> None:
     """A barrier of all ranks, however long one of them takes."""
-    dist.barrier(group=patient_group())
+    dist.barrier(group=group or patient_group())

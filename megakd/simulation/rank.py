@@ -74,6 +74,7 @@ class Run:
             seed=config.training.seed,
             dp_rank=self.layout.dp_rank,
             dp_size=self.layout.dp_size,
+            num_generations=config.generation.num_generations,
         )
         with device.part("student"):
             self.student_config = config_of(asked.student)

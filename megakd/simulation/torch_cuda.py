@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -58,6 +59,7 @@ def answers(gpu: Device) -> dict[str, object]:
         "memory_allocated": lambda device=None: gpu.memory.live,
         "empty_cache": lambda: None,
         "get_device_capability": lambda device=None: (9, 0),
+        "get_device_properties": lambda device=None: SimpleNamespace(multi_processor_count=132),  # of an H100 and an H200
         "Stream": lambda *_, **__: Stream(gpu),
         "current_stream": lambda device=None: Stream(gpu),
         "stream": lambda stream: stream,

@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megakd.data.batch import Batch, unpack
+from megakd.data.batch import Batch, batch_of
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.runtime.parallel_layout import Grid, own_device
 from megakd.runtime.waiting import request_group, waiting
@@ -125,11 +125,11 @@ class Relay:
 
     def assign(self, batches: Sequence[Batch], *, in_windows: bool) -> Assignment:
         """Every replica of the student brings its micro-batches, any number of them; the teacher's replicas get them in turn."""
-        packed = [batch.packed for batch in batches] if self.student.speaks else []
-        self.sent["ids"] += sum(tokens.nbytes + labels.nbytes for tokens, labels, *_ in packed)  # to each other rank
-        self.sent["tokens"] += sum(int(counted.sum()) for _, _, _, counted, _ in packed)
-        replicas = self.gather(self.student, packed)
-        dealt = {(d, i): unpack(*packed) for d, replica in enumerate(replicas) for i, packed in enumerate(replica)}
+        essences = [batch.essence for batch in batches] if self.student.speaks else []
+        self.sent["ids"] += sum(tokens.nbytes + labels.nbytes for tokens, labels, *_ in essences)  # to each other rank
+        self.sent["tokens"] += sum(int(counted.sum()) for _, _, _, counted, _ in essences)
+        replicas = self.gather(self.student, essences)
+        dealt = {(d, i): batch_of(*essence) for d, replica in enumerate(replicas) for i, essence in enumerate(replica)}
         order = sorted(dealt, key=lambda key: key[::-1])
         stages = max(self.student.grid.pp_size, self.teacher.grid.pp_size)
         size = WINDOW * stages if in_windows else max(map(len, replicas), default=0)

@@ -27,6 +27,7 @@ class Job:
     words: Sequence[str]
     options: Sequence[str] = ("--nproc_per_node", "2")
     launcher: str = "megakd.launch"
+    before: Sequence[str] = ()  # in front of the command: what starts it elsewhere
     environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen | None = None
 
@@ -34,7 +35,7 @@ class Job:
         """Launch it; its words go into files beside the run folder."""
         out, err = (self.save.with_name(f"{self.save.name}.{kind}").open("a") for kind in ("out", "err"))
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"} | self.environment
-        command = [sys.executable, *LAUNCHERS[self.launcher], *self.options, str(ROOT / "scripts" / "pretrain_kd.py"), *self.words]
+        command = [*self.before, sys.executable, *LAUNCHERS[self.launcher], *self.options, str(ROOT / "scripts" / "pretrain_kd.py"), *self.words]
         self.process = subprocess.Popen(command, stdout=out, stderr=err, env=environment, start_new_session=True)
         return self
 
@@ -75,13 +76,13 @@ class Job:
         """Until its ranks continue for the so-manyth time."""
         self.wait_for(lambda: self.attempts >= attempt, 300)
 
-    def wait_for(self, happens: Callable[[], bool], seconds: float = 120) -> None:
+    def wait_for(self, happens: Callable[[], bool], seconds: float = 120, *, look: float = 0.02) -> None:
         """Until it does, while the job lives."""
         end = time.monotonic() + seconds
         while not happens():
             assert self.process.poll() is None, f"ended with {self.process.returncode}: {self.said('err')[-5:]}"
             assert time.monotonic() < end, f"nothing in {seconds} s: {self.said('err')[-5:]}"
-            time.sleep(0.02)
+            time.sleep(look)
 
     def end(self, seconds: float = 180) -> int:
         """Its exit code."""

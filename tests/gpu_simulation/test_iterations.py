@@ -26,8 +26,8 @@ DIAGONAL = [("sft", "TP1"), ("kd", "TP2 SP"), ("seqkd", "TP1"), ("distillm", "TP
             ("response_priming", "TP1")]  # fmt: skip
 assert {method for method, _ in DIAGONAL} == set(METHODS)
 GOLDEN = Path(__file__).with_name("golden.json")
-BUDGET = {"sft": 6, "kd": 6, "seqkd": 6, "distillm": 6, "minillm": 8, "promptkd": 40, "response_priming": 6}  # waits of an iteration, at most
-CAPTURES = 3  # of an iteration that samples 8 rows: one for 8, 4 and 2 of them
+BUDGET = {"sft": 3, "kd": 3, "seqkd": 3, "distillm": 3, "minillm": 3, "promptkd": 4, "response_priming": 3}  # waits of an iteration, at most
+LOOKS = 3  # at the tokens of a group of rows, of which the longest writes 17: once in 8 steps, and at the end
 
 
 def simulated(cases: list[tuple[str, str]]) -> dict[tuple[str, str], list[Record]]:
@@ -48,14 +48,21 @@ def check(method: str, layout: str, records: list[Record]) -> None:
     """Everything that holds of every case."""
     for rank, record in enumerate(records):
         assert not refusals(record), f"rank {rank}: {refusals(record)[0]}"
-        assert sum(waits(record).values()) <= BUDGET[method], f"rank {rank} waits more often than before: {waits(record)}"
-        assert record.captures <= CAPTURES
+        assert not over_budget(method, record), f"rank {rank} waits more often than before: {waits(record)}"
+        assert record.captures == 0, "in the second iteration each number of rows is captured already"
         assert record.parts["student_step"].launches > 100 and record.messages  # something was seen
     assert disagreement(records) is None
     written = json.loads(GOLDEN.read_text()).get(f"{method}, {layout}", [])  # of methods whose rooms are kept over the run there is none yet
     for rank, (record, golden) in enumerate(zip(records, written)):
         assert record.peaks.keys() == golden.keys()
         assert record.peaks == pytest.approx(golden, rel=0.03), f"rank {rank}: peaks in bytes by part; golden.py writes them anew"
+
+
+def over_budget(method: str, record: Record) -> bool:
+    """Whether the host waits for the device more often than it has to; each stage of a pipeline has its own group of rows."""
+    looks = sum(count for line, count in waits(record).items() if line.startswith("rollout"))
+    groups = max([len(message.ranks) for message in record.messages if message.peer is not None], default=1)
+    return looks > LOOKS * groups or sum(waits(record).values()) - looks > BUDGET[method]
 
 
 @pytest.mark.parametrize("method, layout", DIAGONAL)
@@ -124,7 +131,7 @@ def test_a_planted_fault_is_seen(fault, faulty):
     (method, layout), said = FAULTS[fault]
     records = faulty[fault]
     seen = [*(text for record in records for text in refusals(record)), disagreement(records) or ""]
-    if sum(waits(records[0]).values()) > BUDGET[method]:
+    if over_budget(method, records[0]):
         seen.append("budget")
     golden = json.loads(GOLDEN.read_text()).get(f"{method}, {layout}")
     if golden and max(records[0].peaks.values()) > 1.03 * max(golden[0].values()):

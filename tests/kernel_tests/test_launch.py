@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from megakd_kernels import kl_div, launch
+from cases import logits
+from megakd_kernels import cross_entropy, kl_div, launch
 
 
 def test_importing_and_running_on_a_cpu_never_imports_triton():
@@ -50,3 +51,57 @@ def test_the_operators_are_opaque_to_torch_compile():
             loss_N = kl_div(s, t, objective=objective)
             loss_N.sum().backward()
             assert loss_N.shape == (6,) and loss_N.dtype == torch.float32 and s.grad.dtype == torch.bfloat16
+
+
+PROGRAMS = 8  # a multiprocessor: test_machine_code.py holds that no more fit at once
+
+
+class Recorder:
+    """A kernel that notes how many warps each launch asks for."""
+
+    def __init__(self, kernel):
+        self.kernel, self.warps = kernel, []
+
+    def __getitem__(self, grid):
+        def run(*args, num_warps, **constants):
+            self.warps.append(num_warps)
+            self.kernel[grid](*args, num_warps=num_warps, **constants)
+
+        return run
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's")
+def test_amd_gets_half_as_many_warps_of_twice_the_threads(monkeypatch):
+    pytest.importorskip("triton")
+    from megakd_kernels.cross_entropy import triton as cross_entropy_triton
+    from megakd_kernels.kl import triton as kl_triton
+    from megakd_kernels.mixture import triton as mixture_triton
+
+    kernels = [(kl_triton, "statistics_kernel", 4), (kl_triton, "merge_kernel", 4), (kl_triton, "gradient_kernel", 8),
+               (mixture_triton, "mixture_sums_kernel", 8), (mixture_triton, "mixture_gradient_kernel", 8),
+               (cross_entropy_triton, "label_statistics_kernel", 8), (cross_entropy_triton, "label_gradient_kernel", 8)]  # fmt: skip
+    for module, name, _ in kernels:
+        monkeypatch.setattr(module, name, Recorder(getattr(module, name)))
+    s, t = (x.requires_grad_() for x in logits(2))
+    for hip in (None, "6.4"):
+        monkeypatch.setattr(torch.version, "hip", hip)
+        with launch.use("triton"):
+            kl_div(s, t).sum().backward()
+            kl_div(s, t, objective="jsd").sum().backward()
+            cross_entropy(s, torch.zeros(len(s), dtype=torch.int64)).sum().backward()
+    for module, name, warps in kernels:
+        seen = getattr(module, name).warps
+        half = len(seen) // 2
+        assert seen == [warps] * half + [warps // 2] * half and half, name
+
+
+def test_a_launch_splits_rows_until_the_devices_multiprocessors_are_full(monkeypatch):
+    pytest.importorskip("triton")
+    from megakd_kernels import triton_rows
+
+    assert triton_rows.PROGRAMS == PROGRAMS
+    x = torch.empty(100, 32000)
+    assert triton_rows.split_over(x, 4096)[0] == 11  # 8 × 132 programs on an H200
+    monkeypatch.setattr(triton_rows, "MULTIPROCESSORS", 40)
+    assert triton_rows.split_over(x, 4096)[0] == 4
+    assert triton_rows.split_over(torch.empty(100, 7), 4096)[0] == 4, "the same on a rank of another width"

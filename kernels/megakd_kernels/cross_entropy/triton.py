@@ -12,7 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_rows import NEG, aligned, clear, load_columns, on_device_of, row_start, slice_bounds, split_over, store_columns
+from ..triton_rows import (
+    NEG,
+    aligned,
+    clear,
+    load_columns,
+    on_device_of,
+    row_start,
+    slice_bounds,
+    split_over,
+    store_columns,
+    warps,
+)
 
 BLOCK, WARPS = 4096, 8
 _LOG2E = tl.constexpr(math.log2(math.e))
@@ -108,18 +119,18 @@ def statistics(logits_NV: Tensor, labels_N: Tensor, weights: Tensor | None) -> T
 @torch.library.custom_op("megakd_kernels::label_statistics", mutates_args=())
 def _statistics_op(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
     rows, columns = logits.shape
-    splits, split_columns = split_over(rows, columns, BLOCK)
+    splits, split_columns = split_over(logits, BLOCK)
     out = logits.new_empty(splits, 3, rows, dtype=torch.float32)
     with on_device_of(logits):
         label_statistics_kernel[(rows, splits)](
             logits, labels, out if weights is None else weights, out, logits.stride(0), rows, columns, split_columns,
-            HAS_WEIGHTS=weights is not None, ALIGNED=aligned(logits), BLOCK=BLOCK, num_warps=WARPS)
+            HAS_WEIGHTS=weights is not None, ALIGNED=aligned(logits), BLOCK=BLOCK, num_warps=warps(WARPS))
     return out
 
 
 @_statistics_op.register_fake
 def _(logits, labels, weights):
-    splits, _ = split_over(logits.shape[0], logits.shape[1], 1)
+    splits, _ = split_over(logits, 1)
     return logits.new_empty(splits, 3, logits.shape[0], dtype=torch.float32)
 
 
@@ -131,11 +142,11 @@ def gradient(logits_NV: Tensor, labels_N: Tensor, top_N: Tensor, sum_N: Tensor, 
 @torch.library.custom_op("megakd_kernels::label_gradient", mutates_args=("grad",))
 def _gradient_op(logits: Tensor, labels: Tensor, top: Tensor, total: Tensor, scale: Tensor, grad: Tensor) -> None:
     rows, columns = logits.shape
-    splits, split_columns = split_over(rows, columns, BLOCK)
+    splits, split_columns = split_over(logits, BLOCK)
     with on_device_of(logits):
         label_gradient_kernel[(rows, splits)](
             logits, labels, top, total, scale, grad, logits.stride(0), grad.stride(0), columns, split_columns,
-            ALIGNED=aligned(logits, grad), BLOCK=BLOCK, num_warps=WARPS)
+            ALIGNED=aligned(logits, grad), BLOCK=BLOCK, num_warps=warps(WARPS))
 
 
 @_gradient_op.register_fake

@@ -59,7 +59,7 @@ class LossFromHidden(torch.autograd.Function):
                 if dh[i] is not None:
                     dh[i][rows] = dz @ weight[i]
                 if dW[i] is not None:
-                    _add_product(dW[i], dz, inputs[i])
+                    add_product(dW[i], dz, inputs[i])
         for gradient in dh:
             if gradient is not None:
                 loss.shard.all_reduce(gradient)
@@ -89,7 +89,7 @@ def _chunks(hidden_NH: Tensor, weights_N: Tensor | None, chunk_rows: int) -> Ite
     return (slice(i, i + chunk_rows) for i in range(0, len(hidden_NH), chunk_rows))
 
 
-def _add_product(dW: Tensor, dz: Tensor, x: Tensor) -> None:
+def add_product(dW: Tensor, dz: Tensor, x: Tensor) -> None:
     """dW += dz^T x, with the sum in dW's dtype."""
     if dW.dtype == dz.dtype:
         dW.addmm_(dz.t(), x)

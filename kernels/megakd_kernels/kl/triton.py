@@ -3,7 +3,8 @@ is of its size.
 
 The mathematics are those of `rows`, in base 2: u = k a - A with k = log2(e) / T, so that an exponential is one instruction. A tile
 [R, L] of the walk over a row (`triton_rows`) is reduced over R inside each thread, and the L lanes keep private statistics, so that
-nothing crosses a warp before the row ends. Registers, spills and widths for sm_90 are held by tests/kernel_tests/test_sm90.py.
+nothing crosses a warp before the row ends. Registers, spills and widths on every card are held by
+tests/kernel_tests/test_machine_code.py.
 
 N rows, V columns here, K statistics (5 or 8), P partial statistics (splits, then ranks).
 """
@@ -27,11 +28,13 @@ from ..triton_rows import (
     slice_bounds,
     split_over,
     store_columns,
+    warps,
 )
 from .rows import Merged
 
 STATISTICS_TILE = {5: (4, 1024, 4), 8: (2, 1024, 4)}  # K: R, L, warps. Three tensors at R = 4 take all 255 registers
 GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 8
+MERGE_BLOCK, MERGE_WARPS = 128, 4
 
 
 @triton.jit
@@ -275,22 +278,22 @@ def statistics(a_NV: Tensor, b_NV: Tensor, c_NV: Tensor | None = None, *, weight
 @torch.library.custom_op("megakd_kernels::kl_statistics", mutates_args=())
 def _statistics_op(a: Tensor, b: Tensor, c: Tensor | None, weights: Tensor | None, temperature: float,
                    difference: bool) -> Tensor:
-    R, L, warps = STATISTICS_TILE[5 if c is None else 8]
+    R, L, of_32 = STATISTICS_TILE[5 if c is None else 8]
     rows, columns = a.shape
-    splits, split_columns = split_over(rows, columns, R * L)
+    splits, split_columns = split_over(a, R * L)
     out = a.new_empty(splits, 5 if c is None else 8, rows, dtype=torch.float32)
     with on_device_of(a):
         statistics_kernel[(rows, splits)](
             a, b, a if c is None else c, out if weights is None else weights, out, a.stride(0), b.stride(0),
             a.stride(0) if c is None else c.stride(0), rows, columns, split_columns, LOG2E / temperature,
             HAS_C=c is not None, DIFFERENCE=difference, HAS_WEIGHTS=weights is not None, ALIGNED=aligned(a, b, c), R=R, L=L,
-            num_warps=warps)
+            num_warps=warps(of_32))
     return out
 
 
 @_statistics_op.register_fake
 def _(a, b, c, weights, temperature, difference):
-    splits, _ = split_over(a.shape[0], a.shape[1], 1)
+    splits, _ = split_over(a, 1)
     return a.new_empty(splits, 5 if c is None else 8, a.shape[0], dtype=torch.float32)
 
 
@@ -304,7 +307,8 @@ def _merge_op(stats: Tensor) -> Tensor:
     parts, K, rows = stats.shape
     out = stats.new_empty(K, rows)
     with on_device_of(stats):
-        merge_kernel[(triton.cdiv(rows, 128),)](stats, out, rows, parts, HAS_C=K == 8, BLOCK=128, num_warps=4)
+        merge_kernel[(triton.cdiv(rows, MERGE_BLOCK),)](
+            stats, out, rows, parts, HAS_C=K == 8, BLOCK=MERGE_BLOCK, num_warps=warps(MERGE_WARPS))
     return out
 
 
@@ -327,7 +331,7 @@ def _gradient_op(a: Tensor, b: Tensor, c: Tensor | None, top_a: Tensor, sum_a: T
                  kl_ab: Tensor, top_c: Tensor | None, sum_c: Tensor | None, kl_ac: Tensor | None, scale: Tensor, coef: Tensor,
                  temperature: float, difference: bool, grad_a: Tensor | None, grad_b: Tensor | None) -> None:
     rows, columns = a.shape
-    splits, split_columns = split_over(rows, columns, GRADIENT_BLOCK)
+    splits, split_columns = split_over(a, GRADIENT_BLOCK)
     third = (a, top_a, sum_a, kl_ab) if c is None else (c, top_c, sum_c, kl_ac)
     ga, gb = (a if g is None else g for g in (grad_a, grad_b))
     with on_device_of(a):
@@ -335,7 +339,7 @@ def _gradient_op(a: Tensor, b: Tensor, c: Tensor | None, top_a: Tensor, sum_a: T
             a, b, third[0], top_a, sum_a, top_b, sum_b, kl_ab, *third[1:], scale, coef, ga, gb, a.stride(0), b.stride(0),
             third[0].stride(0), ga.stride(0), gb.stride(0), columns, split_columns, LOG2E / temperature, HAS_C=c is not None,
             DIFFERENCE=difference, WANT_A=grad_a is not None, WANT_B=grad_b is not None,
-            ALIGNED=aligned(a, b, c, grad_a, grad_b), BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS)
+            ALIGNED=aligned(a, b, c, grad_a, grad_b), BLOCK=GRADIENT_BLOCK, num_warps=warps(GRADIENT_WARPS))
 
 
 @_gradient_op.register_fake

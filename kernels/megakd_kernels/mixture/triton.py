@@ -22,6 +22,7 @@ from ..triton_rows import (
     slice_bounds,
     split_over,
     store_columns,
+    warps,
 )
 
 BLOCK, WARPS = 2048, 8
@@ -171,13 +172,13 @@ def sums(q_NV: Tensor, p_NV: Tensor, merged: Merged, *, objective: str, share: f
 def _mixture_sums_op(q: Tensor, p: Tensor, top_q: Tensor, sum_q: Tensor, top_p: Tensor, sum_p: Tensor, weights: Tensor | None,
                      op: int, share: float, temperature: float) -> Tensor:
     rows, columns = q.shape
-    splits, split_columns = split_over(rows, columns, BLOCK)
+    splits, split_columns = split_over(q, BLOCK)
     out = q.new_empty(splits, 2, rows, dtype=torch.float32)
     with on_device_of(q):
         mixture_sums_kernel[(rows, splits)](
             q, p, top_q, sum_q, top_p, sum_p, out if weights is None else weights, out, q.stride(0), p.stride(0), rows, columns,
             split_columns, LOG2E / temperature, math.log2(share), math.log2(1 - share), OP=op, HAS_WEIGHTS=weights is not None,
-            ALIGNED=aligned(q, p), BLOCK=BLOCK, num_warps=WARPS)
+            ALIGNED=aligned(q, p), BLOCK=BLOCK, num_warps=warps(WARPS))
     return out.sum(0)
 
 
@@ -200,13 +201,13 @@ def _mixture_gradient_op(q: Tensor, p: Tensor, top_q: Tensor, sum_q: Tensor, top
                          y: Tensor, scale: Tensor, op: int, share: float, temperature: float, grad_q: Tensor | None,
                          grad_p: Tensor | None) -> None:
     rows, columns = q.shape
-    splits, split_columns = split_over(rows, columns, BLOCK)
+    splits, split_columns = split_over(q, BLOCK)
     gq, gp = (q if g is None else g for g in (grad_q, grad_p))
     with on_device_of(q):
         mixture_gradient_kernel[(rows, splits)](
             q, p, top_q, sum_q, top_p, sum_p, x, y, scale, gq, gp, q.stride(0), p.stride(0), gq.stride(0), gp.stride(0), columns,
             split_columns, LOG2E / temperature, share, math.log2(share), math.log2(1 - share), OP=op, WANT_Q=grad_q is not None,
-            WANT_P=grad_p is not None, ALIGNED=aligned(q, p, grad_q, grad_p), BLOCK=BLOCK, num_warps=WARPS)
+            WANT_P=grad_p is not None, ALIGNED=aligned(q, p, grad_q, grad_p), BLOCK=BLOCK, num_warps=warps(WARPS))
 
 
 @_mixture_gradient_op.register_fake

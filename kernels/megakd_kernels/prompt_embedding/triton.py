@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..shards import VocabShard
-from ..triton_rows import on_device_of
+from ..triton_rows import on_device_of, warps
 
 BLOCK, WARPS = 1024, 4
 
@@ -85,7 +85,7 @@ def _embed_op(tokens: Tensor, word: Tensor, prompt: Tensor, position: Tensor | N
         embed_kernel[(B * (P + S), triton.cdiv(H, BLOCK))](
             tokens, word, prompt, word if position is None else position, tokens if ids is None else ids, out, S, P, H, first_row,
             first_row + len(word), tokens.stride(0), 0 if ids is None else ids.stride(0), HAS_POSITIONS=position is not None,
-            HAS_IDS=ids is not None, OWNS_PROMPT=owns_prompt, BLOCK=BLOCK, num_warps=WARPS)
+            HAS_IDS=ids is not None, OWNS_PROMPT=owns_prompt, BLOCK=BLOCK, num_warps=warps(WARPS))
     return out
 
 
@@ -105,7 +105,7 @@ def _prompt_gradient_op(grad: Tensor, rows: int) -> Tensor:
     out = grad.new_empty(rows, H, dtype=torch.float32)
     if rows:
         with on_device_of(grad):
-            prompt_gradient_kernel[(rows, triton.cdiv(H, BLOCK))](grad, out, B, T, H, BLOCK=BLOCK, num_warps=WARPS)
+            prompt_gradient_kernel[(rows, triton.cdiv(H, BLOCK))](grad, out, B, T, H, BLOCK=BLOCK, num_warps=warps(WARPS))
     return out
 
 

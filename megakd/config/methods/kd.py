@@ -19,6 +19,7 @@ class KDConfig(MethodConfig):
     help = "a divergence on the responses"
     implementation = "megakd.methods.kd:KD"
     shares = (RatioConfig, DivergenceConfig, HiddenMatchingConfig)
+    answers_prompts_often = True
     no_prompt = ", or leave out --on-policy-ratio"
 
     on_policy_ratio: Annotated[float, alias("--lmbda")] = flag(
@@ -27,6 +28,14 @@ class KDConfig(MethodConfig):
 
     def learns_own_text(self, config):
         return self.on_policy_ratio > 0
+
+    def validation_errors(self, config):
+        answers = config.generation.num_generations
+        if answers > 1 and self.on_policy_ratio < 1:
+            yield (
+                f"--num-generations {answers}: of the data, which --on-policy-ratio {self.on_policy_ratio:g} learns, a prompt has one "
+                "answer; give --on-policy-ratio 1, or leave it out"
+            )
 
     def no_response(self, usual):
         if self.on_policy_ratio:

@@ -16,6 +16,7 @@ class MiniLLMConfig(MethodConfig):
     help = "policy gradient on the student's responses"
     implementation = "megakd.methods.minillm:MiniLLM"
     shares = (RatioConfig,)
+    answers_prompts_often = True
     teacher_may_move = False
 
     num_rollouts: int = flag(256, "responses of one phase, over all ranks; a multiple of --global-batch-size", range=POSITIVE)

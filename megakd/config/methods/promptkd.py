@@ -15,6 +15,7 @@ class PromptKDConfig(MethodConfig):
 
     help = "KL to a prompted teacher on the student's responses"
     implementation = "megakd.methods.promptkd:PromptKD"
+    answers_prompts_often = True
 
     prompt_len: int = flag(7, "soft prompt vectors in front of the teacher", range=POSITIVE)
     prompt_init: Literal["text", "random"] = flag(

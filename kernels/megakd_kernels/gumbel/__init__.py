@@ -1,0 +1,1 @@
+"""Draws from a softmax by Gumbel-max, in one reading of the logits."""

@@ -1,0 +1,92 @@
+"""SIGKILL to a rank or the launcher, at aimed and random moments; then the same command, until it ends by itself.
+
+Eighteen cases, method by layout, some at once: a job that waits for its dead leaves the cores idle. A case's unbroken run is made beside.
+Every second case writes its checkpoints with --async-save, and is compared with an unbroken run that does not.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from drill import ITERATIONS, LAYOUTS, METHODS, Drill
+from job import Job
+
+from megakd.checkpointing.native import NativeCheckpoint, read_latest
+
+MOMENTS = ("start", "iteration", "write", "export")
+LAST, START_SECONDS, TRIES = ITERATIONS["train-iters"], 6.0, 3
+
+
+def drill_kills(drill: Drill) -> None:
+    """So many kills that met a job at work, over all cases."""
+    cases = [(method, layout) for method in METHODS for layout in LAYOUTS][: drill.kills]
+    share = lambda number: drill.kills // len(cases) + (number < drill.kills % len(cases))
+    with ThreadPoolExecutor(drill.at_once) as pool:
+        found = list(pool.map(lambda number: _case(drill, *cases[number], share(number), number % 2 == 1), range(len(cases))))
+    met = Counter(kill for kills, _ in found for kill in kills)
+    moments, whom = (Counter(word for kill in met.elements() for word in [kill.split(": ")[place]]) for place in (0, 1))
+    told = [", ".join(f"{count} {word}" for word, count in sorted(counter.items())) for counter in (moments, whom)]
+    total = sum(met.values())
+    drill.tell(f"{total} kills met a job at work", total >= drill.kills, f"{told[0]}; {told[1]}; {sum(count for _, count in found)} numbers and tensors")
+
+
+def _case(drill: Drill, method: str, layout: str, kills: int, in_background: bool) -> tuple[list[str], int]:
+    """Kills that met a job at work, and how many numbers were compared."""
+    name, rng = f"{method} {layout}{' --async-save' if in_background else ''}", drill.random(method, layout)
+    slug = name.replace(" ", "-")
+    reference = drill.job(f"{slug}-reference", method, LAYOUTS[layout]).start()
+    job = drill.job(f"{slug}-killed", method, LAYOUTS[layout] | ({"async-save": True} if in_background else {}))
+    moments = sorted(rng.sample(MOMENTS, kills) if kills <= len(MOMENTS) else rng.choices(MOMENTS, k=kills), key=MOMENTS[3:].count)
+    done = []
+    try:
+        for moment in moments:
+            done += _kill_once(drill, name, job, moment, rng)
+        code, whole = job.start().end(600), reference.end(600)
+    except Exception as error:
+        drill.tell(name, False, f"{type(error).__name__}: {error}")
+        return done, 0
+    finally:
+        reference.clean_up(), job.clean_up()
+    drill.tell(f"{name}, killed at {', '.join(done)}", (code, whole) == (0, 0), f"exit codes {code}, {whole} unbroken")
+    return done, drill.compare(name, job, reference)
+
+
+def _kill_once(drill: Drill, name: str, job: Job, moment: str, rng) -> list[str]:
+    """Who, and when; nothing where the job was faster, so many times. The latest checkpoint is no older than it was, and whole."""
+    who = rng.choice(["0", "1", "agent"])
+    for _ in range(TRIES):
+        before = read_latest(job.save / "checkpoints") or 0
+        job.start()
+        try:
+            job.wait_for(_happens(job, moment, rng), 300, look=0.002 if moment in ("write", "export") else 0.02)
+            if moment != "start":
+                time.sleep(rng.random() * 0.03)
+            job.kill(who)
+        except (AssertionError, ProcessLookupError, IndexError, FileNotFoundError):  # it was faster
+            job.process.wait(300)
+            shutil.rmtree(job.save / "hf", ignore_errors=True)  # it exports once more
+            continue
+        job.process.wait(300)
+        latest = read_latest(job.save / "checkpoints") or 0
+        if latest:
+            NativeCheckpoint(job.save / "checkpoints").verify()
+        if latest < before:
+            drill.tell(name, False, f"checkpoint {before} was there before, {latest} is the latest now")
+        return [f"{moment}: {'rank ' if who != 'agent' else ''}{who}"]
+    return []
+
+
+def _happens(job: Job, moment: str, rng) -> Callable[[], bool]:
+    first, due, begun = job.iteration, rng.random() * START_SECONDS, time.monotonic()
+    target = min(first + rng.randrange(1, 6), LAST - 1)
+    checkpoints, hidden_export = job.save / "checkpoints", job.save / ".hf.partial"
+    return {
+        "start": lambda: (len(job.ranks) == 2 and time.monotonic() - begun > due) or job.iteration > first,
+        "iteration": lambda: job.iteration >= target,
+        "write": lambda: any(checkpoints.glob(".iter_*.partial")),
+        "export": hidden_export.exists,
+    }[moment]
