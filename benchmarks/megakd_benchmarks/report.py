@@ -27,7 +27,7 @@ PACKAGES = ("torch", "transformers", "megatron-core", "peft")
 Row = dict[str, "str | float"]
 
 
-def machine() -> Row:
+def machine(script: str = "benchmark.py", packages: Sequence[str] = PACKAGES) -> Row:
     """Device, versions, commit and command; the load says whether others were at work."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     return {
@@ -35,9 +35,9 @@ def machine() -> Row:
         "device": device,
         "threads": torch.get_num_threads(),
         "load": f"{os.getloadavg()[0]:.1f}",
-        "versions": " ".join(f"{name} {_version(name)}" for name in PACKAGES),
+        "versions": " ".join(f"{name} {_version(name)}" for name in packages),
         "commit": commit(),
-        "command": " ".join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
+        "command": " ".join(["python", f"scripts/{script}", *sys.argv[1:]]),
     }
 
 

@@ -7,7 +7,7 @@ so that `--help` answers at once.
 from megakd.config.answering import AnsweringConfig
 from megakd.config.attention import AttentionConfig
 from megakd.config.base import BaseConfig
-from megakd.config.benchmark import BenchmarkConfig
+from megakd.config.benchmark import BenchmarkConfig, SystemsConfig
 from megakd.config.cache import CacheConfig
 from megakd.config.conditioning import ConditioningConfig
 from megakd.config.distillation import DistillationConfig
@@ -36,6 +36,6 @@ __all__ = [
     "ConditioningConfig", "Config", "DataConfig", "DistiLLMConfig", "DistillationConfig", "EvaluateConfig", "GenerateConfig",
     "GenerationConfig", "KDConfig", "LayoutConfig", "LoRAConfig", "MethodConfig", "MiniLLMConfig", "ModelConfig",
     "OutputConfig", "ParallelConfig", "PromptKDConfig", "ResponseConfig", "ResponsePrimingConfig", "SamplingConfig",
-    "ScoreConfig", "SelectionConfig", "TeacherConfig", "TeacherLayoutConfig", "TeacherParallelConfig", "TrainingConfig",
+    "ScoreConfig", "SelectionConfig", "SystemsConfig", "TeacherConfig", "TeacherLayoutConfig", "TeacherParallelConfig", "TrainingConfig",
     "alike", "flag_name", "from_flags", "from_values", "from_yaml", "parse",
 ]  # fmt: skip
