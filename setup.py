@@ -38,6 +38,7 @@ setup(
     ],
     extras_require={
         "real": ["gguf"],  # scripts/get_model.py
+        "benchmark": ["trl>=1.16", "liger-kernel"],  # scripts/benchmark_systems.py
         "wandb": ["wandb"],  # --wandb-project
         "quantize": ["torchao>=0.15"],  # --teacher-quantize
         "gpu": ["triton>=3.6", "flash-attn"],  # torch pins its own Triton; tests interpret kernels, which takes 3.7 beside NumPy 2.4

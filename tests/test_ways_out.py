@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from megakd.config import AttentionConfig, BenchmarkConfig, CacheConfig, Config, EvaluateConfig, GenerateConfig, flag_name
+from megakd.config import AttentionConfig, BenchmarkConfig, CacheConfig, Config, EvaluateConfig, GenerateConfig, SystemsConfig, flag_name
 from megakd.config.plan import PlanConfig
 from megakd.config.verify import VerifyConfig
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(path for folder in ("megakd", "kernels", "scripts", "checkpoint_tools") for path in (ROOT / folder).rglob("*.py"))
 KINDS = {"pretrain_kd.py": Config, "evaluate.py": EvaluateConfig, "generate.py": GenerateConfig, "benchmark.py": BenchmarkConfig}
 KINDS |= {"cache_teacher.py": CacheConfig, "analyze_attention.py": AttentionConfig, "plan.py": PlanConfig}
-KINDS["megakd.verify"] = VerifyConfig
+KINDS |= {"megakd.verify": VerifyConfig, "benchmark_systems.py": SystemsConfig}
 OF_OTHERS = {"--nproc_per_node", "--help", "--config"}  # torchrun's; argparse's and tyro's; taken off before the flags are read
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*\w")
 

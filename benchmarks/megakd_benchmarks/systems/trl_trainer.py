@@ -57,10 +57,12 @@ class TakingTurns(TrainerCallback):
         self.turn, self.trainer = turn, trainer
 
     def on_step_begin(self, args, state, control, **_):
+        """Its turn; who is compared is not drawn."""
         self.turn.begin()
         self.trainer.generation_config.do_sample = self.turn.number > CHECKED
 
     def on_log(self, args, state, control, logs, **_):
+        """The step is over, its loss with the host."""
         if "loss" in logs:  # the last one sums up the training
             self.turn.end(logs["loss"])
 
