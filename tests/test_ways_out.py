@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 import tyro
 
-from megakd.config import AttentionConfig, BenchmarkConfig, CacheConfig, Config, EvaluateConfig, GenerateConfig, SystemsConfig, flag_name
+from megakd.config import (
+    AttentionConfig,
+    BenchmarkConfig,
+    CacheConfig,
+    Config,
+    EvaluateConfig,
+    GenerateConfig,
+    SystemsConfig,
+    flag_name,
+)
 from megakd.config.plan import PlanConfig
 from megakd.config.verify import VerifyConfig
 
