@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from megakd.checkpointing.model_folder import ModelFolder
@@ -17,7 +18,7 @@ from megakd.data.tokenizer import check_same_tokenizer
 from megakd.errors import UserError, tell
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.model_provider import build_model, check_layout, context_length, padded_vocab_size
-from megakd.runtime.initialize import check_world_size, initialize, initialize_apart, layout_over, resolve_dtype
+from megakd.runtime.initialize import agreed, check_world_size, initialize, initialize_apart, layout_over, resolve_dtype
 from megakd.runtime.parallel_layout import Grid, ParallelLayout
 
 AS_THE_STUDENT = TeacherLayoutConfig()  # a teacher without a layout of its own
@@ -125,13 +126,18 @@ class ModelFolders:
         self, places: Places, dtype: str, *, sequence_parallel: bool = False,
         student: Mapping[str, Any] = {}, teacher: Mapping[str, Any] = {}, with_teachers: bool = True,
     ) -> tuple[HiddenStateGPTModel | None, list[HiddenStateGPTModel]]:
-        """Of each what this rank has: its stage, or none."""
+        """Of each what this rank has: its stage, or none. Every rank of the job calls it.
+
+        Raises:
+            UserError: a rank could not load its part; on all of them, before the next model, whose tied stages wait for each other.
+        """
         sizes = [folder.config.vocab_size for folder in (*self, self.store) if folder]
         options = align_vocabularies(sizes, *(grid.tp_size for grid in places.grids))
         options |= {"dtype": resolve_dtype(dtype), "sequence_parallel": sequence_parallel}
-        learner = places.student and load_model(self.student, places.student, **options, **student)
-        here = self.teachers.values() if places.teacher and with_teachers else ()
-        return learner, [frozen(load_model(folder, places.teacher, **options, **teacher)) for folder in here]
+        learner = agreed(lambda: places.student and load_model(self.student, places.student, **options, **student))
+        load_teacher = lambda folder: places.teacher and frozen(load_model(folder, places.teacher, **options, **teacher))
+        teachers = [agreed(partial(load_teacher, folder)) for folder in (self.teachers.values() if with_teachers else ())]
+        return learner, teachers if places.teacher else []
 
 
 def load_model(folder: ModelFolder, layout: ParallelLayout, **options) -> HiddenStateGPTModel:

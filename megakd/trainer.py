@@ -120,7 +120,7 @@ def serve(config: Config, folders: ModelFolders, places: Places) -> None:
     """A rank of the teacher's own, through the whole run: it does what the student's ranks ask for."""
     if config.output.show_data:
         return
-    _, (teacher,) = agreed(lambda: folders.load_apart(places, config.models.dtype, **model_options(config)))
+    _, (teacher,) = folders.load_apart(places, config.models.dtype, **model_options(config))
     RelayedTeacher.between(places.grids, None, teacher).serve()
 
 
@@ -227,7 +227,7 @@ class Trainer:
     def _build_method(self) -> Method:
         config, shared = self.config, self.config.teacher_shares_weights
         options = model_options(config) | {"with_teachers": not shared}
-        student, models = agreed(lambda: self.folders.load_apart(self.places, config.models.dtype, **options))
+        student, models = self.folders.load_apart(self.places, config.models.dtype, **options)
         if config.lora.rank:
             adapt(student, config.lora, seed=config.training.seed)
         if shared:

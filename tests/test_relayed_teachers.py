@@ -290,11 +290,11 @@ def test_a_run_with_a_teacher_on_its_own_rank_goes_on_without_one(inputs):
         assert ours == pytest.approx(theirs, rel=2e-4, abs=2e-5)
 
 
-def nan_in_the_second_half(root: Path) -> None:
+def nan_in_the_second_half(root: Path, layer: int = 0) -> None:
     """Of a weight that each of two ranks has half of."""
     file = root / "student" / "model.safetensors"
     tensors = load_file(file)
-    tensors["transformer.h.0.mlp.c_proj.weight"][-1] = float("nan")
+    tensors[f"transformer.h.{layer}.mlp.c_proj.weight"][-1] = float("nan")
     save_file(tensors, file, metadata={"format": "pt"})
 
 
@@ -336,3 +336,11 @@ def test_an_error_of_the_students_ranks_is_heard_by_the_teachers_own(damage, who
     found = run_distributed(who, 3, arguments, timeout=100)
     assert found[0] == found[1] and said in found[0], found
     assert found[2] == (found[0] if who is refused else "dismissed")
+
+
+def test_what_one_stage_cannot_load_is_told_on_all_before_the_teacher_is_made(tmp_path):
+    """Its stages, whose embeddings are tied, would wait for each other."""
+    root = write_inputs(tmp_path)
+    nan_in_the_second_half(root, layer=1)
+    found = run_distributed(refused, 2, command(root, "run", "kd", pp=2), pp=2, timeout=60)
+    assert found[0] == found[1] and "h.1.mlp.c_proj.weight holds NaN" in found[0], found

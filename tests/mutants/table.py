@@ -54,9 +54,12 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         ("megakd/trainer.py", "if self.iteration == 0 or begun_with.read(self.folder) is None:", "if self.iteration == 0:"),
     ],
     of("test_relayed_teachers", "an_error_of_the_students_ranks_is_heard_by_the_teachers_own"): [
-        ("megakd/trainer.py", "agreed(lambda: self.folders.load_apart(self.places, config.models.dtype, **options))", "self.folders.load_apart(self.places, config.models.dtype, **options)"),
+        ("megakd/loading.py", "agreed(lambda: places.student and load_model(self.student, places.student, **options, **student))", "places.student and load_model(self.student, places.student, **options, **student)"),
         ("megakd/trainer.py", "            agreed(self._begin_to_write)", "            self._begin_to_write()"),
         ("megakd/checkpointing/training.py", "    agreed(lambda: _check_complete(native, state, flag=flag))", "    _check_complete(native, state, flag=flag)"),
+    ],
+    of("test_relayed_teachers", "what_one_stage_cannot_load_is_told_on_all_before_the_teacher_is_made"): [
+        ("megakd/loading.py", "learner = agreed(lambda: places.student and", "learner = (lambda make: make())(lambda: places.student and"),
     ],
     of("test_verify", "ranks_that_are_no_layout_of_the_flags_are_told"): [("megakd/verify.py", "if started != config.ranks:", "if False:")],
     "tests/test_quiet_pipe.py": [
