@@ -7,7 +7,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,7 +177,8 @@ class Trainer:
         try:
             yield
         except UserError:
-            settle()  # what is being written is whole
+            with suppress(UserError):  # the first is told
+                settle()  # what is being written is whole
             self.teacher.shut_down()
             raise
 
@@ -320,12 +321,10 @@ class Trainer:
         Raises:
             UserError: the run is to stop, or has left out LEFT_OUT_IN_A_ROW iterations.
         """
-        self._on_all_ranks(settle)  # a checkpoint that is being written is the latest
-        teacher = self.method.teacher
+        teacher, latest, file = self.method.teacher, self._latest(), "on rank 0"
         with teacher.on_device() if teacher else nullcontext():
             findings = find(error, self.method.student, teacher and teacher.model)
         self.left_out += 1
-        latest, file = read_latest(self.checkpoints), "on rank 0"
         if is_rank_zero():
             file = write_down(self.folder / "fault", self.iteration, error, findings, self.config.flat(), latest)
         first = f"; first {findings[0]}" if findings else ""
@@ -387,8 +386,8 @@ class Trainer:
 
     def _save(self) -> None:
         if not all_finite(self.method.student):
-            latest = read_latest(self.checkpoints)
-            raise UserError(f"iteration {self.iteration}: the student's weights are NaN or infinite, and are not saved; {way_out(latest)}")
+            way = way_out(self._latest())
+            raise UserError(f"iteration {self.iteration}: the student's weights are NaN or infinite, and are not saved; {way}")
         self._save_into(
             self.checkpoints,
             optimizer=self.method.optimizer.optimizer,
@@ -408,26 +407,36 @@ class Trainer:
 
     def _export_best(self) -> None:
         self._save_into(self.folder / NATIVE)
-        if is_rank_zero():
-            self.best.export(merge_adapter=self.config.lora.merge_lora)
-        self._on_all_ranks(wait_for_all)
+        self._on_rank_zero(lambda: self.best.export(merge_adapter=self.config.lora.merge_lora))
+
+    def _latest(self) -> int | None:
+        """The iteration of the last checkpoint, one that was being written included."""
+        self._on_all_ranks(settle)
+        return read_latest(self.checkpoints)
 
     def _on_all_ranks(self, work: Callable[[], None]) -> None:
         self.teacher.on_teacher_ranks(work)
         work()
 
+    def _on_rank_zero(self, work: Callable[[], None]) -> None:
+        """While all ranks of the job wait, and hear of an error."""
+        self.teacher.on_teacher_ranks(hear)
+        agreed(lambda: is_rank_zero() and work())
+
     def _finish(self) -> None:
         self._on_all_ranks(settle)
         soft_prompt = self.method.soft_prompt()
-        if is_rank_zero():
-            lora, hf = self.config.lora, self.folder / "hf"
-            if soft_prompt is not None:
-                write_soft_prompt(self.folder / SOFT_PROMPT, soft_prompt, self.folders.taught_by)
-            if self.resumed < self.total_iters or not preflight.is_finished_export(hf, adapter=lora.exports_adapter):
-                export_to_hf(self.checkpoints, hf, merge_adapter=lora.merge_lora)
-            plot_training(self.folder)
-            print(f"the student is {self.folder / 'hf'}; {self.folder} has its checkpoints, numbers and figures", flush=True)
+        self._on_rank_zero(lambda: self._leave_behind(soft_prompt))
         self._close()
+
+    def _leave_behind(self, soft_prompt: torch.Tensor | None) -> None:
+        lora, hf = self.config.lora, self.folder / "hf"
+        if soft_prompt is not None:
+            write_soft_prompt(self.folder / SOFT_PROMPT, soft_prompt, self.folders.taught_by)
+        if self.resumed < self.total_iters or not preflight.is_finished_export(hf, adapter=lora.exports_adapter):
+            export_to_hf(self.checkpoints, hf, merge_adapter=lora.merge_lora)
+        plot_training(self.folder)
+        print(f"the student is {self.folder / 'hf'}; {self.folder} has its checkpoints, numbers and figures", flush=True)
 
     def _close(self) -> None:
         self.logger.close()

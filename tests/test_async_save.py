@@ -16,7 +16,7 @@ from test_stop import wait_until
 from test_trainer import command, inputs, numbers, run  # noqa: F401
 
 from megakd import trainer
-from megakd.checkpointing import space, torch_dist_save, training
+from megakd.checkpointing import publish, space, torch_dist_save, training
 from megakd.checkpointing.native import NativeCheckpoint, read_latest
 from megakd.config import parse
 from megakd.errors import UserError
@@ -184,3 +184,72 @@ def test_ranks_of_the_teachers_own_take_part(inputs):  # noqa: F811
         run_distributed(run, 2, command(inputs, name, "kd", **flags, **{"teacher-ranks": 1}))
     assert numbers(inputs / "own-beside") == numbers(inputs / "own-waits")
     NativeCheckpoint(inputs / "own-beside" / "checkpoints").verify()
+
+
+def said_of(layout, arguments, happens) -> str:
+    """What the run says on this rank, of which rank 0 has met something."""
+    if os.environ["RANK"] == "0":
+        happens(layout)
+    with pytest.raises(UserError) as error:
+        run(layout, arguments)
+    return str(error.value)
+
+
+def no_room(*given, **options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def no_room_beside_tensors(layout):
+    training.write_hf_folder = no_room
+
+
+def no_room_for_a_name(layout):
+    publish.take_name = no_room
+
+
+def no_folder(layout):
+    publish.missing_parents = lambda target: publish.hidden(target).parent.mkdir(parents=True) or publish.hidden(target).touch() or []
+
+
+def no_export(layout):
+    def refuses(*given, **options):
+        raise UserError("no export")
+
+    trainer.export_to_hf = refuses
+
+
+ALONE = {  # what rank 0 alone meets, in a run that waits for its checkpoints and in one that does not; and what all say of it
+    "tensors, beside": (no_room_beside_tensors, SLOW, os.strerror(errno.ENOSPC)),
+    "tensors": (no_room_beside_tensors, FLAGS, os.strerror(errno.ENOSPC)),
+    "name, beside": (no_room_for_a_name, SLOW, os.strerror(errno.ENOSPC)),
+    "folder": (no_folder, FLAGS, os.strerror(errno.EEXIST)),
+    "export": (no_export, FLAGS, "no export"),
+}
+
+
+@pytest.mark.parametrize("happens, flags, said", ALONE.values(), ids=ALONE)
+def test_what_rank_zero_alone_meets_while_it_saves_or_exports_all_ranks_say(inputs, happens, flags, said):  # noqa: F811
+    found = run_distributed(said_of, 2, command(inputs, f"alone-{happens.__name__}-{flags is SLOW}", "sft", **flags), happens, tp=2)
+    assert found[0] == found[1] and said in found[0], found
+
+
+def ended_by_its_caller(layout, arguments) -> str:
+    """While a checkpoint has failed, of which nobody has asked."""
+    gate = threading.Event()
+    publish.take_name = lambda *given: gate.wait(60) and no_room()
+
+    def end():
+        gate.set()
+        wait_until(background.outcome.done)
+        raise UserError("enough")
+
+    try:
+        after(layout, arguments, 3, lambda: True, end)
+    except UserError as error:
+        return str(error)
+    return "dismissed"
+
+
+def test_of_two_errors_the_first_is_told_and_the_teachers_own_ranks_are_dismissed(inputs):  # noqa: F811
+    arguments = command(inputs, "two-errors", "kd", **SLOW, **{"teacher-ranks": 1})
+    assert run_distributed(ended_by_its_caller, 2, arguments) == ["enough", "dismissed"]

@@ -28,7 +28,7 @@ from megakd.checkpointing.model_folder import ModelFolder
 from megakd.checkpointing.native import RUN_CONFIG, NativeCheckpoint, iteration_folder, number_of, remove_older, write_latest
 from megakd.checkpointing.parameters import HEAD
 from megakd.checkpointing.peft_folder import adapter_config
-from megakd.checkpointing.publish import hidden, published
+from megakd.checkpointing.publish import hidden, published, writing
 from megakd.checkpointing.space import bytes_to_write, check_room, telling_what_is_needed
 from megakd.checkpointing.torch_dist_save import StagedSave, load
 from megakd.data.end_ids import EndIds, write_end_ids
@@ -158,11 +158,16 @@ def _write(
     background.settle()
     needed, strategy = bytes_to_write(state), StagedSave(in_background=in_background)
     check_room(target, needed)
+
+    def stage(folder: Path) -> None:
+        with writing(target):
+            strategy.stage(state, folder, content=KINDS)
+            if dist.get_rank() == 0:
+                describe(folder)
+
     with ExitStack() as begun:
         folder = begun.enter_context(published_by_rank_zero(target, needed, strategy.group, keep_last))
-        strategy.stage(state, folder, content=KINDS)
-        if dist.get_rank() == 0:
-            describe(folder)
+        agreed(lambda: stage(folder), strategy.group)
         rest = begun.pop_all()
 
     def write_and_publish() -> None:
@@ -177,8 +182,8 @@ def _write(
 def published_by_rank_zero(target: Path, needed: int, group: dist.ProcessGroup, keep_last: int | None = None) -> Iterator[Path]:
     """`published` for all ranks: rank 0 makes, names and removes the folder, the others write in it; what was written has checksums."""
     first = dist.get_rank() == 0
-    with telling_what_is_needed(needed), published(target) if first else nullcontext(hidden(target)) as folder:
-        wait_for_all(group)
+    with telling_what_is_needed(needed), ExitStack() as begun:
+        folder = agreed(lambda: begun.enter_context(published(target) if first else nullcontext(hidden(target))), group)
         yield folder
         write_all_checksums(folder, group)
         wait_for_all(group)

@@ -61,6 +61,13 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     of("test_relayed_teachers", "what_one_stage_cannot_load_is_told_on_all_before_the_teacher_is_made"): [
         ("megakd/loading.py", "learner = agreed(lambda: places.student and", "learner = (lambda make: make())(lambda: places.student and"),
     ],
+    of("test_async_save", "what_rank_zero_alone_meets_while_it_saves_or_exports_all_ranks_say"): [
+        ("megakd/checkpointing/training.py", "        agreed(lambda: stage(folder), strategy.group)", "        stage(folder)"),
+        ("megakd/trainer.py", "        agreed(lambda: is_rank_zero() and work())", "        is_rank_zero() and work()"),
+    ],
+    of("test_async_save", "of_two_errors_the_first_is_told_and_the_teachers_own_ranks_are_dismissed"): [
+        ("megakd/trainer.py", "with suppress(UserError):  # the first is told", "with nullcontext():"),
+    ],
     of("test_verify", "ranks_that_are_no_layout_of_the_flags_are_told"): [("megakd/verify.py", "if started != config.ranks:", "if False:")],
     "tests/test_quiet_pipe.py": [
         ("megakd/errors.py", "if not any(event & select.POLLERR", "if True or not any(event & select.POLLERR"),
