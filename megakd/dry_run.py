@@ -111,8 +111,16 @@ def load_of(config: Config, loader: DataLoader, grid: Grid) -> Load:
     rows: Sequence[Sample] = [loader.dataset[i] for i in range(min(ROWS_MEASURED, len(loader.dataset)))]
     lengths = [min(config.data.max_length, len(row.prompt) + config.max_new_tokens) if written else row.num_positions for row in rows]
     training, device = config.training, "cuda" if torch.cuda.is_available() else "cpu"
-    tokens = largest_micro_batch(lengths, training.micro_batch_size, training.micro_batch_tokens, pack=training.pack)
-    return Load(training.global_batch_size // grid.dp_size, training.micro_batch_size, max(lengths), tokens, written, device)
+    limits, replica = (training.micro_batch_size, training.micro_batch_tokens), training.global_batch_size // grid.dp_size
+    tokens = largest_micro_batch(lengths, *limits, pack=training.pack)
+    return Load(replica, micro_batches_of(lengths, replica, *limits), max(lengths), tokens, written, device)
+
+
+def micro_batches_of(lengths: Sequence[int], rows: int, most: int, most_tokens: int | None) -> int:
+    """How many `rows` of the longest make at least: as many as both limits ask for."""
+    longest = sorted(lengths)[-rows:]
+    positions = sum(longest) * rows / len(longest)  # of the data fewer may have been looked at
+    return max(math.ceil(rows / most), math.ceil(positions / max(most_tokens, longest[-1])) if most_tokens else 1)
 
 
 def largest_micro_batch(lengths: Sequence[int], most: int, most_tokens: int | None, *, pack: bool) -> int:
@@ -124,12 +132,16 @@ def largest_micro_batch(lengths: Sequence[int], most: int, most_tokens: int | No
 
 def batch_line(config: Config, loader: DataLoader, grid: Grid, load: Load) -> str:
     """How an iteration is made, and how many there are."""
-    steps, micro = total_iterations(config, loader, grid.dp_size), load.rows // load.micro_batch
+    steps, training = total_iterations(config, loader, grid.dp_size), config.training
     epochs = steps / loader.iterations_per_epoch
-    parts = f"{grid.dp_size} replica(s) × {micro} micro-batch(es) × {load.micro_batch} row(s){', packed' * config.training.pack}"
+    parts = f"{grid.dp_size} replica(s) × {load.micro_batches} micro-batch(es) × {training.micro_batch_size} row(s)"
+    if most := training.micro_batch_tokens:
+        each = f"at most {training.micro_batch_size} row(s) and {most:,} positions"
+        parts = f"{grid.dp_size} replica(s) × {load.rows} row(s), of the longest {load.micro_batches} micro-batch(es) or more of {each}"
+    parts += ", packed" * training.pack
     answers = loader.num_generations
     of = f" ({loader.rows_per_batch} prompts × {answers} answers)" if answers > 1 else ""
-    return f"{config.training.global_batch_size} rows an iteration{of} = {parts}; {steps:,} iteration(s) = {epochs:.2f} epochs"
+    return f"{training.global_batch_size} rows an iteration{of} = {parts}; {steps:,} iteration(s) = {epochs:.2f} epochs"
 
 
 def memory_line(memory: RankMemory) -> str:

@@ -32,7 +32,7 @@ class Load:
     """What is asked of a rank: rows and their lengths."""
 
     rows: int  # of an iteration, on one replica
-    micro_batch: int
+    micro_batches: int  # of an iteration, on one replica
     length: int  # of the longest row
     tokens: int  # positions of the largest micro-batch
     written: bool  # the student writes responses
@@ -85,7 +85,7 @@ def rank_memory(
     number = number_bytes(config, load)
     trained = trained_parameters(config, size)
     split = grid.dp_size if config.parallel.use_distributed_optimizer else 1
-    in_flight = min(grid.pp_size - stage, math.ceil(load.rows / load.micro_batch))
+    in_flight = min(grid.pp_size - stage, load.micro_batches)
     tokens = load.tokens
     kept = size.layers * hidden + size.of_one_layer if config.training.recompute else size.activations
     is_last = stage == grid.pp_size - 1

@@ -45,9 +45,9 @@ def test_each_package_is_called_in_its_own_shapes_and_gives_what_torch_gives(mon
         torch.testing.assert_close(ours, theirs)
 
 
-def on_a_gpu(monkeypatch, major: int, dtype=torch.bfloat16):
+def on_a_gpu(monkeypatch, major: int, dtype=torch.bfloat16, head: int = 64):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
-    return SimpleNamespace(is_cuda=True, dtype=dtype, device="cuda")
+    return SimpleNamespace(is_cuda=True, dtype=dtype, device="cuda", shape=(7, 2, 4, head))
 
 
 def test_the_first_package_that_takes_a_call_attends(monkeypatch):
@@ -58,6 +58,8 @@ def test_the_first_package_that_takes_a_call_attends(monkeypatch):
     assert chosen(9, dropout=0.1) is FLASH_2, "flash-attn-4 knows no dropout"
     assert chosen(7) is None and chosen(9, dtype=torch.float32) is None
     assert flash.package_for(torch.zeros(1, dtype=torch.bfloat16), 0.0) is None, "a CPU"
+    heads = [chosen(major, head=head) for major, head in ((9, 256), (10, 128), (10, 256), (9, 36), (9, 264))]
+    assert heads == [FLASH_4, FLASH_4, FLASH_2, FLASH_2, None], "flash-attn-4 has Gemma's heads of 256 on Hopper alone"
     install(monkeypatch, FLASH_2)
     assert chosen(9) is FLASH_2
     install(monkeypatch, FLASH_4)

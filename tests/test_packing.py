@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from megakd.config import Config
 from megakd.data.batch import Sample, batch_of, collate, micro_batches, packed
-from megakd.dry_run import largest_micro_batch
+from megakd.dry_run import largest_micro_batch, micro_batches_of
 from megakd.evaluation import held_out
 from megakd.methods import METHODS
 from megakd.models import attention, flash
@@ -224,6 +224,17 @@ def test_a_dry_run_counts_packed_positions():
     lengths = [100, 7, 5, 30]
     assert largest_micro_batch(lengths, 3, None, pack=False) == 300 and largest_micro_batch(lengths, 3, None, pack=True) == 137
     assert largest_micro_batch(lengths, 3, 120, pack=True) == 120 and largest_micro_batch(lengths, 3, 80, pack=True) == 100
+
+
+def test_a_dry_run_counts_the_micro_batches_that_positions_ask_for():
+    """So many are in flight on an early stage, whatever the rows of one may be."""
+    lengths = [100, 90, 80, 70, 60, 8]
+    assert [micro_batches_of(lengths, rows, most, None) for rows, most in ((4, 4), (4, 2), (8, 4))] == [1, 2, 2]
+    assert [micro_batches_of(lengths, 4, 4, tokens) for tokens in (400, 200, 90)] == [1, 2, 4]
+    samples = [Sample(i, (2,), tuple([3] * n)) for i, n in enumerate(lengths[:4])]
+    for tokens in (400, 200, 90):
+        assert len(micro_batches(samples, 4, most_tokens=tokens, pack=True)) >= micro_batches_of(lengths, 4, 4, tokens)
+    assert micro_batches_of(lengths, 12, 12, 400) == 3  # as long as those that were looked at
 
 
 def test_held_out_rows_are_packed_too(monkeypatch):

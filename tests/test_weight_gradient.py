@@ -14,6 +14,7 @@ from stories import PAIRS, global_batch
 from test_methods import run_config
 from tiny import tiny_config
 
+from megakd.config import LoRAConfig
 from megakd.data.batch import micro_batches
 from megakd.data.dataloader import split_across_dp
 from megakd.loading import align_vocabularies
@@ -73,3 +74,11 @@ def test_apexs_own_function_is_used_where_megatron_found_it(monkeypatch):
     assert not weight_gradient.install() and layers.fused_weight_gradient_mlp_cuda is apexs
     monkeypatch.setattr(layers, "_grad_accum_fusion_available", False)
     assert weight_gradient.install() and layers.fused_weight_gradient_mlp_cuda is weight_gradient.STAND_IN
+
+
+def test_adapters_beside_frozen_weights_have_no_use_for_it():
+    config = replace(run_config("sft", 2, {}), lora=LoRAConfig(peft="lora"))
+    config = replace(config, training=replace(config.training, gradient_accumulation_fusion=True))
+    assert [line for line in config.validation_errors() if line.startswith("--gradient-accumulation-fusion")]
+    plain = replace(config, lora=LoRAConfig())
+    assert not [line for line in plain.validation_errors() if line.startswith("--gradient-accumulation-fusion")]

@@ -138,6 +138,8 @@ class Config(BaseConfig):
             yield "--sequence-parallel needs --tensor-model-parallel-size of at least 2; leave it out"
         if parallel.use_distributed_optimizer and training.optimizer == "sgd":
             yield "--use-distributed-optimizer splits AdamW's moments, which --optimizer sgd does not have; leave it out"
+        if training.gradient_accumulation_fusion and self.lora.rank:
+            yield "--gradient-accumulation-fusion is of whole weights' gradients, and with adapters these are frozen; leave it out"
         if training.global_batch_size % self.generation.num_generations:
             yield (
                 f"--num-generations {self.generation.num_generations} does not divide --global-batch-size {training.global_batch_size}, "

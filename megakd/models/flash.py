@@ -1,8 +1,8 @@
 """flash-attn's kernels, of whichever of its packages is installed and takes a call.
 
-    package        module             compute capability           dropout
-    flash-attn-4   flash_attn.cute    9 to 11: Hopper, Blackwell   no
-    flash-attn     flash_attn         8 and later: from Ampere on  yes
+    package        module             compute capability           dropout    head size
+    flash-attn-4   flash_attn.cute    9 to 11: Hopper, Blackwell   no         multiples of 8, to 256 and on Blackwell to 128
+    flash-attn     flash_attn         8 and later: from Ampere on  yes        to 256
 
 The first that takes a call attends; a call that neither takes (float32, a CPU, an older card) is for torch. Both take fewer key/value
 heads and sliding windows without a copy or a mask, and packed rows. https://github.com/Dao-AILab/flash-attention, README and
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -32,7 +32,7 @@ class Package:
 
     name: str  # as pip has it
     module: str
-    majors: range  # of compute capability
+    heads: Mapping[int, range]  # sizes of a head, by the major number of compute capability
     knows_dropout: bool
     no_window: tuple[int | None, int | None]  # columns before and behind a token's own, of a layer that does not slide
 
@@ -61,9 +61,10 @@ class Package:
         return {**own, "softmax_scale": scale, "causal": True, "window_size": reach}
 
 
+HEADS_OF_4 = {9: range(8, 257, 8), 10: range(8, 129, 8), 11: range(8, 129, 8)}  # _validate_head_dims of its interface.py, 4.0.0b9
 PACKAGES = (
-    Package("flash-attn-4", "flash_attn.cute", range(9, 12), knows_dropout=False, no_window=(None, None)),
-    Package("flash-attn", "flash_attn", range(8, 100), knows_dropout=True, no_window=(-1, 0)),
+    Package("flash-attn-4", "flash_attn.cute", HEADS_OF_4, knows_dropout=False, no_window=(None, None)),
+    Package("flash-attn", "flash_attn", dict.fromkeys(range(8, 100), range(1, 257)), knows_dropout=True, no_window=(-1, 0)),
 )
 
 
@@ -73,7 +74,8 @@ def package_for(query: Tensor, dropout: float) -> Package | None:
         return None
     major, _minor = torch.cuda.get_device_capability(query.device)
     for package in PACKAGES:
-        if major in package.majors and (package.knows_dropout or not dropout) and functions(package.module):
+        takes = query.shape[-1] in package.heads.get(major, ()) and (package.knows_dropout or not dropout)
+        if takes and functions(package.module):
             return package
     say_once(bool(dropout))
     return None

@@ -139,8 +139,7 @@ def simulated(config: PlanConfig, models: dict[str, PretrainedConfig], layout: L
     flags |= {"tensor_model_parallel_size": layout.tp, "pipeline_model_parallel_size": layout.pp, "train_iters": 1000, "epochs": None}
     flags |= {"sequence_parallel": config.parallel.sequence_parallel and layout.tp > 1, "train_data": "rows", "save": "run"}
     flags |= {"dtype": "bf16" if config.models.dtype == "auto" else config.models.dtype}
-    prompt = plan.prompt_tokens or config.data.max_prompt_length
-    response = min(plan.response_tokens or config.max_new_tokens, config.data.max_length - prompt)
+    prompt, response = row_of(config)
     student, *teacher = (with_layers(model, count) for model, count in zip(models.values(), depths))
     rows = training.global_batch_size
     return Simulated(
@@ -153,6 +152,20 @@ def simulated(config: PlanConfig, models: dict[str, PretrainedConfig], layout: L
         responses=[response] * rows,
         iterations=ITERATIONS,
     )
+
+
+def row_of(config: PlanConfig) -> tuple[int, int]:
+    """Tokens of every prompt and of every response."""
+    prompt = config.plan.prompt_tokens or config.data.max_prompt_length
+    return prompt, min(config.plan.response_tokens or config.max_new_tokens, config.data.max_length - prompt)
+
+
+def micro_batches_of(config: PlanConfig, rows: int) -> int:
+    """How many `rows` make, within both limits of one."""
+    most, tokens = config.training.micro_batch_size, config.training.micro_batch_tokens
+    if tokens:
+        most = min(most, max(1, tokens // (sum(row_of(config)) - 1)))
+    return -(-rows // most)
 
 
 def with_layers(model: PretrainedConfig, count: int) -> dict:
@@ -173,8 +186,7 @@ def plan_of(config: PlanConfig, models: dict[str, PretrainedConfig], layout: Lay
             raise RuntimeError(f"the simulation of {layout} ended with\n{record.failure}")
     by_stage = [stage_of(number, line, records[place :: len(stages)]) for place, number in enumerate(stages)]
     per_replica = config.training.global_batch_size // layout.dp
-    micro_batches = -(-per_replica // config.training.micro_batch_size)
-    return Plan(layout, CARDS[config.plan.gpu], by_stage, micro_batches)
+    return Plan(layout, CARDS[config.plan.gpu], by_stage, micro_batches_of(config, per_replica))
 
 
 def stage_of(number: int, line: Line, records: list[Record]) -> Stage:

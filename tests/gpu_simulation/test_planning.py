@@ -20,7 +20,7 @@ from megakd.errors import UserError
 from megakd.planning.depth import Line
 from megakd.planning.layouts import Layout, layouts_of, possible
 from megakd.planning.page import page
-from megakd.planning.plan import models_of, plan_of, plans, ranks_of, simulated
+from megakd.planning.plan import micro_batches_of, models_of, plan_of, plans, ranks_of, simulated
 from megakd.simulation import shim
 from megakd.simulation.ranks import simulate
 
@@ -42,6 +42,12 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 def planned(folders, *more: str) -> PlanConfig:
     return from_flags(["--model", str(folders["student"]), "--teacher-model", str(folders["teacher"]), *LENGTHS, *more], PlanConfig())
+
+
+def test_micro_batches_are_counted_within_both_limits(folders):
+    """Rows are of 16 + 24 tokens, 39 positions; as many wait for a pipeline as the run itself makes."""
+    for tokens, count in (([], 4), (["--micro-batch-tokens", "78"], 4), (["--micro-batch-tokens", "77"], 8), (["--micro-batch-tokens", "5"], 8)):
+        assert micro_batches_of(planned(folders, *tokens), 8) == count
 
 
 def test_a_deep_run_is_predicted_from_shallow_ones_and_written_down(folders, tmp_path):
