@@ -35,6 +35,7 @@ class Agent(LocalElasticAgent):
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         tell_address_anew(worker_group.spec.rdzv_handler)
+        self._pcontext = None  # those of an earlier round have ended
         super()._rendezvous(worker_group)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict:
@@ -45,7 +46,9 @@ class Agent(LocalElasticAgent):
 
     def _hand_on(self, number: int, frame: object) -> None:
         self._remaining_restarts = 0
-        for pid in self._pcontext.pids().values() if self._pcontext else ():
+        if self._pcontext is None:  # it waits for other launchers, maybe minutes, and there is nothing to save
+            sys.exit(128 + number)
+        for pid in self._pcontext.pids().values():
             try:
                 os.kill(pid, number)
             except ProcessLookupError:

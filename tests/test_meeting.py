@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import os
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -12,7 +16,7 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRen
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
 
 from megakd.errors import LostRankError
-from megakd.launch import tell_address_anew
+from megakd.launch import Agent, tell_address_anew
 from megakd.runtime.meeting import be_welcomed, welcome_all
 
 SOON = datetime.timedelta(seconds=10)
@@ -68,3 +72,17 @@ def test_a_launcher_joins_a_round_that_is_not_the_first_of_the_one_that_stayed()
         (stayed_rank, size, port), (rank, same_size, same_port) = stayed.result(), joined.result()
     assert {stayed_rank, rank} == {0, 1} and size == same_size == 2 and port == same_port
     first.shutdown(), second.shutdown()
+
+
+def test_a_launcher_that_is_told_to_stop_while_it_waits_for_others_ends_at_once():
+    """Its ranks of the round before have ended: nobody is there to hand the signal on to."""
+    agent, before = object.__new__(Agent), signal.getsignal(signal.SIGTERM)
+    agent._remaining_restarts, agent._pcontext, agent.record_duration = 3, SimpleNamespace(pids=dict), lambda what: nullcontext()
+    waits = SimpleNamespace(next_rendezvous=lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(1)))
+    signal.signal(signal.SIGTERM, agent._hand_on)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            agent._rendezvous(SimpleNamespace(spec=SimpleNamespace(rdzv_handler=waits)))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 128 + signal.SIGTERM

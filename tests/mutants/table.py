@@ -68,6 +68,9 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     of("test_async_save", "of_two_errors_the_first_is_told_and_the_teachers_own_ranks_are_dismissed"): [
         ("megakd/trainer.py", "with suppress(UserError):  # the first is told", "with nullcontext():"),
     ],
+    of("test_meeting", "a_launcher_that_is_told_to_stop_while_it_waits_for_others_ends_at_once"): [
+        ("megakd/launch.py", "        self._pcontext = None  # those", "        # those"),
+    ],
     of("test_verify", "ranks_that_are_no_layout_of_the_flags_are_told"): [("megakd/verify.py", "if started != config.ranks:", "if False:")],
     "tests/test_quiet_pipe.py": [
         ("megakd/errors.py", "if not any(event & select.POLLERR", "if True or not any(event & select.POLLERR"),
