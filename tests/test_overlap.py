@@ -95,3 +95,10 @@ def test_gradients_that_travel_early_teach_the_same(pair, pp, zero, more):
             assert one == pytest.approx(other, rel=1e-6)
         for one, other in zip(weights, weights_late, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_several_buckets_of_the_distributed_optimizer_which_no_checkpoint_keeps_are_refused():
+    """A run of two replicas, saved with several buckets and continued by the same command, went on from other weights."""
+    lines = lambda **parallel: [line for line in run_config("sft", 2, parallel).validation_errors() if line.startswith("--overlap-grad-reduce")]
+    assert lines(overlap_grad_reduce=True, use_distributed_optimizer=True)
+    assert not lines(overlap_grad_reduce=True) and not lines(use_distributed_optimizer=True)

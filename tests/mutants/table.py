@@ -429,6 +429,9 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (RUNTIME + "weight_gradient.py", "if layers._grad_accum_fusion_available:", "if False:"),
         ("megakd/config/train.py", "if training.gradient_accumulation_fusion and self.lora.rank:", "if False:"),
     ],
+    of("test_overlap", "several_buckets_of_the_distributed_optimizer"): [
+        ("megakd/config/train.py", "if parallel.overlap_grad_reduce and parallel.use_distributed_optimizer:", "if False:"),
+    ],
     of("test_generation", "a_rollouts_cache_is_given_back_where_that_is_asked_for"): [
         (METHODS + "rollout.py", "        Rooms.of(student).release()", "        pass"),
         (METHODS + "rollout.py", "if settings.release_decode_cache:", "if True:"),
