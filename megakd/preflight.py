@@ -30,7 +30,7 @@ from megakd.runtime.waiting import host_group
 
 MAY_CHANGE = {  # between a run and its resumption: the layout, and what is only written down
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel", "micro_batch_size",
-    "micro_batch_tokens", "pack", "rollout_batch_size", "recompute",
+    "micro_batch_tokens", "pack", "rollout_batch_size", "release_decode_cache", "recompute",
     "teacher_tensor_model_parallel_size", "teacher_pipeline_model_parallel_size", "teacher_ranks", "teacher_offload",
     "save", "save_interval", "eval_interval", "eval_iters", "log_interval", "save_rollouts", "show_data", "dry_run", "ranks", "merge_lora",
     "eval_answers", "eval_decoding", "keep_best", "keep_last", "async_save", "exact_match_rule", "gsm8k_rule", "rouge_tokenizer",

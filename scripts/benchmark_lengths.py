@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from megakd_benchmarks.lengths import Case, peak_in_own_process
 from megakd_benchmarks.report import machine
 
+from megakd.errors import quiet_pipe
 from megakd.reporting.plots import new_figure, save
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -31,7 +32,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="which methods")
     parser.add_argument("--recompute", action="store_true", help="with recomputed activations")
     parser.add_argument("--out", type=Path, default=RESULTS / "lengths_cpu", help="where figure and CSV go, no suffix")
-    args = parser.parse_args()
+    with quiet_pipe():
+        args = parser.parse_args()
     rows = [measured(case) for case in cases(args.methods, sorted(args.lengths), args.recompute)]
     here = machine() | {"command": " ".join(["python", "scripts/benchmark_lengths.py", *sys.argv[1:]])}
     table = [[*row, *(here[name] for name in ("date", "device", "versions", "commit", "command"))] for row in rows]

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from transformers import GPT2Config, LlamaConfig, OPTConfig, PretrainedConfig
 
+from megakd.errors import quiet_pipe
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -58,7 +60,8 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS), help="recipes of configs/")
     parser.add_argument("--gpus", nargs="+", type=int, default=[8, 4], help="cards")
     parser.add_argument("--gpu", nargs="+", choices=["h100", "a100"], default=["h100", "a100"], help="of 80 GB both")
-    asked = parser.parse_args()
+    with quiet_pipe():
+        asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     file = asked.out / "planned.json"
     found = json.loads(file.read_text()) if file.is_file() else {}

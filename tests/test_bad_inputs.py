@@ -187,7 +187,7 @@ CASES = {  # what is wrong: flags over the good ones (None takes one away), what
     "no room for a response": ({"max-prompt-length": "32"}, r"--max-prompt-length 32 leaves no room for a response in --max-length 32; lower it"),
     "a batch that is no whole number": ({"global-batch-size": "5"}, r"--global-batch-size 5 is not a multiple of --micro-batch-size 2 × 1 .*multiple of 2"),
     "a batch larger than the data": ({"global-batch-size": "128"}, r"--global-batch-size 128 is more than the 64 rows"),
-    "no such data": ({"train-data": "{root}/nowhere.jsonl"}, r"nowhere.jsonl: no such data file; give the path"),
+    "no such data": ({"train-data": "{root}/nowhere.jsonl"}, r"nowhere.jsonl: No such file or directory; check the path"),
     "empty data": ({"train-data": "{root}/empty.jsonl"}, r"empty.jsonl"),
     "a line that is not JSON": ({"train-data": "{root}/not-json.jsonl"}, r"not-json.jsonl.*line 2|not-json.jsonl:2"),
     "a field of the wrong type": ({"train-data": "{root}/wrong-type.jsonl"}, r"wrong-type.jsonl.*(response|7)"),
