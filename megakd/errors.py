@@ -150,12 +150,12 @@ def told_in_one_line(*, interrupted: str = "interrupted") -> Iterator[None]:
 
 @contextmanager
 def quiet_pipe() -> Iterator[None]:
-    """Around what prints and may end the command: a reader that has seen enough (`--help | head`) is no error."""
+    """Around what prints and may end the command: a reader that has seen enough (`--help | head`) is no error, and hides none."""
     try:
         yield
         sys.stdout.flush()
-    except (BrokenPipeError, SystemExit):
-        if is_read():
+    except (BrokenPipeError, SystemExit) as end:
+        if is_read() or getattr(end, "code", None):
             raise
         sys.exit(UNREAD)
 

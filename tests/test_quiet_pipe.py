@@ -66,7 +66,7 @@ def prints(error: Exception | None, lines: int = 1) -> None:
 def test_a_command_that_nobody_reads_is_quiet_and_its_errors_are_told(lines, tmp_path):
     assert outcome(lambda: prints(None, lines), tmp_path) == (UNREAD, "")
     code, said = outcome(lambda: prints(UserError("--lr 5 is wrong")), tmp_path)
-    assert said == "error: --lr 5 is wrong\n" and code == UNREAD
+    assert said == "error: --lr 5 is wrong\n" and code == 2
     code, said = outcome(lambda: prints(BrokenPipeError("a socket's")), tmp_path)
     assert code == UNREAD  # whose, nobody can say where stdout is closed as well
 
