@@ -59,7 +59,7 @@ def test_a_launcher_joins_a_round_that_is_not_the_first_of_the_one_that_stayed()
     timeouts = RendezvousTimeout(join=datetime.timedelta(seconds=30), last_call=datetime.timedelta(seconds=1))
     first, second = (
         DynamicRendezvousHandler.from_backend(
-            "job", store, C10dRendezvousBackend(store, "job"), 1, 2, local_addr="127.0.0.1", timeout=timeouts, keep_alive_interval=1
+            "job", store, C10dRendezvousBackend(store, "job"), 1, 2, local_addr="127.0.0.1", timeout=timeouts, keep_alive_interval=60
         )
         for store in (server, dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=datetime.timedelta(seconds=5)))
     )
@@ -67,6 +67,7 @@ def test_a_launcher_joins_a_round_that_is_not_the_first_of_the_one_that_stayed()
     with ThreadPoolExecutor(2) as launchers:
         joined = launchers.submit(next_round, second)
         while not first.num_nodes_waiting():
+            assert not joined.done(), "it made a round of its own"
             time.sleep(0.05)
         stayed = launchers.submit(next_round, first)
         (stayed_rank, size, port), (rank, same_size, same_port) = stayed.result(), joined.result()
