@@ -112,10 +112,11 @@ def check(config: Config, folders: ModelFolders, sums: Sums) -> None:
     Raises:
         UserError: something is not what the run was begun with.
     """
-    save = config.output.save
+    save, named = config.output.save, named_by(config, folders)
     for flag, what in differences(read(Path(save)) or sums, sums):
+        place = f"{flag} {named[flag].path}" if flag in named else flag  # which is not given any more
         raise UserError(
-            f"{flag} {named_by(config, folders)[flag].path}: {what} since the run in --save {save} was begun; put it back as it was, or "
+            f"{place}: {what} since the run in --save {save} was begun; put it back as it was, or "
             "give another --save to start anew"
         )
 

@@ -147,3 +147,11 @@ def test_every_path_that_a_run_reads_is_compared():
     compared = {"model", "teacher_model", "teacher_cache", "kd_objective", *begun_with.DATA, *begun_with.TEMPLATES}
     assert paths == compared
     assert json.dumps(begun_with.beside_places(Config()))
+
+
+def test_a_flag_that_is_given_no_more_is_told_where_the_settings_are_gone(root):
+    (root / "run" / "config.yaml").unlink()
+    arguments = flags(root)
+    at = arguments.index("--valid-data")
+    with pytest.raises(UserError, match=f"^--valid-data: is gone {ANEW}"):
+        checked(arguments[:at] + arguments[at + 2 :])

@@ -12,7 +12,7 @@ from megakd.data.end_ids import EndIds
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
 from megakd.loading import ModelFolders, start
-from megakd.methods.base import MethodInputs
+from megakd.methods.base import Method, MethodInputs
 from megakd.methods.promptkd import PromptKD
 from megakd.optimizer import StudentOptimizer
 from megakd.runtime.parallel_layout import ParallelLayout
@@ -34,10 +34,14 @@ class GivenEndsPromptKD(PromptKD):
     def write(self, samples: Sequence[Sample], seed: int) -> list[list[int]]:
         """Responses of the student as long as the rows' own; `seed` is that of their noise."""
         limits = [len(sample.response) for sample in samples]
-        sampling = Sampling(max_new_tokens=max(limits), seed=seed)
-        prompts, ids = [sample.prompt for sample in samples], [sample.sample_id for sample in samples]
-        batch_size = self.config.generation.rollout_batch_size
-        return generate(self.student, prompts, ids, sampling, eos_id=ENDLESS.stop, batch_size=batch_size, limits=limits)
+        return write(self, samples, Sampling(max_new_tokens=max(limits), seed=seed), limits)
+
+
+def write(method: Method, samples: Sequence[Sample], sampling: Sampling, limits: Sequence[int] | None = None) -> list[list[int]]:
+    """Responses of the student that no token ends, of so many tokens each; none: the most that `sampling` allows."""
+    prompts, ids = [sample.prompt for sample in samples], [sample.sample_id for sample in samples]
+    batch_size = method.config.generation.rollout_batch_size
+    return generate(method.student, prompts, ids, sampling, eos_id=ENDLESS.stop, batch_size=batch_size, limits=limits)
 
 
 class MegakdSystem:

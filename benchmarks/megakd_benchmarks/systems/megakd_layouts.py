@@ -19,14 +19,13 @@ from megakd.config import (
 )
 from megakd.data.batch import Sample
 from megakd.data.dataloader import split_across_dp
-from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
 from megakd.loading import ModelFolders, start
 from megakd.methods.base import MethodInputs
 from megakd.methods.kd import KD
 from megakd.optimizer import StudentOptimizer
 from megakd.teachers.live import LiveTeacher
-from megakd_benchmarks.megakd_system import ENDLESS
+from megakd_benchmarks.megakd_system import ENDLESS, write
 from megakd_benchmarks.systems.turns import Turn
 from megakd_benchmarks.systems.workload import CHECKED, LOSS, Task
 
@@ -38,12 +37,8 @@ class FixedLengthKD(KD):
 
     def respond(self, samples: Sequence[Sample], iteration: int) -> list[Sample]:
         """The samples with what the student writes."""
-        limit = self.config.generation.max_new_tokens
-        sampling = Sampling(max_new_tokens=limit, seed=iteration, greedy=self.greedy)
-        prompts, ids = [sample.prompt for sample in samples], [sample.sample_id for sample in samples]
-        batch_size = self.config.generation.rollout_batch_size
-        written = generate(self.student, prompts, ids, sampling, eos_id=ENDLESS.stop, batch_size=batch_size)
-        return [replace(sample, response=tuple(response)) for sample, response in zip(samples, written)]
+        sampling = Sampling(max_new_tokens=self.config.generation.max_new_tokens, seed=iteration, greedy=self.greedy)
+        return [replace(sample, response=tuple(response)) for sample, response in zip(samples, write(self, samples, sampling))]
 
     def train(self, samples, iteration):
         with self.time("rollout"):

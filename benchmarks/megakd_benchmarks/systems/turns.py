@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from megakd.config import SystemsConfig
 from megakd.errors import UserError, told_in_one_line
 from megakd.reporting.stopwatch import now
+from megakd.verify import environments
 from megakd_benchmarks.measuring import MIB, memory, timed
 from megakd_benchmarks.systems.workload import Task
 
@@ -64,11 +64,12 @@ class Contestant:
 
     def __init__(self, name: str, make: Callable, ranks: int, config: SystemsConfig, task: Task, models: Path):
         self.name, self.generates = name, hasattr(make, "generate")
-        port, context = _free_port(), multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("spawn")
         lines = [context.Pipe() for _ in range(ranks)]
+        places = environments(ranks) if ranks > 1 else [{}]
         self.processes = [
-            context.Process(target=serve, args=(theirs, make, config, task, models, _place(rank, ranks, port)), daemon=True)
-            for rank, (_, theirs) in enumerate(lines)
+            context.Process(target=serve, args=(theirs, make, config, task, models, place), daemon=True)
+            for place, (_, theirs) in zip(places, lines)
         ]
         for process in self.processes:
             process.start()
@@ -102,16 +103,3 @@ class Contestant:
         for process in self.processes:
             process.terminate()
             process.join()
-
-
-def _place(rank: int, ranks: int, port: int) -> dict[str, str]:
-    if ranks == 1:
-        return {}
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return dict(zip(names, map(str, (rank, rank, ranks, ranks, "127.0.0.1", port))))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
