@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
 
+import distributed
 import pytest
 from distributed import run_distributed
 from test_trainer import command, inputs, numbers  # noqa: F401
@@ -103,6 +105,44 @@ def test_a_second_signal_ends_at_once_and_so_does_the_first_when_a_rank_is_lost(
         notes = process.communicate(timeout=10)[1]
     assert process.returncode == 128 + signal.SIGTERM
     assert notes.splitlines() == ([] if lost else ["note: SIGHUP: the iteration is finished and saved first; a second signal ends at once"])
+
+
+def be_orphaned_while_importing(pipe: int) -> None:
+    """A rank whose launcher has ended before it listens. The pipe closes when it ends."""
+    parent = os.getpid()
+    if os.fork():
+        os._exit(0)
+    wait_until(lambda: os.getppid() != parent)
+    os.environ["TORCHELASTIC_RUN_ID"] = "none"
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    stop.PATROL = 0.05
+    stop.listen([])
+    os.write(pipe, b"listening")
+    time.sleep(60)
+    os._exit(0)
+
+
+@pytest.mark.skipif("python" in stop.program_of(1), reason="init is Python itself, and adopts orphans as a launcher would have them")
+def test_a_rank_whose_launcher_ended_before_it_listened_ends_too():
+    reader, writer = os.pipe()
+    middle = distributed.CONTEXT.Process(target=be_orphaned_while_importing, args=(writer,))
+    middle.start(), middle.join()
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        assert select.select([pipe], [], [], 20)[0] and pipe.read(9) == b"listening"
+        assert select.select([pipe], [], [], 20)[0] and pipe.read() == b""
+
+
+def test_a_launcher_may_be_the_first_process_of_a_container_and_start_ranks_through_a_shell(monkeypatch):
+    family = {30: 1, 20: 30, 1: 0}
+    programs = {30: "/usr/bin/bash", 1: "/usr/bin/python3.12"}
+    monkeypatch.setattr(stop, "parent_of", family.get)
+    monkeypatch.setattr(stop, "program_of", programs.get)
+    for parent in (30, 1):
+        monkeypatch.setattr(os, "getppid", lambda parent=parent: parent)
+        assert stop.launcher_pid() == parent
+    programs[1] = "/sbin/init"
+    assert stop.launcher_pid() == 0
 
 
 def test_a_process_is_told_from_one_that_stands_still_or_has_ended():

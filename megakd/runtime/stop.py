@@ -11,7 +11,8 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -66,7 +67,40 @@ def listen(names: Sequence[str]) -> None:
     for name in dict.fromkeys((*ALWAYS, *names)):
         requests.signals.add(signal.Signals[name])
         signal.signal(signal.Signals[name], lambda number, frame: None)  # the byte in the pipe says it
-    threading.Thread(target=_watch, args=(reader, os.getppid()), daemon=True, name="signals").start()
+    threading.Thread(target=_watch, args=(reader, launcher_pid()), daemon=True, name="signals").start()
+
+
+def launcher_pid() -> int:
+    """Of the process that started this one. 0 where it has ended already: a launcher is Python, and who adopts orphans is not.
+
+    Libraries take seconds to import, and a launcher may end meanwhile. Its own number does not say so: in a container it may be 1, init's.
+    """
+    above = list(ancestors())
+    return above[0] if any("python" in name for name in map(program_of, above)) else 0
+
+
+def ancestors() -> Iterator[int]:
+    """Parent, its parent, and so on, as far as the system tells."""
+    pid = os.getppid()
+    while pid > 0:
+        yield pid
+        pid = parent_of(pid)
+
+
+def parent_of(pid: int) -> int:
+    """0 where there is none, or the system does not tell."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def program_of(pid: int) -> str:
+    """The file that a process runs; where the system does not tell, any but init may be Python."""
+    try:
+        return os.readlink(f"/proc/{pid}/exe")
+    except OSError:
+        return "python" if pid != 1 else "init"
 
 
 def _watch(reader: int, parent: int) -> None:

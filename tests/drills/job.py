@@ -51,6 +51,11 @@ class Job:
         return file.read_text().splitlines() if file.exists() else []
 
     @property
+    def last_words(self) -> str:
+        """Why it ended."""
+        return " / ".join(self.said("err")[-3:])
+
+    @property
     def rows(self) -> list[dict]:
         """metrics.jsonl so far, without seconds."""
         file = self.save / "metrics.jsonl"

@@ -58,8 +58,8 @@ def _case(drill: Drill, method: str, layout: str, kills: int, in_background: boo
         return done, 0
     finally:
         job.clean_up()
-    drill.tell(f"{name}, killed at {', '.join(done)}", code == 0, f"exit code {code}")
-    return done, drill.compare(name, job, reference)
+    drill.tell(f"{name}, killed at {', '.join(done)}", code == 0, f"exit code {code}{'' if code == 0 else f': {job.last_words}'}")
+    return done, drill.compare(name, job, reference) if code == 0 else 0
 
 
 def _unbroken(layout, words, said) -> None:
@@ -84,7 +84,8 @@ def _kill_once(drill: Drill, name: str, job: Job, moment: str, rng) -> list[str]
                 time.sleep(rng.random() * 0.03)
             job.kill(who)
         except (AssertionError, ProcessLookupError, IndexError, FileNotFoundError):  # it was faster
-            job.process.wait(300)
+            if job.process.wait(300):
+                drill.tell(name, False, f"not killed, exit code {job.process.returncode}: {job.last_words}")
             shutil.rmtree(job.save / "hf", ignore_errors=True)  # it exports once more
             continue
         job.process.wait(300)
