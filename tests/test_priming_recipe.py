@@ -20,7 +20,7 @@ from megakd.evaluation import gsm8k
 sys.path.insert(0, str(ROOT / "scripts" / "recipes"))
 WORDS, PREPARE, REPORT = recipe("word_problems"), recipe("prepare_priming"), recipe("report_priming")
 CONFIGS = ROOT / "configs" / "response-priming"
-SCALES = ("tiny", "real", "llama-3.1-8b")
+SCALES = ("tiny", "real", "real-cpu", "llama-3.1-8b")
 STUDENTS = ("sft", "kd-none", "kd-confidence", "kd-teacher", "kd-ground-truth", "kd-hint", "kd-original")
 
 
@@ -184,7 +184,7 @@ def test_a_failed_stage_is_named_and_the_same_command_continues_with_it(tmp_path
 
 def test_an_unknown_scale_and_missing_models_are_told(tmp_path):
     done = subprocess.run(paper("huge", tmp_path, recipe="priming.sh"), capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "error: SCALE huge: configs/response-priming/ has llama-3.1-8b real tiny\n"
+    assert done.returncode == 2 and done.stderr == "error: SCALE huge: configs/response-priming/ has llama-3.1-8b real-cpu real tiny\n"
     environment = {"PATH": "/usr/bin:/bin", "DATA": str(tmp_path)}
     done = subprocess.run(paper("real", tmp_path / "out", recipe="priming.sh"), capture_output=True, text=True, env=environment)
     assert done.returncode and "PRETRAINED_STUDENT: is not set; name the Hugging Face folder of the student" in done.stderr
@@ -196,9 +196,9 @@ def test_an_unknown_scale_and_missing_models_are_told(tmp_path):
 
 def test_the_table_has_every_student_beside_the_papers_and_the_teacher_with_every_text():
     numbers = {"samples": 400, "gsm8k_robust": 50.0, "gsm8k_strict": 25.5, "gsm8k_flexible": 12.25, "response_length": 9.0, "lm_loss": 1.5}
-    sets = {name: numbers for name in (*REPORT.STUDENTS, *REPORT.TEACHERS)}
+    sets = {name: numbers | {"reverse_kl": 0.25} for name in REPORT.STUDENTS} | dict.fromkeys(REPORT.TEACHERS, numbers)
     made = REPORT.origin(argparse.Namespace(scale="tiny", commit="abc"), {"device": "cpu", "versions": {"torch": "2"}})
     said = REPORT.tables(sets, made).splitlines()
-    assert "| KD, ground truth | 50.0 | 25.5 | 12.2 | 9.0 | 1.5000 | 48.1 |" in said  # 635 of 1,319
-    assert "| teacher, confidence | 50.0 | 25.5 | 12.2 | 9.0 | 1.5000 |" in said
+    assert "| KD, ground truth | 50.0 | 25.5 | 12.2 | 9.0 | 1.5000 | 0.2500 | 48.1 |" in said  # 635 of 1,319
+    assert "| teacher, confidence | 50.0 | 25.5 | 12.2 | 9.0 | 1.5000 | - |" in said
     assert any("2.5 points at most" in line for line in said) and any("commit abc" in line and "torch 2" in line for line in said)

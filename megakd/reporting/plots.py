@@ -80,7 +80,7 @@ def plot_comparison(results: Mapping[str, Mapping[str, float]], units: Mapping[s
     figure, axes = new_figure(rows=1, columns=len(units))
     for ax, (metric, unit) in zip(axes, units.items()):
         bars = {method: (row[metric], row.get(f"{metric}_sd")) for method, row in results.items() if metric in row}
-        draw_bars(ax, bars)
+        draw_bars(ax, bars, order=list(results))
         ax.set(title=metric, ylabel=unit)
     names = list(dict.fromkeys(name for row in results.values() for name in row))
     table = [[method, *(row.get(name) for name in names)] for method, row in results.items()]
@@ -177,13 +177,14 @@ def draw_stack(ax: "Axes", series: Series) -> None:
     ax.legend(handles[::-1], labels[::-1], fontsize="small", loc="lower left")  # in the order of the layers
 
 
-def draw_bars(ax: "Axes", bars: Mapping[str, tuple[float, float | None]]) -> None:
-    """Method → value and standard deviation (or None), each value written over its bar, the deviation as far as it fits."""
-    for x, ((method, (value, deviation)), colour) in enumerate(zip(bars.items(), cycle(COLOURS))):
+def draw_bars(ax: "Axes", bars: Mapping[str, tuple[float, float | None]], order: Sequence[str] = ()) -> None:
+    """Method → value and standard deviation (or None), each value written over its bar, the deviation as far as it fits. order: see styles."""
+    for x, ((method, (value, deviation)), (colour, _)) in enumerate(zip(bars.items(), styles(bars, order))):
         drawn = ax.bar(x, value, yerr=deviation, color=colour, width=0.7, capsize=4, label=method)
         text = f"{value:.3g}" if deviation is None or len(bars) > 4 else f"{value:.3g} ± {deviation:.2g}"
         ax.bar_label(drawn, labels=[text], padding=3, fontsize="small")
-    ax.set_xticks(range(len(bars)), list(bars), rotation=20 if len(bars) > 3 else 0)
+    slanted = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if len(bars) > 3 else {}
+    ax.set_xticks(range(len(bars)), list(bars), **slanted)
     ax.margins(y=0.15)
 
 

@@ -5,8 +5,8 @@
 #   bash scripts/recipes/priming.sh SCALE OUT [--dry-run]
 #
 # SCALE is a folder of configs/response-priming/: tiny (two CPU cores, a quarter of an hour, models from nothing, word problems of its
-# own), real (SmolLM2-135M-Instruct on GSM8K), llama-3.1-8b (the paper's). --dry-run prints every command and does nothing. A stage whose
-# result is there is skipped, so the same command continues; one cut off continues where it saved.
+# own), real (SmolLM2-135M-Instruct on GSM8K), real-cpu (a tenth of its questions), llama-3.1-8b (the paper's). --dry-run prints every
+# command and does nothing. A stage whose result is there is skipped, so the same command continues; one cut off continues where it saved.
 #
 #   DATA                 GSM8K: a folder with train.jsonl and test.jsonl (not for tiny)
 #   PRETRAINED_STUDENT   Hugging Face folder of the student (not for tiny)
@@ -54,9 +54,9 @@ distil() {  # NAME FLAGS...: the student, from the teacher as the flags let it r
     train "$1" response_priming --model "$student" --teacher-model "$teacher" --train-data "$out/data/train.jsonl" "${@:2}"
 }
 
-evaluate() {  # NAME MODEL QUESTIONS
+evaluate() {  # NAME MODEL QUESTIONS FLAGS...
     stage "evaluate_$1" "$out/evaluation/$1/results.json" "${launch[@]}" "$root/scripts/evaluate.py" \
-        --config "$configs/evaluate.yaml" --model "$2" --gsm8k "$out/data/$3.jsonl" --save "$out/evaluation/$1"
+        --config "$configs/evaluate.yaml" --model "$2" --gsm8k "$out/data/$3.jsonl" --save "$out/evaluation/$1" "${@:4}"
 }
 
 stage data "$out/data" "$python" "$recipes/prepare_priming.py" --configs "$configs" --data "${DATA:-.}" --out "$out/data"
@@ -73,10 +73,10 @@ distil kd-original --teacher-priming ground-truth --priming-objective original
 for text in "${texts[@]}"; do
     evaluate "teacher-$text" "$teacher" "test_$text"
 done
-evaluate student "$student" test
+evaluate student "$student" test --teacher-model "$teacher"
 looked_at=("student=$student")
 for run in "${runs[@]}"; do
-    evaluate "$run" "$out/$run/hf" test
+    evaluate "$run" "$out/$run/hf" test --teacher-model "$teacher"
     looked_at+=("$run=$out/$run/hf")
 done
 stage attention "$out/attention/attention.json" "$python" "$root/scripts/analyze_attention.py" --config "$configs/attention.yaml" \

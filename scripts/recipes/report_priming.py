@@ -35,7 +35,7 @@ STUDENTS = {  # folder of the evaluation: title, its bar, and what the paper's s
 TEACHERS = {f"teacher-{text}": f"teacher, {text}" for text in ("none", "confidence", "teacher", "ground-truth")}
 PAPERS_QUESTIONS = 1319
 RULES = {"gsm8k_robust": "robust", "gsm8k_strict": "strict", "gsm8k_flexible": "flexible"}
-COLUMNS = ["robust, %", "strict, %", "flexible, %", "tokens", "LM loss"]
+COLUMNS = ["robust, %", "strict, %", "flexible, %", "tokens", "LM loss", "KL(q‖p)"]
 
 
 def main() -> None:
@@ -71,7 +71,7 @@ def tables(sets: dict[str, dict], made: dict) -> str:
         f"{count} questions, greedy answers, one training seed. The standard error of a share p of them is sqrt(p (1 - p) / {count}), "
         f"{100 * (0.25 / count) ** 0.5:.1f} points at most.",
         "robust: the number stated last; strict: boxed or after \"the answer is\"; flexible: the paper's four rules. LM loss: nats a token "
-        "on the worked solutions. paper: its own counts (Llama 3.1, some answers marked by hand, all KD by the published objective).",
+        "on the worked solutions, and there KL(q‖p) of student q to the teacher p that reads no text. paper: its own counts (Llama 3.1, some answers marked by hand, all KD by the published objective).",
         f"`{made['command']}`, commit {made['commit']}, {made['date']}, {made['device']}, {libraries}.",
     ]
     return "\n\n".join([table(["student", *COLUMNS, "paper, %"], students), table(["asked with", *COLUMNS], teachers), *notes]) + "\n"
@@ -85,7 +85,8 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def scores(numbers: dict) -> list[str]:
     """A row's cells."""
-    return [*(f"{numbers[name]:.1f}" for name in RULES), f"{numbers['response_length']:.1f}", f"{numbers['lm_loss']:.4f}"]
+    kl = f"{numbers['reverse_kl']:.4f}" if "reverse_kl" in numbers else "-"
+    return [*(f"{numbers[name]:.1f}" for name in RULES), f"{numbers['response_length']:.1f}", f"{numbers['lm_loss']:.4f}", kl]
 
 
 def published(count: int | None) -> str:

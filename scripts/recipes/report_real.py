@@ -1,6 +1,7 @@
-"""The comparison on a real model as one table, three figures and answers side by side, from what the stages left.
+"""The comparison on a real model as one table, four figures and answers side by side, from what the stages left.
 
     OUT/report/table.md, table.json     a row a run: Rouge-L by set, losses, KL both ways, length, exposure bias
+    OUT/report/summary.png              mean Rouge-L, and the KL to the teacher: the first thing to look at
     OUT/report/rouge_l.png              bars by run, a panel a set
     OUT/report/training.png             held-out loss and KL over iterations, and over the tokens that were learnt from
     OUT/report/exposure_bias.png        R(l), lε(l) and ExAccErr(l) by response length
@@ -43,6 +44,7 @@ SCORED = ("dolly", "self-inst", "vicuna")  # by Rouge-L
 COLUMNS = {  # of Dolly's gold answers, but for the length and the exposure bias
     "reverse_kl": "KL(q‖p)", "forward_kl": "KL(p‖q)", "lm_loss": "LM loss", "response_length": "length", "ex_acc_err": "ExAccErr(16), %",
 }  # fmt: skip
+SUMMARY = {"Rouge-L of answers: higher is better": "mean of the sets", "KL(q‖p) to the teacher: lower is better": "nats a token"}
 CURVES = {"valid/lm_loss": "held-out LM loss", "valid/reverse_kl": "held-out KL(q‖p)"}
 QUESTIONS, CHARACTERS = 6, 600  # of the answers side by side
 
@@ -172,10 +174,26 @@ def draw(out: Path, results: dict[str, dict], folder: Path) -> None:
     scored = [name for name in SCORED if name in results["teacher"]["sets"]]
     bars = {title_of(run): by_set(result["sets"]) for run, result in results.items()}
     plot_comparison(bars, dict.fromkeys(scored, "Rouge-L"), folder / "rouge_l.png")
+    plot_comparison({run: summary(sets) for run, sets in by_method(results).items()}, SUMMARY, folder / "summary.png")
     runs = [run for run in results if run.endswith(f"-{FIRST_SEED}")]
     plot_training(out, runs, folder / "training.png")
     curves = {title_of(run): results[run]["exposure_bias"]["dolly"] for run in runs}
     plot_exposure_bias(curves, folder / "exposure_bias.png", order=list(TITLES.values()))
+
+
+def by_method(results: dict[str, dict]) -> dict[str, list[dict[str, dict]]]:
+    """The sets of a method's runs, one a seed of training."""
+    found: dict[str, list[dict[str, dict]]] = {}
+    for run, result in results.items():
+        found.setdefault(TITLES[method_of(run)], []).append(result["sets"])
+    return found
+
+
+def summary(runs: list[dict[str, dict]]) -> dict[str, float]:
+    """The numbers of SUMMARY, means over training seeds; the teacher has no KL to itself."""
+    score, kl = SUMMARY
+    far = [sets["dolly"]["reverse_kl"] for sets in runs if "reverse_kl" in sets["dolly"]]
+    return {score: fmean(map(mean_score, runs))} | ({kl: fmean(far)} if far else {})
 
 
 def plot_training(out: Path, runs: list[str], path: Path) -> None:

@@ -28,7 +28,7 @@ def drill_restarts(drill: Drill) -> None:
     for launcher in ("torchrun", "megakd.launch"):
         job = drill.job("restarted", "sft", LONG, launcher=launcher, options=("--nproc_per_node", "2", "--max-restarts", "3")).start()
         for who in ("1", "0", "1"):
-            job.wait_for_iteration(max(job.iteration, 8) + 1)
+            job.wait_for_iteration(max(job.iteration, LONG["save-interval"]) + 1)  # there is a checkpoint to go on from
             attempts = job.attempts
             job.kill(who)
             job.wait_for_attempt(attempts + 1)
