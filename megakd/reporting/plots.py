@@ -178,7 +178,10 @@ def draw_stack(ax: "Axes", series: Series) -> None:
 
 
 def draw_bars(ax: "Axes", bars: Mapping[str, tuple[float, float | None]], order: Sequence[str] = ()) -> None:
-    """Method → value and standard deviation (or None), each value written over its bar, the deviation as far as it fits. order: see styles."""
+    """Method → value and standard deviation (or None), each value written over its bar, the deviation as far as it fits.
+
+    order: see styles.
+    """
     for x, ((method, (value, deviation)), (colour, _)) in enumerate(zip(bars.items(), styles(bars, order))):
         drawn = ax.bar(x, value, yerr=deviation, color=colour, width=0.7, capsize=4, label=method)
         text = f"{value:.3g}" if deviation is None or len(bars) > 4 else f"{value:.3g} ± {deviation:.2g}"

@@ -71,7 +71,8 @@ def tables(sets: dict[str, dict], made: dict) -> str:
         f"{count} questions, greedy answers, one training seed. The standard error of a share p of them is sqrt(p (1 - p) / {count}), "
         f"{100 * (0.25 / count) ** 0.5:.1f} points at most.",
         "robust: the number stated last; strict: boxed or after \"the answer is\"; flexible: the paper's four rules. LM loss: nats a token "
-        "on the worked solutions, and there KL(q‖p) of student q to the teacher p that reads no text. paper: its own counts (Llama 3.1, some answers marked by hand, all KD by the published objective).",
+        "on the worked solutions, and there KL(q‖p) of student q to the teacher p that reads no text. paper: its own counts (Llama 3.1, "
+        "some answers marked by hand, all KD by the published objective).",
         f"`{made['command']}`, commit {made['commit']}, {made['date']}, {made['device']}, {libraries}.",
     ]
     return "\n\n".join([table(["student", *COLUMNS, "paper, %"], students), table(["asked with", *COLUMNS], teachers), *notes]) + "\n"
