@@ -2,6 +2,8 @@
 
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +12,7 @@ sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("scripts"
 
 import pytest
 import torch
+import warm_python
 
 torch.set_num_threads(1)  # before any fork: a child of a multi-threaded torch may hang
 if not torch.cuda.is_available():
@@ -23,6 +26,16 @@ def data_folder() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set MEGAKD_TEST_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def python() -> Iterator[str]:
+    """A command in python's place that has imported the libraries before (tests/warm_python.py)."""
+    with tempfile.TemporaryDirectory() as folder:  # short, as the name of a socket has to be
+        command, server = warm_python.start(Path(folder))
+        yield str(command)
+        server.stdin.close()
+        server.wait()
 
 
 class Noted:

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -56,9 +55,9 @@ def add_lines(path: Path) -> None:
     path.write_text(text)
 
 
-def command(checkout: Path, *words: object) -> subprocess.CompletedProcess:
+def command(checkout: Path, python: str, *words: object) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{checkout}:{ROOT / 'kernels'}"}
-    arguments = [sys.executable, "scripts/pretrain_kd.py", *map(str, words)]
+    arguments = [python, "scripts/pretrain_kd.py", *map(str, words)]
     return subprocess.run(arguments, cwd=checkout, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -66,8 +65,8 @@ FLAGS = ["--model", "student", "--teacher-model", "teacher", "--train-data", "tr
          "--micro-batch-size", 4, "--global-batch-size", 8, "--lr", "1e-2", "--save", "run"]  # fmt: skip
 
 
-def test_its_flag_and_its_help_are_there(checkout):
-    said = command(checkout, "--help").stdout
+def test_its_flag_and_its_help_are_there(checkout, python):
+    said = command(checkout, python, "--help").stdout
     assert "--map-scale FLOAT" in said and "reverse KL through a trained map" in re.sub(r"[│\s]+", " ", said)
 
 
@@ -80,12 +79,12 @@ def test_its_flag_and_its_help_are_there(checkout):
         (["--method", "mapkd", "--epochs", 1], "--epochs 1: the map of --method mapkd learns too little in one; give 2 or more"),
     ],
 )
-def test_its_mistakes_are_told(checkout, words, line):
-    assert command(checkout, *FLAGS, *words).stderr == f"error: {line}\n"
+def test_its_mistakes_are_told(checkout, python, words, line):
+    assert command(checkout, python, *FLAGS, *words).stderr == f"error: {line}\n"
 
 
-def test_it_trains_and_its_student_is_exported(checkout):
-    done = command(checkout, *FLAGS, "--method", "mapkd", "--train-iters", 2)
+def test_it_trains_and_its_student_is_exported(checkout, python):
+    done = command(checkout, python, *FLAGS, "--method", "mapkd", "--train-iters", 2)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (row["loss/reverse_kl"] for row in read_jsonl(checkout / "run" / "metrics.jsonl"))
     assert second < first
@@ -93,13 +92,13 @@ def test_it_trains_and_its_student_is_exported(checkout):
         assert set(student.keys()) == set(before.keys()), "the map is no part of the export"
 
 
-def test_a_divergence_of_the_users_own_is_one_file_and_no_line(checkout):
+def test_a_divergence_of_the_users_own_is_one_file_and_no_line(checkout, python):
     (text,) = re.findall(r"^`squared\.py`\n\n```python\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE)
     (checkout / "squared.py").write_text(text)
     kd = [*FLAGS[:-2], "--method", "kd", "--train-iters", 2, "--kd-ratio", 1]
 
     def logged(save: str, *words: object) -> list[float]:
-        run = command(checkout, *kd, "--kd-objective", *words, "--save", save)
+        run = command(checkout, python, *kd, "--kd-objective", *words, "--save", save)
         assert run.returncode == 0, run.stderr
         return [row["loss/total"] for row in read_jsonl(checkout / save / "metrics.jsonl")]
 
@@ -109,6 +108,6 @@ def test_a_divergence_of_the_users_own_is_one_file_and_no_line(checkout):
     wrong = {"named.py:total": "loss/total is logged beside it", "named.py:thing": "has no function thing", "named.py:a:b": "is unknown; use one of"}
     wrong |= {"squared.py:cubed": "has no function cubed; write one", "absent.py:f": "No such file", "kl": "is unknown; use one of forward_kl"}
     for objective, says in wrong.items():
-        run = command(checkout, *kd, "--kd-objective", objective, "--save", "refused")
+        run = command(checkout, python, *kd, "--kd-objective", objective, "--save", "refused")
         assert run.returncode and says in run.stderr and "Traceback" not in run.stderr, run.stderr
         assert not (checkout / "refused").exists()

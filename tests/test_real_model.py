@@ -130,23 +130,23 @@ def test_adapters_learn_the_same_at_every_layout(smollm2, tmp_path):
             torch.testing.assert_close(adapters[layout][name], tensor, rtol=1e-3, atol=1e-6)
 
 
-def script(name: str, *words) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / "scripts" / name), *map(str, words)], capture_output=True, text=True)
+def script(python: str, name: str, *words) -> subprocess.CompletedProcess:
+    return subprocess.run([python, str(ROOT / "scripts" / name), *map(str, words)], capture_output=True, text=True)
 
 
-def test_a_chat_is_answered_learnt_and_scored_through_its_template(smollm2, tmp_path):
+def test_a_chat_is_answered_learnt_and_scored_through_its_template(smollm2, python, tmp_path):
     asked = write(tmp_path / "asked.jsonl", [chat(question) for question in QUESTIONS])
     answers = tmp_path / "answers.jsonl"
-    done = script("generate.py", "--model", smollm2, "--data", asked, "--save", answers, "--greedy", "--max-new-tokens", 12)
+    done = script(python, "generate.py", "--model", smollm2, "--data", asked, "--save", answers, "--greedy", "--max-new-tokens", 12)
     assert done.returncode == 0, done.stderr
     said = [json.loads(line) for line in answers.read_text().splitlines()]
     assert "Paris" in said[0]["response"] and [row["messages"] for row in said] == [chat(question)["messages"] for question in QUESTIONS]
     lengths = ("--max-length", 72, "--max-prompt-length", 56, "--train-iters", 3, "--global-batch-size", 3, "--micro-batch-size", 3)
-    done = script("pretrain_kd.py", "--method", "sft", "--model", smollm2, "--train-data", answers, "--save", tmp_path / "run", "--lr", "1e-3", *lengths, *LORA)
+    done = script(python, "pretrain_kd.py", "--method", "sft", "--model", smollm2, "--train-data", answers, "--save", tmp_path / "run", "--lr", "1e-3", *lengths, *LORA)
     assert done.returncode == 0, done.stderr
     losses = [row["loss/lm"] for row in numbers(tmp_path / "run")]
     assert losses[-1] < losses[0] < 1.0, "its own greedy words are likely"
-    done = script("evaluate.py", "--model", tmp_path / "run" / "hf", "--data", answers, "--greedy", "--max-new-tokens", 12, "--save", tmp_path / "scores")
+    done = script(python, "evaluate.py", "--model", tmp_path / "run" / "hf", "--data", answers, "--greedy", "--max-new-tokens", 12, "--save", tmp_path / "scores")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "scores" / "results.json").read_text())["sets"]["answers"]["rouge_l"] > 60
 
@@ -160,9 +160,9 @@ def chat_model(folder: Path, rows: Path) -> Path:
     return tiny_folder(folder, "llama", layers=3, vocab_size=len(tokenizer), max_position_embeddings=512)
 
 
-def test_the_recipe_compares_every_method(data_folder, tmp_path):
+def test_the_recipe_compares_every_method(data_folder, python, tmp_path):
     teacher = chat_model(tmp_path / "teacher", data_folder / "minillm" / "dolly" / "dev.jsonl")
-    environment = os.environ | {"SCALE": "smoke", "DATA": str(data_folder / "minillm"), "PYTHON": sys.executable, "JOBS": "2"}
+    environment = os.environ | {"SCALE": "smoke", "DATA": str(data_folder / "minillm"), "PYTHON": python, "JOBS": "2"}
     environment |= {"TEACHER": str(teacher), "LAYERS": "0 2"}
     environment["WIKITEXT"] = str(data_folder / "corpora" / "wikitext-2" / "valid.txt")
     done = subprocess.run(paper(tmp_path / "out", recipe="real.sh"), capture_output=True, text=True, env=environment)
@@ -173,4 +173,4 @@ def test_the_recipe_compares_every_method(data_folder, tmp_path):
     assert {*table["sets"]} > {"teacher", "healed", *(f"{method}-10" for method in methods)} and any(run.endswith("-20") for run in table["sets"])
     assert all(tokens > 0 for tokens in table["tokens"].values())
     assert {"wikitext", "dolly", "vicuna"} <= {*table["sets"]["kd-10"]}
-    assert all((report / name).is_file() for name in ("rouge_l.png", "training.png", "exposure_bias.png", "samples.md"))
+    assert all((report / name).is_file() for name in ("summary.png", "rouge_l.png", "training.png", "exposure_bias.png", "samples.md"))

@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -37,10 +36,10 @@ def checkout(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("run", SAID)
-def test_a_command_of_the_page_on_teachers_runs(checkout, run):
+def test_a_command_of_the_page_on_teachers_runs(checkout, python, run):
     (command,) = (line for line in COMMANDS if f"runs/{run}" in line.split())
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    words = [sys.executable, *shlex.split(command)[1:]]
+    words = [python, *shlex.split(command)[1:]]
     done = subprocess.run(words, cwd=checkout, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.count("the teacher reads") == (2 if run == "primed" else 1)

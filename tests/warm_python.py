@@ -1,0 +1,112 @@
+"""A python that has imported torch, transformers and megatron-core before: a program begins at once, in a fork of a process that waits.
+
+Tests that start many programs, a recipe's thirty stages above all, spend most of their time importing the same libraries. The rest of a
+program is its own: arguments, environment, folder, streams, and megakd's modules, which the waiting process does not hold.
+"""
+
+from __future__ import annotations
+
+import array
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+LIBRARIES = ("torch", "megatron.core.models.gpt.gpt_model", "megatron.core.optimizer", "transformers.models.auto.modeling_auto")
+CLIENT = """#!{python} -IS
+import array, json, os, socket, sys
+server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+server.connect({address!r})
+asked = json.dumps([sys.argv[1:], dict(os.environ), os.getcwd()]).encode()
+server.sendmsg([len(asked).to_bytes(4, "little")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))])
+server.sendall(asked)
+os._exit(int(server.recv(16) or b"1"))
+"""
+
+
+def start(folder: Path) -> tuple[Path, subprocess.Popen]:
+    """The command that takes python's place, and the process behind it, which ends when its standard input does."""
+    address, command = folder / "socket", folder / "python"
+    command.write_text(CLIENT.format(python=sys.executable, address=str(address)))
+    command.chmod(0o755)
+    server = subprocess.Popen([sys.executable, __file__, str(address)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert server.stdout.readline() == b"ready\n"
+    return command, server
+
+
+def serve(address: str) -> None:
+    """Fork for whoever asks, until nobody holds the other end of the standard input."""
+    for library in LIBRARIES:
+        importlib.import_module(library)
+    sys.path.remove(str(Path(__file__).parent))
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
+        server.bind(address)
+        server.listen(64)
+        print("ready", flush=True)
+        while server in select.select([server, sys.stdin], [], [])[0]:
+            client, _ = server.accept()
+            if os.fork() == 0:
+                server.close()
+                os._exit(_answer(client))
+            client.close()
+    os._exit(0)
+
+
+def _answer(client: socket.socket) -> int:
+    """Run the program in a child and tell the client how it ended."""
+    size, descriptors, *_ = client.recvmsg(4, socket.CMSG_LEN(3 * array.array("i").itemsize))
+    streams = array.array("i", descriptors[0][2])
+    length, asked = int.from_bytes(size, "little"), b""
+    while len(asked) < length:
+        asked += client.recv(length - len(asked))
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if (child := os.fork()) == 0:
+        client.close()
+        os._exit(_run(*json.loads(asked), streams))
+    client.sendall(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255).encode())
+    return 0
+
+
+def _run(words: list[str], environment: dict[str, str], folder: str, streams) -> int:
+    """As python would have, with the exit code."""
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number), os.close(stream)
+    os.chdir(folder)
+    os.environ.clear(), os.environ.update(environment)
+    sys.path[:0] = [part for part in environment.get("PYTHONPATH", "").split(":") if part]
+    try:
+        _program(words)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+    return 0
+
+
+def _program(words: list[str]) -> None:
+    """`-u` means nothing here; `-m NAME` and a file are what recipes and launchers give."""
+    words = words[words[0] == "-u" :]
+    sys.argv = words[1:] if words[0] == "-m" else words
+    if words[0] == "-m":
+        sys.path.insert(0, "")
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, str(Path(words[0]).resolve().parent))
+        runpy.run_path(words[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
