@@ -80,6 +80,9 @@ def test_sizes_by_formula_are_those_of_the_model(family, tp, pp):
 # ---- memory
 
 
+M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+
+
 class Enough(Exception):
     """Ends a run after its last iteration, before it is exported."""
 
@@ -99,6 +102,7 @@ def train_in_part(config) -> None:
 
 def measure(layout, warm_up, config) -> int:
     """What two iterations add to the resident memory at the most, in a process that has run a tiny model before."""
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
     train_in_part(warm_up)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what is free and still the process's would be used first
@@ -122,7 +126,10 @@ CASES = [("gpt2", "sft", 1, ()), ("gpt2", "kd", 1, ()), ("llama", "kd", 2, ("--p
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say what a process has")
 @pytest.mark.parametrize("family, method, ranks, more", CASES, ids=lambda value: str(value))
-def test_memory_by_formula_is_within_15_percent_of_a_run_on_a_cpu(family, method, ranks, more, inputs, monkeypatch):
+def test_memory_by_formula_is_within_10_percent_of_a_run_on_a_cpu(family, method, ranks, more, inputs, monkeypatch):
+    """Without what is lost between blocks, of which there is next to nothing while large ones are given back at once. By itself glibc keeps
+    ever larger ones, as earlier tests of the process have freed them: the same runs took 2 to 28 % more.
+    """
     name = f"{family}-{method}-{ranks}"
     config = parse(words(inputs, family, method, *more, save=name))
     warm_up = parse(words(inputs, family, method, *more, student="tiny", teacher="tiny", save=f"{name}-tiny"))
@@ -130,10 +137,10 @@ def test_memory_by_formula_is_within_15_percent_of_a_run_on_a_cpu(family, method
     folders = trainer.open_folders(config)
     grids = loading.grids_of(config.parallel, config.teacher_parallel, ranks=ranks)
     load = load_of(config, RunData.open(config, folders, FirstReplica).loader, grids[0])
-    estimated = [stage.peak for stage in memory.memory_per_stage(config, folders, grids, load)]
+    estimated = [stage.peak / (1 + memory.FRAGMENTS) for stage in memory.memory_per_stage(config, folders, grids, load)]
     for formula, run in zip(estimated, measured):
         print(f"{name}: {formula / 2**20:.0f} MiB by formula, {run / 2**20:.0f} measured")
-        assert abs(formula / run - 1) < 0.15, (formula / 2**20, run / 2**20)
+        assert abs(formula / run - 1) < 0.10, (formula / 2**20, run / 2**20)
 
 
 class FirstReplica:

@@ -645,7 +645,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (MODELS + "sizes.py", "(1 if table[name].axis is None else tp)", "tp"),
         (MODELS + "sizes.py", "if hf.tie_word_embeddings and stage == pp - 1:", "if hf.tie_word_embeddings and stage == pp:"),
     ],
-    of("test_dry_run", "memory_by_formula_is_within_15_percent_of_a_run_on_a_cpu"): [
+    of("test_dry_run", "memory_by_formula_is_within_10_percent_of_a_run_on_a_cpu"): [
         ("megakd/memory.py", "gradients=FLOAT * trained,", "gradients=2 * FLOAT * trained,"),
         ("megakd/memory.py", "in_flight = min(grid.pp_size - stage, load.micro_batches)", "in_flight = grid.pp_size + 2"),
     ],
