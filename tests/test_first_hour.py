@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -27,8 +26,8 @@ def packed(out: Path) -> dict[str, str]:
         return {member.name.removeprefix("./"): archive.extractfile(member).read().decode(errors="replace") for member in archive}
 
 
-def test_the_smallest_of_everything_runs_here_and_is_packed(tmp_path):
-    done = first_hour(tmp_path, "--smoke", PYTHON=sys.executable)
+def test_the_smallest_of_everything_runs_here_and_is_packed(python, tmp_path):
+    done = first_hour(tmp_path, "--smoke", PYTHON=python)
     assert done.returncode == 0, done.stdout + done.stderr
     files = packed(tmp_path)
     assert files["failed.txt"] == "none\n"
@@ -37,7 +36,7 @@ def test_the_smallest_of_everything_runs_here_and_is_packed(tmp_path):
     assert "[100%]" in files["logs/kernel_tests.log"]
     assert "not started" in files["kernels.csv"] and "iteration_s" in files["iteration.csv"]
     assert "promptkd" in files["logs/recipe.log"]
-    again = first_hour(tmp_path, "--smoke", PYTHON=sys.executable)
+    again = first_hour(tmp_path, "--smoke", PYTHON=python)
     assert again.returncode == 0 and again.stdout.count("skipped") == 5
 
 

@@ -8,15 +8,14 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = {
-    "python": [sys.executable],
-    "torchrun": [sys.executable, "-m", "torch.distributed.run"],
+    "python": ["python"],
+    "torchrun": ["python", "-m", "torch.distributed.run"],
     "make": ["make", "--file", str(ROOT / "Makefile")],
     "bash": ["bash"],
 }
@@ -39,18 +38,19 @@ def checkout(tmp_path_factory) -> Path:
     return folder
 
 
-def words_of(command: str) -> list[str]:
+def words_of(command: str, python: str) -> list[str]:
     """`make` only shows what it would run: this test is what `make test` runs, and the environment is there already."""
     name, *rest = shlex.split(command)
     if command == "make quickstart":
-        return [sys.executable, "scripts/quickstart.py", "--out", "quickstart"]
-    return [*LAUNCHERS[name], *(["--dry-run"] if name == "make" else []), *rest]
+        return [python, "scripts/quickstart.py", "--out", "quickstart"]
+    words = [*LAUNCHERS[name], *(["--dry-run"] if name == "make" else []), *rest]
+    return [python, *words[1:]] if words[0] == "python" else words
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[:60])
-def test_a_command_of_the_readme_runs(checkout, command):
+def test_a_command_of_the_readme_runs(checkout, python, command):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    done = subprocess.run(words_of(command), cwd=checkout, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(words_of(command, python), cwd=checkout, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 

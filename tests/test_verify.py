@@ -6,7 +6,6 @@ import contextlib
 import io
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -89,12 +88,12 @@ def test_what_is_no_number_differs():
     assert [fits for _, fits in verify.compare({"loss": torch.tensor(1.05)}, {"loss": torch.tensor(1.0)}, 0.1)] == [True]
 
 
-def run(*words: str | Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "megakd.verify", *map(str, words)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+def run(python: str, *words: str | Path) -> subprocess.CompletedProcess:
+    return subprocess.run([python, "-m", "megakd.verify", *map(str, words)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def test_the_command_starts_its_ranks_and_its_exit_code_says_whether_they_agree(root):
-    said = run("--model", root / "student", "--tp", "2", "--tolerance", "1e-30")
+def test_the_command_starts_its_ranks_and_its_exit_code_says_whether_they_agree(root, python):
+    said = run(python, "--model", root / "student", "--tp", "2", "--tolerance", "1e-30")
     assert said.returncode == 1, said.stderr
     assert "TP 2 × PP 1 × DP 1 and one rank, fp32" in said.stdout and "differ by more than is allowed: 1e-30 of the largest" in said.stdout
 
