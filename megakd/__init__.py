@@ -7,6 +7,7 @@
 docs/python.md has more. Importing this file imports no torch.
 """
 
+import os
 from typing import TYPE_CHECKING
 
 from megakd.runtime.quiet import quiet_megatron
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Distilled", "distill", "evaluate", "generate"]
 
+STARTED_BY = os.getppid()  # noted before the libraries' seconds, in which a launcher may end (megakd/runtime/stop.py)
 quiet_megatron()  # before anything imports megatron-core, on every rank
 
 

@@ -30,12 +30,14 @@ def data_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def python() -> Iterator[str]:
-    """A command in python's place that has imported the libraries before (tests/warm_python.py)."""
+    """A command in python's place that has imported the libraries before (tests/warm_python.py), where the system is Linux."""
+    if not hasattr(os, "pidfd_open"):
+        yield sys.executable
+        return
     with tempfile.TemporaryDirectory() as folder:  # short, as the name of a socket has to be
         command, server = warm_python.start(Path(folder))
         yield str(command)
-        server.stdin.close()
-        server.wait()
+        server.kill(), server.wait()
 
 
 class Noted:

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import time
 
+import pytest
+
 from megakd.runtime.peers import state_of
 
 
@@ -27,6 +29,7 @@ def test_its_end_is_pythons(python):
     for text, (code, error) in ends.items():
         done = said_by(python, "-c", text)
         assert done.returncode == code and (done.stderr.splitlines() or [""])[-1] == error
+    assert said_by(python, "-c", "import atexit, sys; atexit.register(print, sys.argv)", "a").stdout == "['-c', 'a']\n"
     assert "usage: " in said_by(python, "-m", "torch.distributed.run", "--help").stdout
 
 
@@ -35,8 +38,13 @@ def test_modules_of_the_project_are_read_anew(python):
     assert done.stdout == "[]\n", done.stderr
 
 
-def test_it_ends_with_whoever_waits_for_it(python):
-    with subprocess.Popen([python, "-u", "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"], stdout=subprocess.PIPE, text=True) as process:
+SLEEP = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+LAUNCH = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SLEEP!r}])"
+
+
+@pytest.mark.parametrize("program", [SLEEP, LAUNCH])
+def test_it_ends_with_whoever_waits_for_it_and_so_does_what_it_started(python, program):
+    with subprocess.Popen([python, "-u", "-c", program], stdout=subprocess.PIPE, text=True) as process:
         pid = int(process.stdout.readline())
         process.send_signal(signal.SIGKILL)
     end = time.monotonic() + 20

@@ -1,13 +1,15 @@
 """A python that has imported torch, transformers and megatron-core before: a program begins at once, in a fork of a process that waits.
 
-Tests that start many programs, a recipe's thirty stages above all, spend most of their time importing the same libraries. The rest of a
-program is its own: arguments, environment, folder, streams, and megakd's modules, which the waiting process does not hold. Programs that it
-starts by sys.executable begin as quickly. It ends with whoever asked for it.
+Tests that start many programs, a recipe's thirty stages above all, spend most of their time importing the same libraries. A program has its
+own arguments, environment, folder, streams, and megakd's modules, which the waiting process does not hold; what it starts by sys.executable
+begins as quickly. It is killed with whoever asked for it. Not its own are what libraries read of the environment as they are imported, and
+signals: tests of stopping start python itself.
 """
 
 from __future__ import annotations
 
 import array
+import atexit
 import importlib
 import json
 import os
@@ -17,12 +19,15 @@ import signal
 import socket
 import subprocess
 import sys
-import traceback
+import threading
+import types
 from pathlib import Path
 
 LIBRARIES = ("torch", "megatron.core.models.gpt.gpt_model", "megatron.core.optimizer", "transformers.models.auto.modeling_auto")
+PR_SET_PDEATHSIG = 1  # prctl.h
 CLIENT = """#!{python} -IS
-import array, json, os, socket, sys
+import array, ctypes, json, os, socket, sys
+ctypes.CDLL(None).prctl({pdeathsig}, 9)
 server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
 server.connect({address!r})
 asked = json.dumps([sys.argv, dict(os.environ), os.getcwd()]).encode()
@@ -35,10 +40,11 @@ os._exit(int(server.recv(16) or b"1"))
 def start(folder: Path) -> tuple[Path, subprocess.Popen]:
     """The command that takes python's place, and the process behind it, which ends when its standard input does."""
     address, command = folder / "socket", folder / "python"
-    command.write_text(CLIENT.format(python=sys.executable, address=str(address)))
+    command.write_text(CLIENT.format(python=sys.executable, pdeathsig=PR_SET_PDEATHSIG, address=str(address)))
     command.chmod(0o755)
-    server = subprocess.Popen([sys.executable, __file__, str(address)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert server.stdout.readline() == b"ready\n"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen([sys.executable, __file__, str(address)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    assert b"ready\n" in iter(server.stdout.readline, b""), "it ended before it was ready"
     return command, server
 
 
@@ -64,10 +70,12 @@ def serve(address: str) -> None:
 def _answer(client: socket.socket) -> int:
     """Run the program in a child and tell the client how it ended."""
     size, descriptors, *_ = client.recvmsg(4, socket.CMSG_LEN(3 * array.array("i").itemsize))
-    streams = array.array("i", descriptors[0][2])
     length, asked = int.from_bytes(size, "little"), b""
-    while len(asked) < length:
-        asked += client.recv(length - len(asked))
+    while len(asked) < length and (part := client.recv(length - len(asked))):
+        asked += part
+    if not asked or len(asked) < length:  # whoever asked is gone
+        return 1
+    streams = array.array("i", descriptors[0][2])
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if (child := os.fork()) == 0:
         client.close()
@@ -94,9 +102,10 @@ def _run(words: list[str], environment: dict[str, str], folder: str, streams) ->
             print(end.code, file=sys.stderr)
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
         return 1
     finally:
+        threading._shutdown(), atexit._run_exitfuncs()
         sys.stdout.flush(), sys.stderr.flush()
     return 0
 
@@ -104,14 +113,17 @@ def _run(words: list[str], environment: dict[str, str], folder: str, streams) ->
 def _program(words: list[str]) -> None:
     """A file, `-m NAME` or `-c TEXT`; `-u` in front of it means nothing here."""
     words = words[words[0] == "-u" :]
-    sys.argv = words[words[0] == "-m" :]
-    if words[0] in ("-m", "-c"):
-        sys.path.insert(0, "")
     if words[0] == "-m":
+        sys.argv = words[1:]
+        sys.path.insert(0, "")
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     elif words[0] == "-c":
-        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+        sys.argv = ["-c", *words[2:]]
+        sys.path.insert(0, "")
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(words[1], "<string>", "exec"), vars(sys.modules["__main__"]))
     else:
+        sys.argv = words
         sys.path.insert(0, str(Path(words[0]).resolve().parent))
         runpy.run_path(words[0], run_name="__main__")
 

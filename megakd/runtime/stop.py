@@ -1,7 +1,8 @@
 """Told to stop: by a signal to any rank, by the end of whoever started the ranks, or by the clock. The ranks agree once an iteration.
 
 The first signal is a request, a later one ends the process at once. Both are noticed by a thread, from a pipe into which Python's own
-handler writes: the main thread may be waiting inside a collective for a rank that has died, and would hear of nothing.
+handler writes: the main thread may be waiting inside a collective for a rank that has died, and would hear of nothing. Whether a launcher
+lives is asked of the system: whose child this process is now, and whose it was when it began (megakd.STARTED_BY).
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 
+import megakd
 from megakd.errors import tell
 from megakd.runtime.waiting import host_group
 
@@ -67,40 +68,7 @@ def listen(names: Sequence[str]) -> None:
     for name in dict.fromkeys((*ALWAYS, *names)):
         requests.signals.add(signal.Signals[name])
         signal.signal(signal.Signals[name], lambda number, frame: None)  # the byte in the pipe says it
-    threading.Thread(target=_watch, args=(reader, launcher_pid()), daemon=True, name="signals").start()
-
-
-def launcher_pid() -> int:
-    """Of the process that started this one. 0 where it has ended already: a launcher is Python, and who adopts orphans is not.
-
-    Libraries take seconds to import, and a launcher may end meanwhile. Its own number does not say so: in a container it may be 1, init's.
-    """
-    above = list(ancestors())
-    return above[0] if any("python" in name for name in map(program_of, above)) else 0
-
-
-def ancestors() -> Iterator[int]:
-    """Parent, its parent, and so on, as far as the system tells."""
-    pid = os.getppid()
-    while pid > 0:
-        yield pid
-        pid = parent_of(pid)
-
-
-def parent_of(pid: int) -> int:
-    """0 where there is none, or the system does not tell."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
-
-
-def program_of(pid: int) -> str:
-    """The file that a process runs; where the system does not tell, any but init may be Python."""
-    try:
-        return os.readlink(f"/proc/{pid}/exe")
-    except OSError:
-        return "python" if pid != 1 else "init"
+    threading.Thread(target=_watch, args=(reader, megakd.STARTED_BY), daemon=True, name="signals").start()
 
 
 def _watch(reader: int, parent: int) -> None:

@@ -166,7 +166,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "tests/test_stop.py": [
         (RUNTIME + "stop.py", "dist.ReduceOp.MAX", "dist.ReduceOp.MIN"),
-        (RUNTIME + "stop.py", """ if any("python" in name for name in map(program_of, above)) else 0""", ""),
+        (RUNTIME + "stop.py", "args=(reader, megakd.STARTED_BY)", "args=(reader, os.getppid())"),
         (RUNTIME + "stop.py", "if self.reason or self.is_lost():", "if self.reason:"),
         (RUNTIME + "stop.py", "time.monotonic() - self.since < TOGETHER", "False"),
         (METHODS + "minillm.py", "return iteration % self.steps_per_phase == 0", "return True"),
