@@ -184,7 +184,7 @@ def draw_bars(ax: "Axes", bars: Mapping[str, tuple[float, float | None]], order:
     """
     for x, ((method, (value, deviation)), (colour, _)) in enumerate(zip(bars.items(), styles(bars, order))):
         drawn = ax.bar(x, value, yerr=deviation, color=colour, width=0.7, capsize=4, label=method)
-        text = f"{value:.3g}" if deviation is None or len(bars) > 4 else f"{value:.3g} ± {deviation:.2g}"
+        text = f"{value:#.3g}" if deviation is None or len(bars) > 4 else f"{value:.3g} ± {deviation:.2g}"
         ax.bar_label(drawn, labels=[text], padding=3, fontsize="small")
     slanted = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if len(bars) > 3 else {}
     ax.set_xticks(range(len(bars)), list(bars), **slanted)

@@ -5,7 +5,7 @@
 #   bash scripts/recipes/priming.sh SCALE OUT [--dry-run]
 #
 # SCALE is a folder of configs/response-priming/: tiny (two CPU cores, a quarter of an hour, models from nothing, word problems of its
-# own), real (SmolLM2-135M-Instruct on GSM8K), real-cpu (a tenth of its questions), llama-3.1-8b (the paper's). --dry-run prints every
+# own), real (SmolLM2-135M-Instruct on GSM8K), real-cpu (256 of its questions), llama-3.1-8b (the paper's). --dry-run prints every
 # command and does nothing. A stage whose result is there is skipped, so the same command continues; one cut off continues where it saved.
 #
 #   DATA                 GSM8K: a folder with train.jsonl and test.jsonl (not for tiny)
@@ -39,6 +39,8 @@ else
     student=${PRETRAINED_STUDENT:?is not set; name the Hugging Face folder of the student} teacher=${PRETRAINED_TEACHER:-$PRETRAINED_STUDENT}
 fi
 ranks=${RANKS:-$(sed -n 's/^ranks: *//p' "$configs/scale.yaml")}
+beside=()  # what students are scored with: the teacher, for the KL to it, where that is no 800 GB
+if grep -q "^held_out_kl: true" "$configs/scale.yaml"; then beside=(--teacher-model "$teacher"); fi
 launch=("$python" -m torch.distributed.run --standalone --nproc_per_node "$ranks")
 texts=(none confidence teacher ground-truth)
 runs=(sft "${texts[@]/#/kd-}" kd-hint kd-original)
@@ -73,10 +75,10 @@ distil kd-original --teacher-priming ground-truth --priming-objective original
 for text in "${texts[@]}"; do
     evaluate "teacher-$text" "$teacher" "test_$text"
 done
-evaluate student "$student" test --teacher-model "$teacher"
+evaluate student "$student" test "${beside[@]}"
 looked_at=("student=$student")
 for run in "${runs[@]}"; do
-    evaluate "$run" "$out/$run/hf" test --teacher-model "$teacher"
+    evaluate "$run" "$out/$run/hf" test "${beside[@]}"
     looked_at+=("$run=$out/$run/hf")
 done
 stage attention "$out/attention/attention.json" "$python" "$root/scripts/analyze_attention.py" --config "$configs/attention.yaml" \

@@ -9,7 +9,7 @@
 # so the same command continues; one cut off continues where it saved.
 #
 #   DATA       folder with dolly/{train,dev,valid}.jsonl and, as far as at hand, self-inst and vicuna
-#   SCALE      a folder of configs/real/: cpu (default; two cores, two hours), gpu (one, minutes), smoke (that it runs)
+#   SCALE      a folder of configs/real/: cpu (default; a core, two to three hours), gpu (one, minutes), smoke (that it runs)
 #   TEACHER    another Hugging Face folder with a chat template; LAYERS of it are the student's, "0 2 4", default: the scale's own
 #   WIKITEXT   a text file: loss on its paragraphs is scored too
 #   JOBS       stages that need nothing of each other at a time; default: 1

@@ -2,7 +2,7 @@
 
     OUT/report/table.md, table.json     a row a run: Rouge-L by set, losses, KL both ways, length, exposure bias
     OUT/report/summary.png              mean Rouge-L, and the KL to the teacher: the first thing to look at
-    OUT/report/rouge_l.png              bars by run, a panel a set
+    OUT/report/rouge_l.png              bars by method, of the first seed of training, a panel a set
     OUT/report/training.png             held-out loss and KL over iterations, and over the tokens that were learnt from
     OUT/report/exposure_bias.png        R(l), lε(l) and ExAccErr(l) by response length
     OUT/report/samples.md               the first questions with every model's answer
@@ -172,10 +172,11 @@ def origin(args: argparse.Namespace, result: dict) -> dict:
 def draw(out: Path, results: dict[str, dict], folder: Path) -> None:
     """Every figure."""
     scored = [name for name in SCORED if name in results["teacher"]["sets"]]
-    bars = {title_of(run): by_set(result["sets"]) for run, result in results.items()}
+    runs = [run for run in results if "-" not in run or run.endswith(f"-{FIRST_SEED}")]
+    bars = {title_of(run): by_set(results[run]["sets"]) for run in runs}
     plot_comparison(bars, dict.fromkeys(scored, "Rouge-L"), folder / "rouge_l.png")
     plot_comparison({run: summary(sets) for run, sets in by_method(results).items()}, SUMMARY, folder / "summary.png")
-    runs = [run for run in results if run.endswith(f"-{FIRST_SEED}")]
+    runs = [run for run in runs if run.endswith(f"-{FIRST_SEED}")]
     plot_training(out, runs, folder / "training.png")
     curves = {title_of(run): results[run]["exposure_bias"]["dolly"] for run in runs}
     plot_exposure_bias(curves, folder / "exposure_bias.png", order=list(TITLES.values()))

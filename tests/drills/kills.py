@@ -82,8 +82,10 @@ def _kill_once(drill: Drill, name: str, job: Job, moment: str, rng) -> list[str]
             job.wait_for(_happens(job, moment, rng), 300, look=0.002 if moment in ("write", "export") else 0.02)
             if moment != "start":
                 time.sleep(rng.random() * 0.03)
-            job.kill(who)
-        except (AssertionError, ProcessLookupError, IndexError, FileNotFoundError):  # it was faster
+            is_killed = _kill(job, who)
+        except AssertionError:
+            is_killed = False
+        if not is_killed:  # it was faster
             if job.process.wait(300):
                 drill.tell(name, False, f"not killed, exit code {job.process.returncode}: {job.last_words}")
             shutil.rmtree(job.save / "hf", ignore_errors=True)  # it exports once more
@@ -96,6 +98,21 @@ def _kill_once(drill: Drill, name: str, job: Job, moment: str, rng) -> list[str]
             drill.tell(name, False, f"checkpoint {before} was there before, {latest} is the latest now")
         return [f"{moment}: {'rank ' if who != 'agent' else ''}{who}"]
     return []
+
+
+def _kill(job: Job, who: str) -> bool:
+    """False: it has just ended.
+
+    Raises:
+        TimeoutError: its ranks outlive their launcher.
+    """
+    try:
+        job.kill(who)
+    except (ProcessLookupError, IndexError, FileNotFoundError):
+        return False
+    except AssertionError as error:
+        raise TimeoutError(f"ranks outlive their launcher: {error}") from error
+    return True
 
 
 def _happens(job: Job, moment: str, rng) -> Callable[[], bool]:
