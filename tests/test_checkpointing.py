@@ -112,11 +112,25 @@ def test_a_run_goes_on_at_another_layout_as_if_it_had_never_stopped(tmp_path, fa
     assert after == resumed  # the same numbers, however they lie on disk
 
 
-def save_after_two_iterations(layout, folder, root):
-    run = Run(layout, folder)
+def save_after_two_iterations(layout, folder, root, options=None):
+    run = Run(layout, folder, **(options or {}))
     losses = run.train([1, 2])
     run.save(root, 2)
     return losses + run.train([3])
+
+
+def test_a_tied_embedding_on_two_stages_is_saved_with_its_own_share_of_the_optimizer(tmp_path):
+    """megatron-core gives it a bucket, and so has two of them: behind some widths' first one is padding."""
+    folder, root = tiny_folder(tmp_path / "hf", "gpt2", layers=2, vocab_size=VOCABULARY), tmp_path / "run"
+    run_distributed(save_after_two_iterations, 2, folder, root, ZERO, pp=2)
+    native = NativeCheckpoint(root)
+    whole = lambda key: native.read(key, tuple(slice(0, size) for size in native.shape(key)))
+    masters = {key.removeprefix(MASTER): whole(key) for key in native.keys if key.startswith(MASTER)}
+    assert "embedding.word_embeddings.weight" in masters
+    assert not [key for key, master in masters.items() if not torch.equal(master, whole(key))]
+
+
+MASTER = "optimizer.state.param."  # of a float32 model it is the weight
 
 
 def test_export_of_any_training_checkpoint_is_the_model_that_was_training(tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +13,11 @@ from distributed import run_distributed
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as BucketGroup
 from stories import global_batch
 from test_methods import ENDS, PAIRS, TOKENIZER, models_of, run_config
+from test_trainer import command, numbers, write_inputs
 
-from megakd import optimizer
-from megakd.config import LoRAConfig
+from megakd import optimizer, trainer
+from megakd.checkpointing import NativeCheckpoint
+from megakd.config import LoRAConfig, parse
 from megakd.data.dataloader import split_across_dp
 from megakd.losses.distillation import sft_loss
 from megakd.methods import build_method
@@ -97,8 +101,65 @@ def test_gradients_that_travel_early_teach_the_same(pair, pp, zero, more):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_several_buckets_of_the_distributed_optimizer_which_no_checkpoint_keeps_are_refused():
-    """A run of two replicas, saved with several buckets and continued by the same command, went on from other weights."""
-    lines = lambda **parallel: [line for line in run_config("sft", 2, parallel).validation_errors() if line.startswith("--overlap-grad-reduce")]
-    assert lines(overlap_grad_reduce=True, use_distributed_optimizer=True)
-    assert not lines(overlap_grad_reduce=True) and not lines(use_distributed_optimizer=True)
+ZERO, OVERLAP = {"use-distributed-optimizer": True}, {"overlap-grad-reduce": True}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A folder with a run of two replicas whose gradients travel early in several buckets, saved after 2 and after 4 iterations."""
+    root = write_inputs(tmp_path_factory.mktemp("buckets"))
+    assert all(count > 2 for count in run_distributed(run_in_buckets, 2, words_of(root, "early", **OVERLAP)))
+    return root
+
+
+def words_of(root: Path, save: str, **more) -> list[str]:
+    """A command; no gradient is clipped, since the last bits of its norm depend on how the ranks share it."""
+    plain = {"clip-grad": 0, "hidden-dropout": 0, "attention-dropout": 0, "eval-interval": 4}
+    return command(root, save, "sft", **(plain | ZERO | more))
+
+
+def run_in_buckets(_layout, words: list[str]) -> int:
+    """A run of this rank's; how many reductions began inside a backward pass."""
+    early = watch_reductions()
+    optimizer.DistributedDataParallelConfig = partial(DDP_CONFIG, bucket_size=PARAMETERS // 4)
+    trainer.export_to_hf = trainer.plot_training = lambda *_, **options: None  # not what is asked here
+    trainer.train(parse(words))
+    return len(early)
+
+
+def saved(run: Path, iteration: int) -> dict[str, np.ndarray]:
+    """All tensors of a checkpoint: weights, master weights, moments."""
+    native = NativeCheckpoint(run / "checkpoints", iteration=iteration)
+    whole = lambda key: native.read(key, tuple(slice(0, size) for size in native.shape(key)))
+    return {key: whole(key).numpy() for key in native.keys}
+
+
+def unlike(one: Path, other: Path, iteration: int) -> list[str]:
+    """What two runs' checkpoints have not alike to the bit."""
+    ours, theirs = saved(one, iteration), saved(other, iteration)
+    assert ours.keys() == theirs.keys() and any(key.startswith("optimizer.state.exp_avg_sq.") for key in ours)
+    return [key for key in ours if not np.array_equal(ours[key], theirs[key])]
+
+
+def logged(run: Path) -> list[dict]:
+    """Without the norm."""
+    return [{name: value for name, value in row.items() if name != "grad_norm"} for row in numbers(run)]
+
+
+def test_several_buckets_of_a_shared_optimizer_teach_and_save_what_one_does(runs):
+    """To the bit, but for the norm that is logged."""
+    assert run_distributed(run_in_buckets, 2, words_of(runs, "late")) == [0, 0]
+    assert logged(runs / "early") == logged(runs / "late") != []
+    assert not unlike(runs / "early", runs / "late", 2) and not unlike(runs / "early", runs / "late", 4)
+
+
+@pytest.mark.parametrize("tp, dp", [(1, 2), (1, 1), (2, 1)])
+def test_what_several_buckets_of_a_shared_optimizer_saved_goes_on_as_the_unbroken_run(runs, tp, dp):
+    """To the bit at the layout that saved it."""
+    unbroken, resumed = runs / "early", runs / f"TP{tp} DP{dp}"
+    shutil.copytree(unbroken, resumed)
+    run_distributed(run_in_buckets, tp * dp, words_of(runs, resumed.name, tp=tp, resume=2, **OVERLAP), tp=tp)
+    for ours, theirs in zip(numbers(resumed), numbers(unbroken), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+    if (tp, dp) == (1, 2):
+        assert numbers(resumed) == numbers(unbroken) and not unlike(resumed, unbroken, 4)

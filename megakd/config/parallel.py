@@ -29,7 +29,9 @@ class ParallelConfig(LayoutConfig):
     sequence_parallel: bool = flag(False, "split what is between tensor-parallel layers along the sequence too")
     use_distributed_optimizer: bool = flag(False, "split the optimizer's state over data-parallel ranks (ZeRO-1)")
     overlap_grad_reduce: bool = flag(
-        False, "sum gradients over data-parallel ranks while the last micro-batch's backward pass still runs, a bucket at a time"
+        False,
+        "sum gradients over data-parallel ranks while the last micro-batch's backward pass still runs, a bucket at a time; "
+        "with or without --use-distributed-optimizer",
     )
 
 

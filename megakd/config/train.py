@@ -138,11 +138,6 @@ class Config(BaseConfig):
             yield "--sequence-parallel needs --tensor-model-parallel-size of at least 2; leave it out"
         if parallel.use_distributed_optimizer and training.optimizer == "sgd":
             yield "--use-distributed-optimizer splits AdamW's moments, which --optimizer sgd does not have; leave it out"
-        if parallel.overlap_grad_reduce and parallel.use_distributed_optimizer:
-            yield (
-                "--overlap-grad-reduce cuts gradients into buckets, of which megatron-core's checkpoints of --use-distributed-optimizer "
-                "come back in the wrong places; leave one of them out"
-            )
         if training.gradient_accumulation_fusion and self.lora.rank:
             yield "--gradient-accumulation-fusion is of whole weights' gradients, and with adapters these are frozen; leave it out"
         if training.global_batch_size % self.generation.num_generations:
