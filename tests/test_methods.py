@@ -59,13 +59,13 @@ TOTAL_ITERS = 10
 CONSTANT = Adam([1e-2] * TOTAL_ITERS, betas=(0.9, 0.999), eps=1e-3, weight_decay=0.1, clip=0.5)  # of the tests of one iteration
 ALL, TWO, OTHERS = list(PAIRS), ["gpt2", "llama"], ["opt", "llama student of a gpt2"]
 LAYOUTS = [  # tp, pp, dp, sequence parallel, distributed optimizer, micro-batch size, pairs
-    pytest.param(1, 1, 1, False, False, 4, ALL, id="one rank, 2 micro-batches"),
+    pytest.param(1, 1, 1, False, False, 4, ALL, id="one rank, 2 micro-batches", marks=pytest.mark.slow),
     pytest.param(1, 1, 1, False, False, 2, ALL, id="one rank, 4 micro-batches"),
     pytest.param(2, 1, 1, False, False, 4, ALL, id="TP2, 2 micro-batches"),
     pytest.param(1, 2, 1, False, False, 2, ALL, id="PP2, 4 micro-batches"),
     pytest.param(2, 2, 1, True, False, 4, TWO, id="TP2 PP2 SP, 2 micro-batches"),
     pytest.param(2, 2, 1, True, False, 2, OTHERS, id="TP2 PP2 SP, 4 micro-batches"),
-    pytest.param(1, 1, 2, False, True, 2, TWO, id="DP2 distributed optimizer, 2 micro-batches"),
+    pytest.param(1, 1, 2, False, True, 2, TWO, id="DP2 distributed optimizer, 2 micro-batches", marks=pytest.mark.slow),
     pytest.param(1, 1, 2, False, True, 1, OTHERS, id="DP2 distributed optimizer, 4 micro-batches"),
     pytest.param(2, 2, 2, True, True, 1, ALL, id="TP2 PP2 DP2 SP distributed optimizer, 4 micro-batches", marks=pytest.mark.slow),
 ]

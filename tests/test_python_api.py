@@ -75,18 +75,18 @@ def page(tmp_path_factory) -> Path:
     return folder
 
 
-def run_page(folder: Path, *launcher: str) -> str:
-    done = subprocess.run([sys.executable, *launcher, "page.py"], cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
+def run_page(folder: Path, python: str, *launcher: str) -> str:
+    done = subprocess.run([python, *launcher, "page.py"], cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
-def test_the_pages_code_runs_alone_and_then_under_torchrun_where_it_continues(page):
-    said = run_page(page)
+def test_the_pages_code_runs_alone_and_then_under_torchrun_where_it_continues(page, python):
+    said = run_page(page, python)
     assert "runs/promptkd/hf" in said and "--max-length 100000 is more than the 64 positions of --model runs/promptkd/hf" in said
     before = (page / "runs" / "promptkd" / "metrics.jsonl").read_bytes()
     (page / "page.py").write_text((page / "page.py").read_text().replace('"runs/sft"', '"runs/sft-2"'))
-    run_page(page, "-m", "torch.distributed.run", "--nproc_per_node", "2")
+    run_page(page, python, "-m", "torch.distributed.run", "--nproc_per_node", "2")
     assert (page / "runs" / "promptkd" / "metrics.jsonl").read_bytes() == before  # a finished run is not run again
     first, second = (numbers(page / "runs" / name) for name in ("sft", "sft-2"))
     for ours, theirs in zip(second, first, strict=True):
