@@ -79,10 +79,10 @@ def _cell(row: Row, column: str, ratio: str) -> str:
     return f"{COLUMNS[column][1].format(row[column])} ({row[ratio]:.2f})" if column in row else ""
 
 
-def keep(out: Path, rows: Sequence[Row]) -> None:
-    """Append to the CSV, and draw what was measured now."""
+def keep(out: Path, found: Sequence[Row], rows: Sequence[Row]) -> None:
+    """Append what was found to the CSV, and draw all rows that were measured now."""
     with file_errors(out, flag="--out"):
-        append(out.with_suffix(".csv"), rows)
+        append(out.with_suffix(".csv"), found)
         _draw_systems(out.with_suffix(".png"), [row for row in rows if not row["curve"]])
         curves = [row for row in rows if row["curve"]]
         if curves:

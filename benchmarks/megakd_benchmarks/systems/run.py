@@ -59,10 +59,13 @@ def run(config: SystemsConfig) -> None:
     here = machine("benchmark_systems.py", report.PACKAGES)
     rows = [here | row for row in report.rows(config, compare(config))]
     print(report.table(rows))
+    report.keep(out, rows, rows)
     for curve in config.curves:
         for at in points(config, curve):
-            rows += [here | row for row in report.rows(at, compare(at), curve=curve)]
-    report.keep(out, rows)
+            found = [here | row for row in report.rows(at, compare(at), curve=curve)]
+            print(report.table(found))
+            rows += found
+            report.keep(out, found, rows)  # a command that is cut off has kept what it measured
     print(out.with_suffix(".csv"))
 
 
