@@ -19,7 +19,8 @@ ALIASES = {
 
 
 def parser() -> Parser:
-    what = "Convert a Hugging Face folder (GPT-2, OPT, Llama, Qwen2, Mistral), or MiniLLM's mpN in one, to a native checkpoint."
+    """The command's flags."""
+    what = "Convert a Hugging Face folder (of a family in docs/models.md), or MiniLLM's mpN in one, to a native checkpoint."
     flags = Parser(what, ALIASES, needed=("--model-type", "--source-mp-size"))
     folders = flags.add_argument_group("folders")
     folders.add_argument(
@@ -36,6 +37,7 @@ def parser() -> Parser:
 
 
 def convert(args) -> Path:
+    """The native checkpoint, written."""
     from megakd.checkpointing.import_hf import hf_to_native
 
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size

@@ -24,6 +24,7 @@ def size(text: str) -> int:
 
 
 def parser() -> Parser:
+    """The command's flags."""
     flags = Parser(
         "Convert any iteration of a native checkpoint to a Hugging Face folder; optimizer state is left behind.", ALIASES
     )
@@ -37,6 +38,7 @@ def parser() -> Parser:
 
 
 def convert(args) -> Path:
+    """The Hugging Face folder, written."""
     from megakd.checkpointing.export_hf import export_to_hf
 
     options = {"iteration": args.iteration, "max_shard_size": args.max_shard_size}

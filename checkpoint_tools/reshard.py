@@ -13,6 +13,7 @@ ALIASES = {"--input-path": "--load"}
 
 
 def parser() -> Parser:
+    """The command's flags."""
     flags = Parser("Write a native checkpoint at another layout. (Training loads any layout without this.)", ALIASES)
     folders = flags.add_argument_group("folders")
     folders.add_argument("--load", type=Path, required=True, metavar="DIR", help="native checkpoint, or one iter_* folder of it")
@@ -24,6 +25,7 @@ def parser() -> Parser:
 
 
 def convert(args) -> Path:
+    """The native checkpoint at the other layout, written."""
     from megakd.checkpointing.reshard import reshard
 
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size

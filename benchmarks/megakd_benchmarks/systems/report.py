@@ -95,7 +95,6 @@ def _draw_systems(path: Path, rows: Sequence[Row]) -> None:
     for ax, (column, (title, unit, divisor)) in zip(axes, bars.items()):
         draw_bars(ax, {row["system"]: (row[column] / divisor, None) for row in rows})
         ax.set(title=title, ylabel=unit)
-        ax.tick_params(axis="x", rotation=30)
     figure.suptitle("student {student}, teacher {teacher}, {device}, {date}".format(**rows[0]), fontsize="small")
     figure.savefig(path)
 
