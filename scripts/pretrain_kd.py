@@ -1,4 +1,4 @@
-"""Train by any of the methods (SFT, KD, SeqKD, DistiLLM, MiniLLM, PromptKD, response priming), from Hugging Face folders to a Hugging Face folder.
+"""Train by SFT, KD, SeqKD, DistiLLM, MiniLLM, PromptKD or response priming, from Hugging Face folders to a Hugging Face folder.
 
     torchrun --nproc_per_node N scripts/pretrain_kd.py --method promptkd --model STUDENT --teacher-model TEACHER ...
 
