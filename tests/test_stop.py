@@ -90,7 +90,7 @@ stop.TOGETHER = 0.2
 stop.listen(["SIGHUP"])
 if not {lost}: stop.requests.is_lost = lambda: False
 print("listening", flush=True)
-ctypes.CDLL(None).sleep(60); ctypes.CDLL(None).sleep(60); ctypes.CDLL(None).sleep(60)
+for _ in range(8): ctypes.CDLL(None).sleep(60)  # each signal cuts one short: there are more of these than signals
 """
 
 
