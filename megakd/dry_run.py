@@ -86,7 +86,7 @@ def page(config: Config, folders: ModelFolders, grids: tuple[Grid, Grid], data: 
     checkpoint, export = (f"{size / GIB:.2f}" for size in written_bytes(config, folders))
     free = free_bytes(Path(config.output.save)) / GIB
     yield f"  disk      GiB of a checkpoint {checkpoint}, of the export {export}; free for --save {free:.1f}"
-    stages = memory_per_stage(config, folders, grids, load)
+    stages = memory_per_stage(config, folders.student.config, [teacher.config for teacher in folders.teachers.values()], grids, load)
     largest = max(range(len(stages)), key=lambda stage: stages[stage].peak)
     yield f"  memory    GiB a rank by formula, beside some 0.5 of Python and libraries{f', stage {largest}' if len(stages) > 1 else ''}:"
     yield f"            {memory_line(stages[largest])}"

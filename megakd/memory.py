@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from transformers import PretrainedConfig
 
 from megakd.config import Config
 from megakd.loading import ModelFolders
@@ -58,18 +61,18 @@ class RankMemory:
         return round((1 + FRAGMENTS) * (always + max(self.rollout, self.step, self.update)))
 
 
-def memory_per_stage(config: Config, folders: ModelFolders, grids: tuple[Grid, Grid], load: Load) -> list[RankMemory]:
+def memory_per_stage(
+    config: Config, model: PretrainedConfig, teachers: Sequence[PretrainedConfig], grids: tuple[Grid, Grid], load: Load
+) -> list[RankMemory]:
     """Of a rank of each of the student's stages, first to last."""
     student, teacher = grids
-    padded = padded_vocab_size([folder.config.vocab_size for folder in folders], math.lcm(student.tp_size, teacher.tp_size))
+    padded = padded_vocab_size([hf.vocab_size for hf in (model, *teachers)], math.lcm(student.tp_size, teacher.tp_size))
     options = {"padded_vocab_size": padded, "sequence_parallel": config.parallel.sequence_parallel}
     sizes = [
-        stage_sizes(folders.student.config, tp=student.tp_size, pp=student.pp_size, stage=stage, **options)
-        for stage in range(student.pp_size)
+        stage_sizes(model, tp=student.tp_size, pp=student.pp_size, stage=stage, **options) for stage in range(student.pp_size)
     ]
-    taught = [[] for _ in sizes] if teacher.first else teacher_sizes(folders, student, teacher, padded)
-    hidden = folders.student.config.hidden_size
-    return [rank_memory(config, sizes[i], taught[i], student, i, load, padded, hidden) for i in range(len(sizes))]
+    taught = [[] for _ in sizes] if teacher.first else teacher_sizes(teachers, student, teacher, padded)
+    return [rank_memory(config, sizes[i], taught[i], student, i, load, padded, model.hidden_size) for i in range(len(sizes))]
 
 
 def number_bytes(config: Config, load: Load) -> int:
@@ -119,11 +122,11 @@ def state_bytes(config: Config, number: int) -> int:
     return FLOAT * (moments + (number < FLOAT))
 
 
-def teacher_sizes(folders: ModelFolders, student: Grid, teacher: Grid, padded: int) -> list[list[StageSizes]]:
+def teacher_sizes(teachers: Sequence[PretrainedConfig], student: Grid, teacher: Grid, padded: int) -> list[list[StageSizes]]:
     """Of all teachers on a rank of each of the student's stages; in another layout their stages are spread over the same ranks."""
     options = {"padded_vocab_size": padded, "tp": teacher.tp_size, "pp": teacher.pp_size}
     stages = [stage * teacher.pp_size // student.pp_size for stage in range(student.pp_size)]
-    return [[stage_sizes(folder.config, stage=stage, **options) for folder in folders.teachers.values()] for stage in stages]
+    return [[stage_sizes(hf, stage=stage, **options) for hf in teachers] for stage in stages]
 
 
 def teacher_bytes(config: Config, size: StageSizes, number: int) -> int:

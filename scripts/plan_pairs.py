@@ -10,39 +10,12 @@ import json
 import tempfile
 from pathlib import Path
 
-from transformers import GPT2Config, LlamaConfig, OPTConfig, PretrainedConfig
-
 from megakd.errors import quiet_pipe
 
 ROOT = Path(__file__).parents[1]
 
 
-def gpt2(layers: int, hidden: int, heads: int) -> PretrainedConfig:
-    """Of these sizes, as the following."""
-    return GPT2Config(n_layer=layers, n_embd=hidden, n_head=heads)
-
-
-def opt(layers: int, hidden: int, heads: int) -> PretrainedConfig:
-    """Its words as wide as its layers."""
-    widths = {"hidden_size": hidden, "word_embed_proj_dim": hidden, "ffn_dim": 4 * hidden}
-    return OPTConfig(num_hidden_layers=layers, num_attention_heads=heads, **widths)
-
-
-def llama(layers: int, hidden: int, heads: int, inner: int) -> PretrainedConfig:
-    """`inner` columns of each MLP."""
-    return LlamaConfig(num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=heads, intermediate_size=inner)
-
-
-GPT2_XL, OPT_13B, LLAMA_13B = gpt2(48, 1600, 25), opt(40, 5120, 40), llama(40, 5120, 40, 13824)
-PAIRS = {  # of configs/, by the recipe's name: the teacher's name and sizes, the student's sizes
-    "gpt2-base": ("GPT-2 XL", GPT2_XL, gpt2(12, 768, 12)),
-    "gpt2-medium": ("GPT-2 XL", GPT2_XL, gpt2(24, 1024, 16)),
-    "gpt2-large": ("GPT-2 XL", GPT2_XL, gpt2(36, 1280, 20)),
-    "opt-1.3b": ("OPT-13B", OPT_13B, opt(24, 2048, 32)),
-    "opt-2.7b": ("OPT-13B", OPT_13B, opt(32, 2560, 32)),
-    "opt-6.7b": ("OPT-13B", OPT_13B, opt(32, 4096, 32)),
-    "llama-7b": ("Llama 13B", LLAMA_13B, llama(32, 4096, 32, 11008)),
-}
+PAIRS = ("gpt2-base", "gpt2-medium", "gpt2-large", "opt-1.3b", "opt-2.7b", "opt-6.7b", "llama-7b")  # scales of configs/
 HEAD = """# Predictions for the paper's pairs
 
 **Nothing here was measured.** `python scripts/plan_pairs.py` makes this page, `planned.json` and `planned.png`: memory is simulated, times
@@ -79,13 +52,13 @@ def planned(pair: str, cards: int, gpu: str) -> dict:
     from megakd.config import parse
     from megakd.config.plan import PlanConfig
     from megakd.planning.plan import plans
+    from megakd.planning.scale import model_of, read_scale
 
-    _, teacher, student = PAIRS[pair]
-    recipe = ROOT / "configs" / pair / "promptkd.yaml"
+    configs = ROOT / "configs" / pair
     with tempfile.TemporaryDirectory() as folder:
-        for name, model in (("student", student), ("teacher", teacher)):
-            model.save_pretrained(Path(folder) / name)
-        flags = ["--config", str(recipe), "--model", f"{folder}/student", "--teacher-model", f"{folder}/teacher"]
+        for role in ("student", "teacher"):
+            model_of(read_scale(configs), role).save_pretrained(Path(folder) / role)
+        flags = ["--config", str(configs / "promptkd.yaml"), "--model", f"{folder}/student", "--teacher-model", f"{folder}/teacher"]
         flags += ["--gpu", gpu, "--gpus", str(cards)]
         flags += ["--rank-layouts", "--most-stages", "1", "--keep-best", "", "--micro-batch-size", str(MICRO_BATCH)]
         flags += ["--use-distributed-optimizer"]
@@ -114,13 +87,16 @@ def page(found: dict) -> str:
 
 def table(found: dict) -> list[str]:
     """Markdown, a line a pair and machine."""
+    from megakd.planning.scale import read_scale
+
     head = ["teacher → student", "cards", "layout", "GiB a card, of 79", "seconds an iteration", "other layouts that fit", "that do not"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for key, told in found.items():
         (pair, machine), (best, *others) = key.split(", "), told["layouts"]
         fit = ", ".join(f"{other['layout']} ({other['seconds']:.1f} s)" for other in others if other["fits"])
         no = ", ".join(f"{other['layout']} ({other['gib']:.0f} GiB)" for other in others if not other["fits"])
-        name = f"{PAIRS[pair][0]} → {pair}"
+        teacher, student = (read_scale(ROOT / "configs" / pair)[role]["name"].split("/")[-1] for role in ("teacher", "student"))
+        name = f"{teacher} → {student}"
         lines.append(f"| {name} | {machine} | {best['layout']} | {best['gib']:.1f} | {best['seconds']:.2f} | {fit} | {no} |")
     return lines
 

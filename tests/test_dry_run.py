@@ -138,7 +138,9 @@ def test_memory_by_formula_is_within_10_percent_of_a_run_on_a_cpu(family, method
     grids = loading.grids_of(config.parallel, config.teacher_parallel, ranks=ranks)
     load = load_of(config, RunData.open(config, folders, FirstReplica).loader, grids[0])
     assert 0 < memory.FRAGMENTS < 0.28
-    estimated = [stage.peak / (1 + memory.FRAGMENTS) for stage in memory.memory_per_stage(config, folders, grids, load)]
+    teachers = [teacher.config for teacher in folders.teachers.values()]
+    stages = memory.memory_per_stage(config, folders.student.config, teachers, grids, load)
+    estimated = [stage.peak / (1 + memory.FRAGMENTS) for stage in stages]
     for formula, run in zip(estimated, measured):
         print(f"{name}: {formula / 2**20:.0f} MiB by formula, {run / 2**20:.0f} measured")
         assert abs(formula / run - 1) < 0.10, (formula / 2**20, run / 2**20)

@@ -1,15 +1,9 @@
 """What a scale of the comparison will do: its stages, the memory each rank needs, and the time they take, without doing it.
 
-Memory of a rank, P parameters of the student and Q of the teacher, t = TP × PP, d = the replicas:
+Memory of a rank is what `pretrain_kd.py --dry-run` says of such models (megakd/memory.py): a row as long as --max-length, on every place of
+the layout. An evaluation holds both models and the keys and values of a batch.
 
-    trained       18 P / t bytes in bf16 (weight 2, gradient 4, fp32 master 4, two moments 8), 16 P / t in fp32; with
-                  --use-distributed-optimizer the last twelve of the 18 bytes are divided by d
-    teacher       2 Q / t in bf16, 4 Q / t in fp32
-    activations   17 values a hidden unit, layer and position of a micro-batch, / t; with --recompute one value a layer, and
-                  17 for the layer in hand
-    rollouts      keys and values: 2 values a hidden unit, layer and position, for --rollout-batch-size rows
-
-Time, on a device that reaches F floating-point operations a second and reads B bytes of memory a second:
+Time, P parameters and t = TP × PP, on a device that reaches F floating-point operations a second and reads B bytes of memory a second:
 
     learning      a pass of a micro-batch of n positions through P parameters takes 2 P n / (t F), or the device's overhead for
                   each layer if that is longer; PASSES says how many passes a method makes, backward counted as two
@@ -23,16 +17,22 @@ the overhead are what such models reach on the device, not what its sheet promis
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-import yaml
+from transformers import PretrainedConfig
 
 from megakd.config import Config, EvaluateConfig, from_yaml
 from megakd.errors import quiet_pipe
+from megakd.memory import Load, memory_per_stage
+from megakd.methods import METHODS
+from megakd.models.sizes import parameter_count, stage_sizes
+from megakd.planning.scale import model_of, read_scale
+from megakd.runtime.parallel_layout import Grid
 
 GIB = 1024**3
 TRAINING_STAGES = ("sft_teacher", "sft_student", "kd", "seqkd", "minillm", "promptkd")
@@ -56,34 +56,19 @@ class Device:
     flops: float  # a second, reached by a large matrix product with all that is around it
     bandwidth: float  # bytes a second
     layer_overhead: float  # seconds a decoder layer takes at least
-    value_bytes: int
+    kind: str = "cuda"
+
+    @property
+    def value_bytes(self) -> int:
+        """Of a weight."""
+        return 4 if self.kind == "cpu" else 2
 
 
 DEVICES = {
-    "cpu": Device(50e9, 8e9, 1e-3, 4),  # one core
-    "A100": Device(120e12, 1.2e12, 5e-4, 2),
-    "H200": Device(300e12, 3.0e12, 5e-4, 2),
+    "cpu": Device(50e9, 8e9, 1e-3, "cpu"),  # one core
+    "A100": Device(120e12, 1.2e12, 5e-4),
+    "H200": Device(300e12, 3.0e12, 5e-4),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """Sizes as in scale.yaml."""
-
-    name: str
-    layers: int
-    hidden: int
-    heads: int
-    vocabulary: int
-    ffn: int = 0  # 4 × hidden where not given
-    gated: bool = False
-
-    @property
-    def parameters(self) -> int:
-        """Matrices and one embedding; norms and positions are left out."""
-        matrices = 3 if self.gated else 2
-        layer = 4 * self.hidden**2 + matrices * self.hidden * (self.ffn or 4 * self.hidden)
-        return self.layers * layer + self.vocabulary * self.hidden
 
 
 @dataclass(frozen=True)
@@ -100,11 +85,11 @@ class Plan:
     """All stages of one scale."""
 
     def __init__(self, configs: Path) -> None:
-        self.configs, scale = configs, yaml.safe_load((configs / "scale.yaml").read_text())
+        self.configs, scale = configs, read_scale(configs)
         self.ranks, self.test_rows, self.device = scale["ranks"], scale["test_rows"], DEVICES[scale["device"]]
         self.device_name = scale["device"]
-        vocabulary = {"vocabulary": scale["vocab_size"]} if "vocab_size" in scale else {}
-        self.student, self.teacher = (Model(**(vocabulary | scale[name])) for name in ("student", "teacher"))
+        self.student, self.teacher = (model_of(scale, role) for role in ("student", "teacher"))
+        self.names = [scale[role]["name"] for role in ("teacher", "student")]
 
     def stages(self) -> Iterator[Stage]:
         """In the order of paper.sh; the data, the choice of the initial student and the report take no time to speak of."""
@@ -120,25 +105,17 @@ class Plan:
         seconds = STARTING + self.training_seconds(config, model)
         return Stage(name, iterations(config), self.training_bytes(config, model), seconds)
 
-    def training_bytes(self, config: Config, model: Model) -> float:
-        """Of a rank, by the formulas above."""
-        t = tensor_parallel(config)
-        learner = model.parameters / t * self.bytes_per_parameter(config, self.ranks // t)
-        teacher = self.teacher.parameters / t * self.device.value_bytes if config.needs_teacher else 0
-        width, value = model.hidden / t * config.data.max_length, self.device.value_bytes
-        kept = model.layers + 17 if config.training.recompute else 17 * model.layers
-        activations = kept * width * config.training.micro_batch_size * value
-        writes = config.method in ("seqkd", "minillm", "promptkd")
-        cache = 2 * model.layers * width * config.generation.rollout_batch_size * value if writes else 0
-        return learner + teacher + activations + cache
+    def training_bytes(self, config: Config, model: PretrainedConfig) -> int:
+        """Of the rank that needs most."""
+        parallel, training, length = config.parallel, config.training, config.data.max_length
+        replicas, most = self.ranks // tensor_parallel(config), training.micro_batch_size
+        grid = Grid(0, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, replicas)
+        rows, writes = training.global_batch_size // replicas, METHODS[config.method].answers_prompts(config)
+        load = Load(rows, math.ceil(rows / most), length, most * length, writes, self.device.kind)
+        teachers = [self.teacher] if config.needs_teacher else []
+        return max(stage.peak for stage in memory_per_stage(config, model, teachers, (grid, grid), load))
 
-    def bytes_per_parameter(self, config: Config, replicas: int) -> float:
-        """Of the model that learns, its gradient and optimizer state included."""
-        if self.device.value_bytes == 4:
-            return 16
-        return 6 + 12 / (replicas if config.parallel.use_distributed_optimizer else 1)
-
-    def training_seconds(self, config: Config, model: Model) -> float:
+    def training_seconds(self, config: Config, model: PretrainedConfig) -> float:
         """Of all iterations, rollouts included."""
         training, t = config.training, tensor_parallel(config)
         micro_batches = training.global_batch_size / (training.micro_batch_size * self.ranks / t)
@@ -147,9 +124,9 @@ class Plan:
         reading = own * self.one_pass(model, positions, t) + teachers * self.one_pass(self.teacher, positions, t)
         return iterations(config) * micro_batches * reading + self.rollout_seconds(config)
 
-    def one_pass(self, model: Model, positions: int, t: int) -> float:
+    def one_pass(self, model: PretrainedConfig, positions: int, t: int) -> float:
         """Seconds of a micro-batch's forward pass."""
-        return max(2 * model.parameters * positions / (t * self.device.flops), model.layers * self.device.layer_overhead)
+        return max(2 * parameter_count(model) * positions / (t * self.device.flops), model.num_hidden_layers * self.device.layer_overhead)
 
     def rollout_seconds(self, config: Config) -> float:
         """What is written over the whole run."""
@@ -163,23 +140,23 @@ class Plan:
             return sum(write(model, rows / config.minillm.ppo_epochs) for model in (self.student, self.teacher))
         return 0
 
-    def writing(self, model: Model, rows: float, *, batch: int, length: int, t: int) -> float:
+    def writing(self, model: PretrainedConfig, rows: float, *, batch: int, length: int, t: int) -> float:
         """Seconds for `rows` responses, dealt to all replicas."""
         device = self.device
-        reading = model.parameters * device.value_bytes / (t * device.bandwidth)
-        computing = 2 * model.parameters * batch * min(RESPONSE, length) / length / (t * device.flops)
-        step = max(reading, computing, model.layers * device.layer_overhead)
+        reading = parameter_count(model) * device.value_bytes / (t * device.bandwidth)
+        computing = 2 * parameter_count(model) * batch * min(RESPONSE, length) / length / (t * device.flops)
+        step = max(reading, computing, model.num_hidden_layers * device.layer_overhead)
         return rows / (batch * self.ranks / t) * length * step
 
-    def evaluation(self, name: str, config: EvaluateConfig, model: Model) -> Stage:
+    def evaluation(self, name: str, config: EvaluateConfig, model: PretrainedConfig) -> Stage:
         """Answers of the model for every seed; for the exposure bias one more of the teacher."""
         rows, t = sum(min(self.test_rows, size) for size in TEST_SETS), tensor_parallel(config)
         batch, length = config.responses.batch_size, config.responses.max_new_tokens
         write = partial(self.writing, batch=batch, length=length, t=t)
         seconds = write(model, rows * len(config.seeds)) + write(self.teacher, rows * config.exposure_bias)
-        positions = config.responses.max_prompt_length + length
-        cache = 2 * self.teacher.layers * self.teacher.hidden * positions * batch
-        memory = self.device.value_bytes * (model.parameters + self.teacher.parameters + cache) / t
+        sizes = [stage_sizes(hf, padded_vocab_size=hf.vocab_size, tp=t, pp=1, stage=0) for hf in (model, self.teacher)]
+        cache = max(size.cache for size in sizes) * (config.responses.max_prompt_length + length) * batch
+        memory = self.device.value_bytes * (sum(size.parameters for size in sizes) + cache)
         return Stage(name, None, memory, STARTING + seconds)
 
 
@@ -196,15 +173,20 @@ def iterations(config: Config) -> int:
 
 def main() -> None:
     args = parse_args()
-    plan = Plan(args.configs)
-    print(f"{args.configs.name}: {plan.teacher.name} teaches {plan.student.name}, on {plan.ranks} × {plan.device_name}\n")
+    with quiet_pipe():
+        print_page(Plan(args.configs), args.out)
+
+
+def print_page(plan: Plan, out: Path) -> None:
+    """Every stage, and what is still to do."""
+    print(f"{plan.configs.name}: {plan.names[0]} teaches {plan.names[1]}, on {plan.ranks} × {plan.device_name}\n")
     print(f"{'stage':24}{'iterations':>12}{'GiB a rank':>12}{'time':>18}")
     total = 0.0
     for stage in plan.stages():
-        state = "there already" if done(args.out, stage.name) else str(timedelta(seconds=round(stage.seconds)))
+        state = "there already" if done(out, stage.name) else str(timedelta(seconds=round(stage.seconds)))
         total += 0 if state == "there already" else stage.seconds
         print(f"{stage.name:24}{stage.iterations or '':>12}{stage.bytes / GIB:12.1f}{state:>18}")
-    print(f"\nabout {timedelta(seconds=round(total))} in all, into {args.out}; how this is estimated: docs/recipes.md")
+    print(f"\nabout {timedelta(seconds=round(total))} in all, into {out}; how this is estimated: docs/recipes.md")
 
 
 def done(out: Path, stage: str) -> bool:

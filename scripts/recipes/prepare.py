@@ -1,7 +1,7 @@
 """The data stage of the comparison: test sets of the size that the scale asks for and, where it trains from nothing, its models.
 
     OUT/data/test/<set>.jsonl            the first `test_rows` rows of every set that DATA holds
-    OUT/data/student, OUT/data/teacher   random GPT-2s of the scale's sizes, with TOKENIZER or one made for the data
+    OUT/data/student, OUT/data/teacher   random models of the scale's sizes, with TOKENIZER or one made for the data
 
 The folder appears at once, when all of it is there.
 """
@@ -14,9 +14,8 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-import yaml
-
 from megakd.errors import quiet_pipe
+from megakd.planning.scale import model_of, read_scale
 
 TEST_SETS = {  # as MiniLLM publishes them
     "dolly": "dolly/valid.jsonl",
@@ -43,7 +42,7 @@ def scale_for_new(args: argparse.Namespace) -> dict:
     check_data(args.data)
     if args.out.exists():
         sys.exit(f"error: --out {args.out}: is there already; give another folder")
-    return yaml.safe_load((args.configs / "scale.yaml").read_text())
+    return read_scale(args.configs)
 
 
 def check_data(data: Path) -> None:
@@ -65,24 +64,16 @@ def copy_tests(data: Path, folder: Path, rows: int) -> None:
 
 
 def make_models(folder: Path, scale: dict, train_file: Path) -> None:
-    """Untrained GPT-2s as ordinary Hugging Face folders."""
+    """Untrained models as ordinary Hugging Face folders."""
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import AutoModelForCausalLM
 
     tokenizer = open_tokenizer(scale["vocab_size"], train_file)
     for name in ("teacher", "student"):
-        sizes = scale[name]
-        config = GPT2Config(
-            vocab_size=len(tokenizer),
-            n_layer=sizes["layers"],
-            n_embd=sizes["hidden"],
-            n_head=sizes["heads"],
-            n_positions=scale["positions"],
-            bos_token_id=tokenizer.eos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+        config = model_of(scale | {"vocab_size": len(tokenizer)}, name)
+        config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
         torch.manual_seed(0)
-        model = GPT2LMHeadModel(config)
+        model = AutoModelForCausalLM.from_config(config)
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
         print(f"{name}: {model.num_parameters():,} parameters, {len(tokenizer):,} ids")
