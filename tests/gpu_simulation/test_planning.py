@@ -113,11 +113,12 @@ def test_the_peak_is_that_of_a_real_run_on_a_cpu(tmp_path):
 
 @pytest.mark.slow
 def test_the_peak_is_that_which_an_h200_was_seen_to_have(tmp_path):
-    """benchmarks/results/gpu.md: gpt2-base, 5.0 GiB at most. Its rows were Dolly's, of which the longest filled --max-length."""
+    """benchmarks/results/gpu.md: gpt2-base, 5.0 GiB at most, when a rollout's cache did not stay. Its rows were Dolly's, of which the
+    longest filled --max-length."""
     for name, (layers, hidden) in {"student": (12, 768), "teacher": (24, 1024)}.items():
         config = tiny_config("gpt2", hidden=hidden, layers=layers, vocab_size=50257, n_head=hidden // 64, n_positions=1024)
         config.save_pretrained(tmp_path / name)
-    flags = ["--model", str(tmp_path / "student"), "--teacher-model", str(tmp_path / "teacher"), "--gpu", "h200"]
+    flags = ["--model", str(tmp_path / "student"), "--teacher-model", str(tmp_path / "teacher"), "--gpu", "h200", "--release-decode-cache"]
     (plan,) = plans(from_flags([*flags, "--micro-batch-size", "8", "--global-batch-size", "32"], PlanConfig()))
     assert plan.peak_gib == pytest.approx(5.0, rel=0.15)
 
