@@ -45,6 +45,7 @@ from megakd.reporting.plots import plot_training
 from megakd.reporting.wandb_run import WandbRun
 from megakd.run_data import RunData
 from megakd.runtime.background import background, look, settle
+from megakd.runtime.deterministic import deterministic_mode
 from megakd.runtime.initialize import agreed, hear, is_rank_zero, prepare, seed_everything
 from megakd.runtime.lock import locked
 from megakd.runtime.peers import Peers
@@ -78,7 +79,8 @@ def train(config: Config, *, callbacks: Callbacks = Callbacks(), write_inputs: C
     stop_after(config.running.exit_duration_in_mins)
     set_timeout(config.running.timeout_minutes)
     preflight.check_run_folder(config)
-    with nullcontext() if config.output.show_data else locked(Path(config.output.save)):
+    lock = nullcontext() if config.output.show_data else locked(Path(config.output.save))
+    with deterministic_mode(config.training.deterministic_mode), lock:
         write_inputs()
         _train(config, callbacks)
 

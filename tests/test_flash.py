@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from megakd.models import attention, flash
+from megakd.runtime.deterministic import deterministic_mode
 
 FLASH_4, FLASH_2 = flash.PACKAGES
 packages = pytest.mark.parametrize("package", flash.PACKAGES, ids=lambda package: package.name)
@@ -43,6 +44,18 @@ def test_each_package_is_called_in_its_own_shapes_and_gives_what_torch_gives(mon
     for window in (None, 1, 3, 7, 9):
         ours, theirs = (fn(query, key, value, 0.0, 0.3, window) for fn in (package.attention, attention.sdpa_attention))
         torch.testing.assert_close(ours, theirs)
+
+
+@packages
+def test_each_package_is_asked_for_sums_in_one_order_where_torch_is(monkeypatch, package):
+    """`deterministic`, an argument of both packages' functions."""
+    asked = []
+    install(monkeypatch, package, attend=lambda q, k, v, **options: asked.append(options.get("deterministic")) or q)
+    query = torch.randn(7, 2, 4, 8)
+    with deterministic_mode(True):
+        package.attention(query, query, query, 0.0, None, None)
+    package.attention(query, query, query, 0.0, None, None)
+    assert asked == [True, None]
 
 
 def on_a_gpu(monkeypatch, major: int, dtype=torch.bfloat16, head: int = 64):

@@ -43,6 +43,9 @@ class TrainingConfig:
     gradient_accumulation_fusion: bool = flag(
         False, "linear layers add their weights' gradients to the float32 sums within the matrix product, unrounded; Apex's where it is"
     )
+    deterministic_mode: Annotated[bool, alias("--deterministic")] = flag(
+        False, "on the same GPUs the same bits in every run: deterministic kernels and rings, which are slower; a CPU needs no flag"
+    )
     reference_behaviour: tuple[ReferenceBehaviour, ...] = flag(
         (), "do as PromptKD's code does, by name or all; docs/fidelity.md explains each"
     )

@@ -104,7 +104,7 @@ class Sampler:
         if self.sampling.top_p < 1:
             z = keep_top_p(z, self.sampling.top_p)
         token = argmax(gumbel(streams_B, positions_B, self.tokens).add_(z), self.whole)
-        if self.sampling.top_p < 1 and self.shard.ranks > 1:  # each rank sums the row, in an order that a GPU does not promise
+        if self.sampling.top_p < 1 and self.shard.ranks > 1:  # each rank has its own softmax of the row
             dist.broadcast(token, group=self.shard.tp_group, group_src=0)
         return token
 
@@ -182,12 +182,15 @@ def keep_top_k(logits_BV: Tensor, k: int) -> Tensor:
     return logits_BV.masked_fill(logits_BV < kth, -math.inf)
 
 
+UNITS = 2**52  # of probability: a float32's, cut below that
+
+
 def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
     """The shortest head of the sorted row whose probability reaches p; the rest at -inf."""
     ordered = logits_BV.sort(-1, descending=True).values
-    probability = ordered.softmax(-1)
-    before = probability.cumsum(-1) - probability
-    last = ordered.masked_fill(before >= p, math.inf).amin(-1, keepdim=True)
+    share = (ordered.softmax(-1) * UNITS).long()  # whole numbers: their sum is the same in any order, which a GPU does not promise
+    before = share.cumsum(-1) - share
+    last = ordered.masked_fill(before >= round(p * UNITS), math.inf).amin(-1, keepdim=True)
     return logits_BV.masked_fill(logits_BV < last, -math.inf)
 
 

@@ -34,7 +34,7 @@ def advantages(rewards_RT: Tensor, mask_RT: Tensor, *, gamma: float, length_norm
     for t in reversed(range(rewards_RT.shape[1])):
         later = rewards_RT[:, t] + gamma * later
         returns[:, t] = later
-    remaining_RT = mask_RT.flip(1).cumsum(1).flip(1)
+    remaining_RT = mask_RT.long().flip(1).cumsum(1).flip(1)  # of whole numbers: torch has no deterministic one of others
     return returns * mask_RT / (remaining_RT.clamp(min=1) if length_norm else 1)
 
 

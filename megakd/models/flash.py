@@ -58,7 +58,8 @@ class Package:
         """Of either function."""
         reach = self.no_window if window is None else (window - 1, 0)
         own = {"dropout_p": dropout} if self.knows_dropout else {}
-        return {**own, "softmax_scale": scale, "causal": True, "window_size": reach}
+        same_bits = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}  # backwards: no sums by atomics
+        return {**own, **same_bits, "softmax_scale": scale, "causal": True, "window_size": reach}
 
 
 HEADS_OF_4 = {9: range(8, 257, 8), 10: range(8, 129, 8), 11: range(8, 129, 8)}  # _validate_head_dims of its interface.py, 4.0.0b9

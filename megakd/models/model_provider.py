@@ -161,6 +161,7 @@ def transformer_config(
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
+        "deterministic_mode": torch.are_deterministic_algorithms_enabled(),  # of the embedding's gradient
         "calculate_per_token_loss": True,  # sums travel, the mean is taken once over the global batch
         "gradient_accumulation_fusion": False,
         "bias_activation_fusion": False,

@@ -107,6 +107,8 @@ class Device(TorchDispatchMode):
         if func is aten.equal.default:
             self.wait("equal")
             return True
+        if func is aten.cumsum.default and torch.are_deterministic_algorithms_enabled() and fakes[0].is_floating_point():
+            self.complain("cumsum of floating point has no deterministic algorithm")  # of torch's list the one that models use
         if func is aten.bincount.default:
             return self.counted(*args, **kwargs)
         moved = self.transfer(func, args, kwargs) if func in MOVES else None

@@ -29,6 +29,7 @@ from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.lora import adapt
 from megakd.models.model_provider import build_model
 from megakd.reporting.stopwatch import Stopwatch
+from megakd.runtime.deterministic import deterministic_mode
 from megakd.runtime.initialize import resolve_dtype, seed_everything
 from megakd.runtime.parallel_layout import ParallelLayout
 from megakd.simulation import torch_cuda
@@ -48,9 +49,11 @@ def record_of(asked: Simulated) -> Record:
     record = Record()
     device = Device(record, CARDS[asked.card])
     torch_cuda.install(device, asked.rank, asked.world_size)
+    config = from_values(asked.flags)
+    mode = deterministic_mode(config.training.deterministic_mode)
     try:
-        with device, in_parts(device), responses_end(asked), names_told(asked, device):
-            run = Run(asked, from_values(asked.flags), device)
+        with device, in_parts(device), responses_end(asked), names_told(asked, device), mode:
+            run = Run(asked, config, device)
             run.iterate()
             for step in asked.after:
                 with device.part(step):

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from megakd.data import batch
+from megakd.generation import sampling
 from megakd.generation.room import Room
 from megakd.losses import distillation
 from megakd.methods.base import Method
@@ -89,3 +90,7 @@ def gradients_are_kept_twice(device) -> None:
     StudentOptimizer.step = step
 
 
+
+
+def fractions_are_summed(device) -> None:
+    sampling.keep_top_p = lambda logits_BV, p: logits_BV.masked_fill(logits_BV.softmax(-1).cumsum(-1) > p, -torch.inf)

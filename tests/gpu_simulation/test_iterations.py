@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not shutil.which(shim.COMPILER), reason=f"no {sh
 
 CASES = [(method, layout) for method in METHODS for layout in LAYOUTS]
 DIAGONAL = [("sft", "TP1"), ("kd", "TP2 SP"), ("seqkd", "TP1"), ("distillm", "TP1"), ("minillm", "DP2 zero"), ("promptkd", "TP2 PP2"),
-            ("response_priming", "TP1")]  # fmt: skip
+            ("response_priming", "TP1"), ("minillm", "deterministic")]  # fmt: skip
 assert {method for method, _ in DIAGONAL} == set(METHODS)
 GOLDEN = Path(__file__).with_name("golden.json")
 BUDGET = {"sft": 3, "kd": 3, "seqkd": 3, "distillm": 3, "minillm": 3, "promptkd": 4, "response_priming": 3}  # waits of an iteration, at most
@@ -111,6 +111,7 @@ FAULTS = {  # planted in faults.py: (method, layout), what is said
     "a_stage_sends_less": (("sft", "TP2 PP2"), "sends"),
     "every_loss_is_looked_at": (("sft", "TP1"), "budget"),
     "gradients_are_kept_twice": (("sft", "TP1"), "golden"),
+    "fractions_are_summed": (("minillm", "deterministic"), "cumsum of floating point"),
 }
 
 

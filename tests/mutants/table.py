@@ -690,6 +690,21 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (GENERATION + "sampling.py", ".add_(math.log(share))", ".add_(0.0)"),
         (GENERATION + "sampling.py", "else z / self.sampling.temperature", "else z * self.sampling.temperature"),
     ],
+    of("test_deterministic", "a_run_has_them_and_the_same_numbers_on_a_cpu"): [
+        ("megakd/trainer.py", "deterministic_mode(config.training.deterministic_mode), lock", "deterministic_mode(False), lock"),
+    ],
+    of("test_deterministic", "an_environment_that_promises_nothing_is_refused"): [
+        ("megakd/runtime/deterministic.py", "not in values:", "is None:"),
+    ],
+    of("test_deterministic", "megatrons_embedding_takes_its_deterministic_way_back"): [
+        (MODELS + "model_provider.py", '"deterministic_mode": torch.are_deterministic_algorithms_enabled()', '"deterministic_mode": False'),
+    ],
+    of("test_flash", "each_package_is_asked_for_sums_in_one_order_where_torch_is"): [
+        (MODELS + "flash.py", "{**own, **same_bits,", "{**own,"),
+    ],
+    of("test_deterministic", "top_p_sums_whole_numbers"): [
+        (GENERATION + "sampling.py", "before >= round(p * UNITS)", "share >= round(p * UNITS)"),
+    ],
     of("test_generation", "repetition_limits_are_those_of_transformers"): [
         (GENERATION + "sampling.py", "logits_BV < 0, logits_BV * penalty, logits_BV / penalty", "logits_BV < 0, logits_BV / penalty, logits_BV / penalty"),
     ],
