@@ -25,9 +25,11 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.launcher import api
 
+from megakd.errors import file_errors, told_in_one_line
+
 USERS_MISTAKE = 2  # errors.fail's exit code
 HANDED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
-REPORT = "megakd_launch.log"
+REPORT = f"megakd_launch_{os.getuid()}.log"  # a machine's folder for temporary files has other users, too
 
 
 class Agent(LocalElasticAgent):
@@ -66,7 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
     api.LocalElasticAgent = Agent  # the class that the launcher makes an agent of
     args = torchrun.parse_args(arguments)
     report = Path(args.log_dir or tempfile.gettempdir()) / REPORT
-    with_file(logging.getLogger("torch.distributed.elastic"), report)
+    with told_in_one_line(), file_errors(report, way_out="give --log-dir a folder that can be written"):
+        with_file(logging.getLogger("torch.distributed.elastic"), report)
     try:
         torchrun.run(args)
     except ChildFailedError as error:

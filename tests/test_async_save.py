@@ -16,7 +16,7 @@ from test_stop import wait_until
 from test_trainer import command, inputs, numbers, run  # noqa: F401
 
 from megakd import trainer
-from megakd.checkpointing import publish, space, torch_dist_save, training
+from megakd.checkpointing import publish, space, torch_dist_save, torch_dist_writer, training
 from megakd.checkpointing.native import NativeCheckpoint, read_latest
 from megakd.config import parse
 from megakd.errors import UserError
@@ -203,6 +203,10 @@ def no_room_beside_tensors(layout):
     training.write_hf_folder = no_room
 
 
+def no_room_for_numbers(layout):
+    torch_dist_writer.COMMON = "/dev/full"  # where a folder's name is put before it
+
+
 def no_room_for_a_name(layout):
     publish.take_name = no_room
 
@@ -221,6 +225,7 @@ def no_export(layout):
 ALONE = {  # what rank 0 alone meets, in a run that waits for its checkpoints and in one that does not; and what all say of it
     "tensors, beside": (no_room_beside_tensors, SLOW, os.strerror(errno.ENOSPC)),
     "tensors": (no_room_beside_tensors, FLAGS, os.strerror(errno.ENOSPC)),
+    "numbers": (no_room_for_numbers, FLAGS, os.strerror(errno.ENOSPC)),
     "name, beside": (no_room_for_a_name, SLOW, os.strerror(errno.ENOSPC)),
     "folder": (no_folder, FLAGS, os.strerror(errno.EEXIST)),
     "export": (no_export, FLAGS, "no export"),

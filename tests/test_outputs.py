@@ -225,6 +225,21 @@ def test_a_checkpoint_that_finds_no_space_is_one_line_and_leaves_nothing_half_wr
     assert not list((tmp_path / "broken").glob("checkpoints/*"))
 
 
+def test_a_conversion_that_finds_no_space_is_one_line_and_leaves_nothing(lab, tmp_path):
+    """torch hides what the system says of a tensor larger than the file's buffer."""
+    assert run_distributed(convert_in_little_space, 1, lab / "student", tmp_path / "native") == ["File too large; raise the limit of a file's size"]
+    assert not list(tmp_path.iterdir())
+
+
+def convert_in_little_space(layout, model: Path, target: Path) -> str:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    with pytest.raises(UserError) as error:
+        hf_to_native(model, target, tp=1, pp=1)
+    return str(error.value).removeprefix(f"{target}/iter_0000000: ")
+
+
 def test_two_commands_that_write_one_folder_are_told(tmp_path):
     told = r"\S+/out: another command writes it too, and took away what was half-written; run one at a time"
     with pytest.raises(UserError, match=told), published(tmp_path / "out") as folder:

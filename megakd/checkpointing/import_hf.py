@@ -13,10 +13,10 @@ from megakd.checkpointing.description import Description, layout_dict
 from megakd.checkpointing.hf_files import write_hf_folder
 from megakd.checkpointing.hf_source import WindowedCheckpoint
 from megakd.checkpointing.hf_view import HuggingFaceView
-from megakd.checkpointing.native import COMMON, NativeCheckpoint, is_native, iteration_folder, write_latest
+from megakd.checkpointing.native import NativeCheckpoint, is_native, iteration_folder, write_latest
 from megakd.checkpointing.parameters import Grid, Parameter, checkpoint_parameters, extra_state_key
 from megakd.checkpointing.publish import check_target, published
-from megakd.checkpointing.torch_dist_writer import TorchDistWriter
+from megakd.checkpointing.torch_dist_writer import TorchDistWriter, write_common
 from megakd.checkpointing.verify import check_equal, progress
 from megakd.errors import UserError, tell
 from megakd.models.hf_checkpoint import DTYPES
@@ -111,7 +111,7 @@ def _write_parameters(folder: Path, source: WindowedCheckpoint, plan: list[Plann
                 bar.update(data.nbytes)
         for rank, key in extra_states([item.parameter for item in plan], grid):
             writer.add_extra_state(rank, key)
-    torch.save({}, folder / COMMON)
+    write_common({}, folder)
     for parameter in list(diverged)[:1]:
         name = parameter.mapping.sources()[0].name
         tell(f"{source.place(name)}: {name} and {len(diverged) - 1} more hold NaN or infinite values, which are converted as they are")

@@ -35,11 +35,26 @@ def published(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def system_errors() -> Iterator[None]:
+    """What the system says of a file, where torch's writer hides it behind "unexpected pos 704 vs 598"."""
+    try:
+        yield
+    except RuntimeError as error:
+        said: BaseException | None = error
+        while said is not None and not isinstance(said, OSError):
+            said = said.__cause__ or said.__context__
+        if said is None:
+            raise
+        raise said from error
+
+
+@contextmanager
 def writing(target: Path) -> Iterator[None]:
     """What goes wrong with the files of a folder that is being published is told with the folder's name; other files tell of themselves."""
     folder = hidden(target)
     try:
-        yield
+        with system_errors():
+            yield
     except OSError as error:
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
         if names and not any(name.startswith((str(folder), str(target))) for name in names):

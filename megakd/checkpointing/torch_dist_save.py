@@ -8,8 +8,6 @@ megatron-core: 0.19 would put what is no tensor among the tensors, as a pickle; 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,8 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 
 from megakd.checkpointing.native import COMMON
+from megakd.checkpointing.publish import system_errors
+from megakd.checkpointing.torch_dist_writer import write_common
 from megakd.errors import UserError, file_errors
 from megakd.runtime.waiting import background_group, patient_group
 
@@ -42,33 +42,14 @@ class Writer(dcp.FileSystemWriter):
         return None
 
     def write_data(self, plan, planner):
-        """As torch's, whose RuntimeError ("unexpected pos 704 vs 598") hides what the system said."""
-        with system_errors(Path(self.path)):
+        """As torch's, with the folder's name in what the system says."""
+        with file_errors(self.path), system_errors():
             return super().write_data(plan, planner)
 
     def finish(self, metadata, results):
         """The index."""
-        with system_errors(Path(self.path)):
+        with file_errors(self.path), system_errors():
             super().finish(metadata, results)
-
-
-@contextmanager
-def system_errors(folder: Path) -> Iterator[None]:
-    """A full disk, and whatever else the system says while a checkpoint is written, in one line.
-
-    Raises:
-        UserError: on the rank that met it.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        said: BaseException | None = error
-        while said is not None and not isinstance(said, OSError):
-            said = said.__cause__ or said.__context__
-        if said is None:
-            raise
-        with file_errors(folder):
-            raise said from error
 
 
 class StagedSave:
@@ -83,7 +64,7 @@ class StagedSave:
         """From all ranks at once; `content` says what the state is, as megatron-core's `content_metadata`."""
         shards, common = save_preprocess(state | {"content_metadata": content})
         if dist.get_rank() == 0:
-            torch.save(common, folder / COMMON)
+            write_common(common, folder)
             save_config(CheckpointingConfig("torch_dist", 1), str(folder))
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(shards, keep_only_main_replica=True)
         for shard in (shard for shards in by_key.values() for shard in shards if self.in_background and isinstance(shard, ShardedTensor)):

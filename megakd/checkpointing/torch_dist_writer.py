@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megakd.checkpointing.native import COMMON
 from megakd.checkpointing.safe_metadata import METADATA
 
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
@@ -77,6 +78,15 @@ class TorchDistWriter:
         with (self.folder / METADATA).open("wb") as file:
             pickle.dump(Metadata(self.entries, storage_data=self.places, version=CURRENT_DCP_VERSION), file)
             flush(file)
+
+
+def write_common(common: dict, folder: Path) -> None:
+    """What is no tensor, by way of memory: of a full disk torch.save into a path says no more than "iostream error"."""
+    whole = io.BytesIO()
+    torch.save(common, whole)
+    with (folder / COMMON).open("wb") as file:
+        file.write(whole.getvalue())
+        flush(file)
 
 
 def flush(file: io.BufferedWriter) -> None:
