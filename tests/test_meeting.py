@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
 
+from megakd import launch
 from megakd.errors import LostRankError
 from megakd.launch import Agent, tell_address_anew
 from megakd.runtime.meeting import be_welcomed, welcome_all
@@ -87,3 +88,12 @@ def test_a_launcher_that_is_told_to_stop_while_it_waits_for_others_ends_at_once(
     finally:
         signal.signal(signal.SIGTERM, before)
     assert ended.value.code == 128 + signal.SIGTERM
+
+
+def test_a_launchers_report_is_its_users_own_and_one_that_cannot_be_written_is_one_line(capsys):
+    assert str(os.getuid()) in launch.REPORT
+    with pytest.raises(SystemExit) as ended:
+        launch.main(["--log-dir", "/proc/nowhere", "--nproc_per_node", "1", "train.py"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and line.startswith(f"error: /proc/nowhere/{launch.REPORT}: ")
+    assert line.endswith("; give --log-dir a folder that can be written")

@@ -19,7 +19,9 @@ class TrainingConfig:
         None, "positions of one forward pass on one rank, a further limit beside --micro-batch-size", range=POSITIVE
     )
     pack: bool = flag(
-        False, "rows of a micro-batch stand one behind the other without padding, attention stays inside each; the same numbers"
+        False,
+        "rows of a micro-batch stand one behind the other without padding, attention stays inside each; the same numbers, "
+        "but those that --reference-behaviour mean-of-means makes depend on micro-batches",
     )
     global_batch_size: Annotated[int, alias("--gbs")] = flag(32, "rows of one optimizer step over all ranks", range=POSITIVE)
     train_iters: Annotated[int | None, alias("--max-steps")] = flag(None, "optimizer steps; or give --epochs", range=POSITIVE)
