@@ -32,15 +32,18 @@ SURVIVED, KILLED, HUNG = "survived", "killed", "killed (hangs)"
 
 
 def main() -> None:
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests")]
+    import warm_python
     from table import MUTANTS
 
     args = parse_args()
     chosen = [mutant for mutant in MUTANTS if not args.words or any(word in " ".join(mutant) for word in args.words)]
     started = time.perf_counter()
     work = [Work(tests) for tests in sorted({mutant.tests for mutant in chosen})] + [Work(mutant.tests, mutant) for mutant in chosen]
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by a library as it is imported, which is before conftest.py says so
     with tempfile.TemporaryDirectory() as folder:
-        do(work, [copy_of_the_tree(Path(folder) / str(number)) for number in range(args.processes)], args.seconds)
+        python, _server = warm_python.start(Path(folder))
+        do(work, [copy_of_the_tree(Path(folder) / str(number)) for number in range(args.processes)], args.seconds, python)
     results = [item.outcome for item in work if item.mutant]
     killed = len(results) - results.count(SURVIVED)
     print(f"\n{killed} of {len(results)} mutants killed ({killed / max(1, len(results)):.1%}), {time.perf_counter() - started:.0f} s")
@@ -76,7 +79,7 @@ class Work:
     mutant: Any = None
     outcome: str = ""
 
-    def start(self, folder: Path) -> None:
+    def start(self, folder: Path, python: Path) -> None:
         """Change the copy, and begin."""
         self.folder, self.began = folder, time.perf_counter()
         if self.mutant:
@@ -85,7 +88,7 @@ class Work:
             assert text.count(self.mutant.old) == 1, f"{self.mutant.file} holds {self.mutant.old!r} {text.count(self.mutant.old)} times"
             file.write_text(text.replace(self.mutant.old, self.mutant.new))
             self.restore = lambda: file.write_text(text)
-        self.process = run_tests(folder, self.tests)
+        self.process = run_tests(folder, self.tests, python)
 
     def has_ended(self, seconds: float) -> bool:
         """Whether it is over, be it by force; the copy is then as it was."""
@@ -106,7 +109,7 @@ class Work:
         return True
 
 
-def do(work: list[Work], copies: list[Path], seconds: float) -> None:
+def do(work: list[Work], copies: list[Path], seconds: float, python: Path) -> None:
     """All of it, one piece a copy at a time."""
     waiting, running = list(work), []
     while waiting or running:
@@ -114,18 +117,18 @@ def do(work: list[Work], copies: list[Path], seconds: float) -> None:
         for folder in copies:
             if waiting and all(item.folder != folder for item in running):
                 running.append(waiting.pop(0))
-                running[-1].start(folder)
+                running[-1].start(folder, python)
         time.sleep(0.1)
 
 
-def run_tests(folder: Path, tests: str) -> subprocess.Popen:
-    """pytest on the copy, in a process group of its own; its exit code is 3 where megakd would come from elsewhere."""
+def run_tests(folder: Path, tests: str, python: Path) -> subprocess.Popen:
+    """pytest on the copy, by a python that holds the libraries already, in a process group of its own; its exit code is 3 where megakd would come from elsewhere."""
     paths = os.pathsep.join([str(folder), str(folder / "kernels")])
     data = os.environ.get("MEGAKD_TEST_DATA", str(ROOT.parent / "shared" / "data"))
     environment = os.environ | {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "MEGAKD_TEST_DATA": data}
     options = ["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(folder), *tests.split("|")]
     return subprocess.Popen(
-        [sys.executable, "-c", PYTEST, str(folder), *options],
+        [python, "-c", PYTEST, str(folder), *options],
         cwd=folder,
         env=environment,
         stdout=subprocess.DEVNULL,
