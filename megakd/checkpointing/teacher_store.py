@@ -71,7 +71,7 @@ class Description:
     hidden_size: int
     teacher: str  # its folder
     checksum: str  # of that
-    quantize: str  # none, int8, int4
+    quantize: str  # as --teacher-quantize has it
     conditioning: dict[str, Any]  # flags that say what the teacher reads
     data: dict[str, str]  # files by flag
     texts: int

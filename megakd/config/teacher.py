@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from megakd.config.train import Config
 
 CACHE_HELP = "folder that scripts/cache_teacher.py wrote: its targets are read in place of a teacher, and none is loaded"
-Quantization = Literal["none", "int8", "int4"]
+Quantization = Literal["none", "int8", "int4", "int8-dynamic", "fp8-dynamic"]
 QUANTIZE_HELP = (
-    "weights of the teacher's layers as codes of 8 bits, a scale a row, or of 4, a scale for 32 of a row, by torchao; what that changes on "
-    "the first batch is told"
+    "weights of the teacher's layers as codes of 8 bits, a scale a row, or of 4, a scale for 32 of a row, by torchao; dynamic: of 8 bits, "
+    "and so is what they are multiplied with where no gradient passes, which is quicker; what that changes on the first batch is told"
 )
 
 

@@ -6,6 +6,7 @@ and scatters the sequence, so they stay. Adapters (`lora`) are called here, in t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -20,6 +21,7 @@ class Adapted:
     """A linear layer to whose product its adapters add theirs, where it has any."""
 
     cut: ClassVar[dict[str, int]]  # its own parameters that tensor parallelism cuts, and along which axis
+    multiply: Callable[[Tensor, bool], Tensor] | None = None  # the product without gradients, of codes (eight_bit.py)
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -48,9 +50,11 @@ class ColumnLinear(Adapted, ColumnParallelLinear):
 
     def product(self, input_: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
         """Without adapters."""
-        if torch.is_grad_enabled() or self.sequence_parallel or args or kwargs:
+        is_coded = self.multiply is not None
+        if torch.is_grad_enabled() or (self.sequence_parallel and not is_coded) or args or kwargs:
             return ColumnParallelLinear.forward(self, input_, *args, **kwargs)
-        output, bias = F.linear(input_, self.weight), self.bias
+        output = self.multiply(input_, self.sequence_parallel) if is_coded else F.linear(input_, self.weight)
+        bias = self.bias
         if self.skip_bias_add or bias is None:
             return output, bias
         return output + bias, None
@@ -63,8 +67,11 @@ class RowLinear(Adapted, RowParallelLinear):
 
     def product(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """Without adapters."""
-        if torch.is_grad_enabled() or self.sequence_parallel or not self.skip_bias_add:
+        is_coded = self.multiply is not None
+        if torch.is_grad_enabled() or (self.sequence_parallel and not is_coded) or not self.skip_bias_add:
             return RowParallelLinear.forward(self, input_)
+        if is_coded:
+            return self.multiply(input_, self.sequence_parallel), self.bias
         output = F.linear(input_, self.weight)
         if self.tp_group.size() > 1:
             dist.all_reduce(output, group=self.tp_group)

@@ -1,8 +1,10 @@
 """A frozen model with the weights of its layers' products as 8- or 4-bit codes, by torchao; numbers again where they are used, a layer
-at a time, so that every path of a model (training through it, sequence parallelism, decoding) is the one of plain weights.
+at a time, so that every path of a model (training through it, sequence parallelism, decoding) is the one of plain weights. The dynamic
+kinds multiply their codes where no gradient passes (eight_bit.py).
 
     int8    w ≈ scale · code, code in -128 .. 127, a scale a row of the whole weight, whichever ranks hold its columns
     int4    the same in -8 .. 7, a scale for every 32 neighbours of a row where a rank holds whole such groups, else a row; two codes a byte
+    int8-dynamic, fp8-dynamic    a scale a row of the whole weight
 
 Embeddings, norms, biases and the output layer stay as they are. Scales are float32.
 """
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from megakd.errors import UserError
+from megakd.models import eight_bit
 from megakd.models.gpt_model import HiddenStateGPTModel
 from megakd.models.linear import ColumnLinear, RowLinear
 
@@ -30,7 +33,9 @@ def check_quantization(kind: str) -> None:
     Raises:
         UserError: torchao is needed and not there.
     """
-    if kind != "none" and find_spec("torchao") is None:
+    if kind == "fp8-dynamic" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+        raise UserError("--teacher-quantize fp8-dynamic needs a card of compute capability 8.9 (Ada, Hopper) or later; use int8-dynamic")
+    if kind in BOUNDS and find_spec("torchao") is None:
         raise UserError(f"--teacher-quantize {kind} needs torchao; install it (pip install torchao), or leave the flag out")
 
 
@@ -38,8 +43,11 @@ def quantize(model: HiddenStateGPTModel, kind: str) -> None:
     """In place, on all ranks of the model at once."""
     for module in model.decoder.modules():
         if isinstance(module, (ColumnLinear, RowLinear)):
+            codes = eight_bit.DynamicCodes if kind in eight_bit.TYPES else Codes
             group = module.tp_group if isinstance(module, RowParallelLinear) else None  # whose rows are cut
-            parametrize.register_parametrization(module, "weight", Codes(kind, module.weight, group), unsafe=True)
+            parametrize.register_parametrization(module, "weight", codes(kind, module.weight, group), unsafe=True)
+            if kind in eight_bit.TYPES and eight_bit.fits(module.weight):
+                module.multiply = eight_bit.EightBitProduct.of(module)
 
 
 class Codes(torch.nn.Module):

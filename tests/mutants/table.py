@@ -690,6 +690,22 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (GENERATION + "sampling.py", ".add_(math.log(share))", ".add_(0.0)"),
         (GENERATION + "sampling.py", "else z / self.sampling.temperature", "else z * self.sampling.temperature"),
     ],
+    of("test_quantised_teacher", "codes_of_a_row_that_ranks_share_are_those_of_the_whole"): [
+        (MODELS + "eight_bit.py", "dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)", "pass"),
+    ],
+    of("test_quantised_teacher", "a_dynamic_teacher_multiplies_codes_at_every_layout_alike"): [
+        (MODELS + "linear.py", "(self.sequence_parallel and not is_coded) or args", "self.sequence_parallel or args"),
+        (MODELS + "weight_only.py", "module.multiply = eight_bit", "module.unused = eight_bit"),
+    ],
+    of("test_quantised_teacher", "ranks_that_share_a_layer_multiply_the_codes_of_the_whole"): [
+        (MODELS + "eight_bit.py", "self.group if self.cuts_columns else None)", "None)"),
+        (MODELS + "eight_bit.py", "if sequence_parallel and not self.cuts_columns:", "if False:"),
+        (MODELS + "eight_bit.py", "        dist.all_reduce(out, group=self.group)", "        pass"),
+    ],
+    of("test_quantised_teacher", "a_dynamic_product_is_that_of_the_codes_of_both"): [
+        (MODELS + "eight_bit.py", 'scaled.round() if kind == "int8-dynamic" else scaled', "scaled"),
+        (MODELS + "eight_bit.py", "sums * x_scales * w_scales.t()", "sums * x_scales * w_scales.mean()"),
+    ],
     of("test_deterministic", "a_run_has_them_and_the_same_numbers_on_a_cpu"): [
         ("megakd/trainer.py", "deterministic_mode(config.training.deterministic_mode), lock", "deterministic_mode(False), lock"),
     ],
