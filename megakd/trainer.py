@@ -313,7 +313,7 @@ class Trainer:
             return self._leave_out(error)
         self.left_out, seconds = 0, time.perf_counter() - start
         metrics |= {"tokens_per_second": metrics["positions"] / seconds, "memory_gib": peak_memory() / GIB}
-        metrics |= (self.engine.take_differences() if self.engine else {}) | self.method.time.take()
+        metrics |= self._noted_beside()
         self.logger.log(self.iteration, metrics)
         if self.config.output.save_rollouts and self.method.rollouts:
             self._write_rollouts()
@@ -336,8 +336,12 @@ class Trainer:
         if self.config.running.on_nonfinite == "stop" or self.left_out == LEFT_OUT_IN_A_ROW:
             raise UserError(f"{told}; {way_out(latest)}, or leave such steps out with --on-nonfinite skip")
         tell(told)
-        self.method.time.take()
+        self._noted_beside()
         self.logger.log(self.iteration, {"left_out": 1.0})
+
+    def _noted_beside(self) -> dict[str, float]:
+        """What was noted beside the method's numbers since it was last asked for: another engine's rollouts, and seconds."""
+        return (self.engine.take_differences() if self.engine else {}) | self.method.time.take()
 
     def _write_rollouts(self) -> None:
         """Every replica's responses of this iteration, on rank 0."""

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, TemperatureLogitsWarper, TopKLogi
 from megakd import preflight
 from megakd.checkpointing.live_tensors import live_tensors, skipped_rows
 from megakd.checkpointing.model_folder import ModelFolder
-from megakd.config import Config, DataConfig
+from megakd.config import Config, DataConfig, LoRAConfig
 from megakd.data.batch import Sample
 from megakd.data.end_ids import EndIds
 from megakd.errors import UserError
@@ -39,6 +39,7 @@ from megakd.generation.sampling import Sampling
 from megakd.generation.vllm_engine import VllmEngine
 from megakd.methods.agreement import LARGEST, MEAN
 from megakd.methods.rollout import rollout
+from megakd.models.lora import ALL_LINEAR, Adapter, ColumnAdapter, adapt
 from megakd.reporting.jsonl import read_jsonl
 
 STAND_INS = Path(__file__).parent / "stand_ins"
@@ -166,13 +167,16 @@ def narrowed(layout, folder):
     ours = generate(model, few, IDS, SAMPLED, eos_id=EOS)
     theirs = tokens(engine_of(model, folder).generate(few, IDS, replace(SAMPLED, temperature=2.0), eos_id=(EOS,), generations=NONE))
     assert max(max(response) for response in ours + theirs) < 80
+    hungry = replace(CONFIG, generation=replace(CONFIG.generation, vllm_gpu_memory_utilization=0.99))
+    with pytest.raises(UserError, match=r"--rollout-engine vllm does not start: Free memory .*; if memory lacks, another --vllm-gpu-memory-utilization than 0.99"):
+        VllmEngine(model, ModelFolder.open(folder), hungry, sleeps=False)
     with torch.no_grad():
         next(model.parameters())[5] = torch.nan
     with pytest.raises(UserError, match="--rollout-engine vllm: the response to sample 31 has tokens whose logits are NaN"):
         engine_of(model, folder).generate([[5, 6]], IDS[:1], SAMPLED, eos_id=(EOS,), generations=[0])
 
 
-def test_ids_that_do_not_count_are_never_drawn_and_nan_is_told(folders):
+def test_ids_that_do_not_count_are_never_drawn_and_what_does_not_go_is_told(folders):
     run_distributed(narrowed, 1, folders["gpt2"])
 
 
@@ -186,20 +190,40 @@ def differences(layout, folder):
     written, told = write(), engine.take_differences()
     assert engine.take_differences() == {}
     with pytest.MonkeyPatch.context() as patch:
-        wrong = lambda *given: ((name, tensor + 0.1 if name.endswith("ln_f.bias") else tensor) for name, tensor in live_tensors(*given))
-        patch.setattr(vllm_engine, "live_tensors", wrong)
+        spoilt = lambda *given: ((name, tensor + 0.1 if name.endswith("ln_f.bias") else tensor) for name, tensor in live_tensors(*given))
+        patch.setattr(vllm_engine, "live_tensors", spoilt)
         write()
-    return told, engine.take_differences(), {sample.sample_id: sample.response for sample in written}
+    wrong = engine.take_differences()
+    assert write() == written and engine.take_differences() == told, "nothing is kept of the wrong weights"
+    return told, wrong
 
 
 @pytest.mark.parametrize("ranks, sizes", [(1, {}), (2, {"tp": 2}), (2, {"pp": 2}), (2, {})], ids=["one rank", "TP2", "PP2", "DP2"])
 def test_log_probabilities_agree_unless_a_weight_is_wrong(folders, ranks, sizes):
     found = run_distributed(differences, ranks, folders["gpt2"], **sizes)
-    assert all(one[:2] == found[0][:2] for one in found), "all ranks know the numbers"
-    right, wrong, _ = found[0]
+    assert all(one == found[0] for one in found), "all ranks know the numbers"
+    right, wrong = found[0]
     assert set(right) == {MEAN, LARGEST}
     assert 0 < right[MEAN] < 1e-5 and right[MEAN] < right[LARGEST] < 1e-4
     assert wrong[MEAN] > 1e-2 and wrong[LARGEST] > 2 * wrong[MEAN]
+
+
+def adapted(layout, folder):
+    """Responses of a model with adapters that have learnt, by both."""
+    model = load(layout, folder)
+    adapt(model, LoRAConfig(lora_rank=4, lora_target_modules=(ALL_LINEAR,)), seed=5)
+    for adapter in (module for module in model.modules() if isinstance(module, Adapter)):
+        noise = torch.Generator().manual_seed(layout.tp_rank if isinstance(adapter, ColumnAdapter) else 7)  # whose B is cut, or whole
+        adapter.B.data.normal_(0, 0.5, generator=noise)
+    plain = generate(load(layout, folder), prompts(), IDS, GREEDY, eos_id=EOS)
+    engine = engine_of(model, folder)
+    written = engine.generate(prompts(), IDS, GREEDY, eos_id=(EOS,), generations=NONE)
+    assert tokens(written) == generate(model, prompts(), IDS, GREEDY, eos_id=EOS) != plain
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_adapters_are_handed_over_in_the_weights(tmp_path, tp):
+    run_distributed(adapted, tp, tiny_folder(tmp_path / "llama", "llama", layers=2), tp=tp)
 
 
 RUNS = {  # ranks and flags of runs with either engine: a soft prompt and answers to a prompt twice, adapters; both with dropout's masks
@@ -298,10 +322,10 @@ def test_vllm_knows_the_names_that_are_relied_on():
 
 def test_no_other_names_are_used():
     source = inspect.getsource(vllm_engine)
-    asked = re.search(r"return LLM\((.*?)\n    \)", source, re.S).group(1)
-    assert set(re.findall(r"^        (\w+)=", asked, re.M)) == RELIED_ON["LLM"]
+    asked = re.search(r"return LLM\((.*?)\n        \)", source, re.S).group(1)
+    assert set(re.findall(r"^            (\w+)=", asked, re.M)) == RELIED_ON["LLM"]
     given = re.search(r"shared = \{(.*?)\n        \}", source, re.S).group(1)
-    assert set(re.findall(r'^            "(\w+)":', given, re.M)) | {"seed", "max_tokens"} == RELIED_ON["SamplingParams"]
+    assert set(re.findall(r'^            "(\w+)":', given, re.M)) | {"seed"} == RELIED_ON["SamplingParams"]
 
 
 def test_a_folder_of_quantised_weights_is_refused(tmp_path, monkeypatch):

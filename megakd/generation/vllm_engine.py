@@ -34,7 +34,7 @@ import torch
 from megakd.checkpointing.live_tensors import live_tensors, skipped_rows
 from megakd.checkpointing.model_folder import ModelFolder
 from megakd.config import Config
-from megakd.errors import UserError
+from megakd.errors import UserError, said
 from megakd.generation.answers import gather_by_index
 from megakd.generation.sampling import Sampling, noise_streams
 from megakd.models.gpt_model import HiddenStateGPTModel
@@ -76,7 +76,7 @@ class VllmEngine:
     """
 
     def __init__(self, model: HiddenStateGPTModel, folder: ModelFolder, config: Config, *, sleeps: bool):
-        self.model, self.sleeps, self.max_length = model, sleeps, config.data.max_length
+        self.model, self.sleeps = model, sleeps
         self.skipped = skipped_rows(model, folder.source)
         self.differences: dict[str, float] = {}  # of the iteration in hand, to be logged
         with as_it_was(model.layout):
@@ -154,37 +154,46 @@ class VllmEngine:
             "stop_token_ids": sorted(ends),
             "ignore_eos": True,  # these ends and no others
             "logprobs": 0,  # of the token that was drawn, alone
+            "max_tokens": sampling.max_new_tokens,  # or fewer, where prompt and response fill max_model_len
             "detokenize": False,
         }
-        room = [min(sampling.max_new_tokens, self.max_length - len(prompt)) for prompt in prompts]
-        params = [SamplingParams(**shared, seed=seed, max_tokens=tokens) for seed, tokens in zip(seeds, room)]
+        params = [SamplingParams(**shared, seed=seed) for seed in seeds]
         rows = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        return [written(output, ends) for output in self.llm.generate(rows, params, use_tqdm=False)]
+        return [read_output(output, ends) for output in self.llm.generate(rows, params, use_tqdm=False)]
 
 
 def start(model: HiddenStateGPTModel, folder: ModelFolder, config: Config, sleeps: bool) -> Any:
-    """The engine, with weights of nobody's: its `LLM`."""
+    """The engine, with weights of nobody's: its `LLM`.
+
+    Raises:
+        UserError: vLLM cannot serve such a model, or lacks memory.
+    """
     from vllm import LLM
 
-    return LLM(
-        model=str(folder.hf_folder),
-        hf_overrides={"vocab_size": model.real_vocab_size, "tie_word_embeddings": model.hf_config.tie_word_embeddings},
-        skip_tokenizer_init=True,
-        generation_config="vllm",  # its neutral defaults, not those of the model's folder
-        load_format="dummy",
-        dtype=str(model.config.params_dtype).removeprefix("torch."),
-        tensor_parallel_size=model.layout.tp_size,
-        distributed_executor_backend="external_launcher",
-        max_model_len=config.data.max_length,
-        max_num_seqs=config.generation.rollout_batch_size,
-        gpu_memory_utilization=config.generation.vllm_gpu_memory_utilization,
-        enable_sleep_mode=sleeps,
-        logprobs_mode="raw_logprobs",
-    )
+    share = config.generation.vllm_gpu_memory_utilization
+    try:
+        return LLM(
+            model=str(folder.hf_folder),
+            hf_overrides={"vocab_size": model.real_vocab_size, "tie_word_embeddings": model.hf_config.tie_word_embeddings},
+            skip_tokenizer_init=True,
+            generation_config="vllm",  # its neutral defaults, not those of the model's folder
+            load_format="dummy",
+            dtype=str(model.config.params_dtype).removeprefix("torch."),
+            tensor_parallel_size=model.layout.tp_size,
+            distributed_executor_backend="external_launcher",
+            max_model_len=config.data.max_length,
+            max_num_seqs=config.generation.rollout_batch_size,
+            gpu_memory_utilization=share,
+            enable_sleep_mode=sleeps,
+            logprobs_mode="raw_logprobs",
+        )
+    except ValueError as error:  # its word for a setting, a model or a device that does not fit
+        way_out = f"if memory lacks, another --vllm-gpu-memory-utilization than {share:g}, or leave the engine out"
+        raise UserError(f"{FLAG} does not start: {said(error)}; {way_out}") from error
 
 
-def written(output: Any, ends: Collection[int]) -> Written:
-    """From vLLM's RequestOutput."""
+def read_output(output: Any, ends: Collection[int]) -> Written:
+    """What a RequestOutput of vLLM's says."""
     (answer,) = output.outputs
     tokens = list(answer.token_ids)
     assert answer.finish_reason != "stop" or tokens[-1] in ends, "vLLM leaves the end out of token_ids, which its documentation keeps"
@@ -209,7 +218,8 @@ def as_it_was(layout: ParallelLayout) -> Iterator[None]:
     """What vLLM finds in its process, and what it changes there is put back: the environment of a torchrun's rank, and random states,
     which it seeds."""
     device = layout.device
-    given = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | ({"LOCAL_RANK": str(device.index)} if device.type == "cuda" else {})
+    given = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")}
+    given |= {"LOCAL_RANK": str(device.index)} if device.type == "cuda" else {}
     before, states = dict(os.environ), (random.getstate(), np.random.get_state())
     os.environ.update(given)
     try:

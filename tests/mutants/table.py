@@ -460,7 +460,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     of("test_vllm_rollouts", "greedy_responses_are_those_of_our_decoder_and_draws_are_each_rows_own"): [
         (GENERATION + "vllm_engine.py", "0.0 if sampling.greedy else sampling.temperature", "sampling.temperature"),
         (GENERATION + "vllm_engine.py", '"stop_token_ids": sorted(ends)', '"stop_token_ids": sorted(ends)[:1]'),
-        (GENERATION + "vllm_engine.py", "max_tokens=tokens)", "max_tokens=16)"),
+        (GENERATION + "vllm_engine.py", '"max_tokens": sampling.max_new_tokens,', ""),
     ],
     of("test_vllm_rollouts", "draws_follow_temperature_top_k_and_top_p_and_lengths_are_bounded"): [
         (GENERATION + "vllm_engine.py", "else sampling.temperature,", "else 1.0,"),
@@ -469,12 +469,13 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (GENERATION + "vllm_engine.py", "noise_streams(sampling.seed, sample_ids,", "noise_streams(0, sample_ids,"),
         (GENERATION + "vllm_engine.py", 'torch.device("cpu"), generations)', 'torch.device("cpu"))'),
         (GENERATION + "vllm_engine.py", '"ignore_eos": True', '"ignore_eos": False'),
-        (GENERATION + "vllm_engine.py", "self.max_length - len(prompt))", "self.max_length)"),
+        (GENERATION + "vllm_engine.py", "max_model_len=config.data.max_length", "max_model_len=None"),
     ],
-    of("test_vllm_rollouts", "ids_that_do_not_count_are_never_drawn_and_nan_is_told"): [
+    of("test_vllm_rollouts", "ids_that_do_not_count_are_never_drawn_and_what_does_not_go_is_told"): [
         (CHECKPOINTS + "live_tensors.py", "piece[: model.real_vocab_size] if isinstance(parameter.mapping, Vocabulary) else piece", "piece"),
         (GENERATION + "vllm_engine.py", '"vocab_size": model.real_vocab_size', '"vocab_size": model.hf_config.vocab_size'),
         (GENERATION + "vllm_engine.py", "if not all(map(math.isfinite, response.log_probs)):", "if False:"),
+        (GENERATION + "vllm_engine.py", "gpu_memory_utilization=share", "gpu_memory_utilization=0.3"),
     ],
     of("test_vllm_rollouts", "log_probabilities_agree_unless_a_weight_is_wrong"): [
         (METHODS + "agreement.py", "layout.sum_over_data_parallel(torch.stack([found.sum(), found.new_tensor(len(found))]))", "torch.stack([found.sum(), found.new_tensor(len(found))])"),
@@ -482,15 +483,18 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (METHODS + "agreement.py", "layout.broadcast_from_last_stage(torch.stack([*total, largest]))", "torch.stack([*total, largest])"),
         (METHODS + "agreement.py", "for number in batch.sample_ids.tolist() for x", "for number in range(len(batch.sample_ids)) for x"),
         (METHODS + "agreement.py", ".double()).abs())", ".double()))"),
+        (GENERATION + "vllm_engine.py", "        self.llm.reset_prefix_cache()\n", ""),
         (GENERATION + "vllm_engine.py", 'logprobs_mode="raw_logprobs"', 'logprobs_mode="processed_logprobs"'),
+    ],
+    of("test_vllm_rollouts", "adapters_are_handed_over_in_the_weights"): [
+        (MODELS + "lora.py", "total + delta if adapter.rows is None else total.index_add(0, adapter.rows, delta)", "total + delta if adapter.rows is None else total"),
+        (MODELS + "model_provider.py", 'if name.startswith(METHOD_PARTS) or ".adapters." in name:', "if name.startswith(METHOD_PARTS):"),
     ],
     of("test_vllm_rollouts", "a_run_is_the_one_with_our_decoder_where_one_token_is_left_to_choose"): [
         (GENERATION + "vllm_engine.py", '        self.llm.collective_rpc("reload', '        setattr(self, "given", True) if hasattr(self, "given") else setattr(self, "given", True) or self.llm.collective_rpc("reload'),
-        (GENERATION + "vllm_engine.py", "        self.llm.reset_prefix_cache()\n", ""),
         (GENERATION + "vllm_engine.py", "with torch.random.fork_rng(devices=[device] if device.type == \"cuda\" else []):", "if True:"),
         (CHECKPOINTS + "live_tensors.py", "merged_weight(linear) if linear else param.detach()", "param.detach()"),
         (MODELS + "lora.py", "delta = adapter.scale * (adapter.B.float()", "delta = (adapter.B.float()"),
-        (MODELS + "lora.py", "total + delta if adapter.rows is None else total.index_add(0, adapter.rows, delta)", "total + delta if adapter.rows is None else total"),
         (TRAINER, "(self.engine.take_differences() if self.engine else {})", "{}"),
         (TRAINER, "if config.writes_with_vllm else None", "if False else None"),
     ],

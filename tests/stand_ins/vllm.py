@@ -99,6 +99,8 @@ class LLM:
         assert self.distributed_executor_backend == "external_launcher", "an engine in a torchrun's rank has no other"
         assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0", "To get deterministic execution, please set VLLM_ENABLE_V1_MULTIPROCESSING=0"
         assert (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) == (dist.get_rank(), dist.get_world_size()) and "LOCAL_RANK" in os.environ
+        if self.gpu_memory_utilization > 0.95:
+            raise ValueError("Free memory on device (75.0/80.0 GiB) on startup is less than desired GPU memory utilization")
         assert self.skip_tokenizer_init and self.load_format == "dummy", "not built here"
         ranks = torch.arange(dist.get_world_size()).view(-1, self.tensor_parallel_size).tolist()  # neighbours share a layer
         self.group = next(group for group, members in [(dist.new_group(m), m) for m in ranks] if dist.get_rank() in members)
