@@ -60,6 +60,8 @@ class GenerationConfig(SamplingConfig):
         if not COLDEST_OF_VLLM <= self.temperature <= HOTTEST_OF_VLLM:
             bounds = f"temperatures from {COLDEST_OF_VLLM} to {HOTTEST_OF_VLLM:g}"
             yield f"{given} draws at {bounds}, and --temperature is {self.temperature:g}; give one of these, or leave the engine out"
+        if config.training.deterministic_mode:
+            yield f"{given}: vLLM's sums depend on what else is in its batch, and --deterministic-mode bars that; leave one of them out"
         if ranks := config.teacher_parallel.teacher_ranks:
             yield f"{given} forms groups of all ranks, and the teacher's (--teacher-ranks {ranks}) take no part; leave one of them out"
 

@@ -3,7 +3,7 @@
     Δ = log q_engine(y_t | x, y_<t) − log q(y_t | x, y_<t)
 
 Both are of the model's own distribution, before temperature, top-k and top-p. In float32 there is rounding, some 1e-6, in bfloat16 some
-1e-2; more says that the engine has other weights, or another model. One forward pass of the student.
+1e-2 at most; more says that the engine has other weights, or another model. One forward pass of the student.
 """
 
 from __future__ import annotations

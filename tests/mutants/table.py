@@ -498,6 +498,13 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (TRAINER, "(self.engine.take_differences() if self.engine else {})", "{}"),
         (TRAINER, "if config.writes_with_vllm else None", "if False else None"),
     ],
+    "tests/test_bad_inputs.py::test_a_mistake_ends_in_one_clear_line": [
+        ("megakd/config/sampling.py", 'if self.rollout_engine != "vllm":', "if True:"),
+        ("megakd/config/sampling.py", "if not COLDEST_OF_VLLM <= self.temperature <= HOTTEST_OF_VLLM:", "if not self.temperature <= HOTTEST_OF_VLLM:"),
+        ("megakd/config/sampling.py", "        if config.training.deterministic_mode:", "        if False:"),
+        ("megakd/config/sampling.py", "if ranks := config.teacher_parallel.teacher_ranks:", "if ranks := 0:"),
+        ("megakd/config/methods/minillm.py", 'if self.teacher_mixed_alpha and config.generation.rollout_engine == "vllm":', "if False:"),
+    ],
     of("test_vllm_rollouts", "a_folder_of_quantised_weights_is_refused", "vllm_that_is_absent_or_old_is_refused_in_one_line"): [
         ("megakd/preflight.py", "    if not config.writes_with_vllm:\n        return\n", ""),
         ("megakd/preflight.py", "if quantization(student.config):", "if False:"),
