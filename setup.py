@@ -40,6 +40,7 @@ setup(
         "real": ["gguf"],  # scripts/get_model.py
         "benchmark": ["trl>=1.16", "liger-kernel"],  # scripts/benchmark_systems.py
         "wandb": ["wandb"],  # --wandb-project
+        "vllm": ["vllm>=0.33"],  # --rollout-engine
         "quantize": ["torchao>=0.15"],  # --teacher-quantize
         "gpu": ["triton>=3.6", "flash-attn"],  # torch pins its own Triton; tests interpret kernels, which takes 3.7 beside NumPy 2.4
         "flash4": ["flash-attn-4>=4.0.0b9"],  # Hopper and Blackwell; there are betas alone so far

@@ -17,11 +17,13 @@ from megakd.checkpointing.peft_folder import MergedSource
 from megakd.checkpointing.teacher_store import TeacherStore
 from megakd.config import Config, flag_name, from_yaml
 from megakd.errors import UserError, tell
+from megakd.generation import vllm_engine
 from megakd.loading import ModelFolders, check_context, grids_of
 from megakd.losses.own_divergence import objective_of
 from megakd.memory import GIB, free_bytes, written_bytes
 from megakd.models.hf_checkpoint import ADAPTER
 from megakd.models.lora import target_modules
+from megakd.models.quantized import quantization
 from megakd.models.weight_only import check_quantization
 from megakd.reporting.own_folder import OwnFolder
 from megakd.reporting.wandb_run import check_installed
@@ -30,7 +32,7 @@ from megakd.runtime.waiting import host_group
 
 MAY_CHANGE = {  # between a run and its resumption: the layout, and what is only written down
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel", "micro_batch_size",
-    "micro_batch_tokens", "pack", "rollout_batch_size", "release_decode_cache", "recompute",
+    "micro_batch_tokens", "pack", "rollout_batch_size", "release_decode_cache", "vllm_gpu_memory_utilization", "recompute",
     "teacher_tensor_model_parallel_size", "teacher_pipeline_model_parallel_size", "teacher_ranks", "teacher_offload",
     "save", "save_interval", "eval_interval", "eval_iters", "log_interval", "save_rollouts", "show_data", "dry_run", "ranks", "merge_lora",
     "eval_answers", "eval_decoding", "keep_best", "keep_last", "async_save", "exact_match_rule", "gsm8k_rule", "rouge_tokenizer",
@@ -54,6 +56,7 @@ def check(config: Config, folders: ModelFolders) -> None:
     check_lengths(config, folders)
     check_hidden_layers(config, folders.student)
     check_adapter(config, folders.student)
+    check_rollout_engine(config, folders.student)
     objective_of(config.distillation)
     check_quantization(config.teacher.teacher_quantize)
     if folders.store:
@@ -86,6 +89,18 @@ def check_adapter(config: Config, student: ModelFolder) -> None:
             f"--lora-rank {config.lora.rank}: --model {student.path} is an adapter itself; give a whole model, --merge-lora exports one"
         )
     target_modules(student.config, config.lora.lora_target_modules)
+
+
+def check_rollout_engine(config: Config, student: ModelFolder) -> None:
+    """There is a vLLM, where it is to write, and the student's folder tells it of plain weights, as it is given."""
+    if not config.writes_with_vllm:
+        return
+    vllm_engine.check_installed()
+    if quantization(student.config):
+        raise UserError(
+            f"--rollout-engine vllm: the config.json of --model {student.path} asks for quantised weights, and the student's are plain; "
+            "give the folder of a plain model, or leave the engine out"
+        )
 
 
 def check_hidden_layers(config: Config, student: ModelFolder) -> None:

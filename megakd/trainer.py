@@ -33,6 +33,7 @@ from megakd.evaluation.held_out_answers import HeldOutAnswers
 from megakd.faults import NonFiniteError, all_finite, find, write_down
 from megakd.generation.generate import generate
 from megakd.generation.sampling import Sampling
+from megakd.generation.vllm_engine import VllmEngine
 from megakd.loading import ModelFolders, Places, start_apart
 from megakd.methods import METHODS, build_method
 from megakd.methods.base import Method
@@ -158,6 +159,7 @@ class Trainer:
         self.teacher = Teacher()  # of whom nothing is asked, until the method has one
         with self._heard_by_the_teacher():
             self.method = self._build_method()
+            self.engine = VllmEngine.beside(self.method.student, folders.student, config) if config.writes_with_vllm else None
             self.iteration = self.resumed = self.saved = self._resume()
             self.stopped_by = self.left_out = 0
             self.teacher.on_teacher_ranks(hear)
@@ -311,7 +313,7 @@ class Trainer:
             return self._leave_out(error)
         self.left_out, seconds = 0, time.perf_counter() - start
         metrics |= {"tokens_per_second": metrics["positions"] / seconds, "memory_gib": peak_memory() / GIB}
-        metrics |= self.method.time.take()
+        metrics |= self._noted_beside()
         self.logger.log(self.iteration, metrics)
         if self.config.output.save_rollouts and self.method.rollouts:
             self._write_rollouts()
@@ -334,8 +336,12 @@ class Trainer:
         if self.config.running.on_nonfinite == "stop" or self.left_out == LEFT_OUT_IN_A_ROW:
             raise UserError(f"{told}; {way_out(latest)}, or leave such steps out with --on-nonfinite skip")
         tell(told)
-        self.method.time.take()
+        self._noted_beside()
         self.logger.log(self.iteration, {"left_out": 1.0})
+
+    def _noted_beside(self) -> dict[str, float]:
+        """What was noted beside the method's numbers since it was last asked for: another engine's rollouts, and seconds."""
+        return (self.engine.take_differences() if self.engine else {}) | self.method.time.take()
 
     def _write_rollouts(self) -> None:
         """Every replica's responses of this iteration, on rank 0."""

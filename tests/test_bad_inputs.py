@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,13 @@ CASES = {  # what is wrong: flags over the good ones (None takes one away), what
     "teacher's ranks that its layout does not fit": ({"teacher-ranks": "1", "teacher-tp": "2"}, r"--teacher-tensor-model-parallel-size 2 × .* does not divide the 1 of --teacher-ranks 1; use a multiple of 2", 2),
     "a teacher's TP that does not divide its heads": ({"teacher-tp": "3"}, r"--teacher-tensor-model-parallel-size 3 does not divide the 4 attention heads.* of --teacher-model .*use one of", 3),
     "a mixture of models in two layouts": ({"method": "minillm", "num-rollouts": "4", "teacher-pp": "2"}, r"--teacher-mixed-alpha 0.2 draws each token from both .*give --teacher-mixed-alpha 0, or leave out --teacher-pipeline-model-parallel-size 2"),
+    "a vLLM that is not there": ({"on-policy-ratio": "1", "rollout-engine": "vllm"}, r'--rollout-engine vllm: vllm is not installed; pip install "megakd\[vllm\]", or leave it out'),
+    "vLLM for what the teacher writes": ({"method": "seqkd", "rollout-engine": "vllm"}, r"--method seqkd has no use for --rollout-engine vllm, a flag of kd, distillm, minillm, promptkd; leave it out"),
+    "a mixture for vLLM": ({"method": "minillm", "num-rollouts": "4", "rollout-engine": "vllm"}, r"--rollout-engine vllm draws from one model, and --teacher-mixed-alpha 0.2 from both; give --teacher-mixed-alpha 0, or leave"),
+    "vLLM beside ranks of the teacher's own": ({"method": "promptkd", "teacher-ranks": "1", "rollout-engine": "vllm"}, r"--rollout-engine vllm forms groups of all ranks, and the teacher's .--teacher-ranks 1. take no part; leave one of them out", 2),
+    "vLLM where the bits are to be the same": ({"method": "promptkd", "deterministic-mode": "True", "rollout-engine": "vllm"}, r"--rollout-engine vllm: vLLM's sums depend on what else is in its batch, and --deterministic-mode bars that; leave one"),
+    "a temperature that vLLM refuses": ({"method": "promptkd", "temperature": "2.5", "rollout-engine": "vllm"}, r"--rollout-engine vllm draws at temperatures from 0.01 to 2, and --temperature is 2.5; give one of these, or leave"),
+    "a temperature that vLLM draws as another": ({"method": "promptkd", "temperature": "0.001", "rollout-engine": "vllm"}, r"--rollout-engine vllm draws at temperatures from 0.01 to 2, and --temperature is 0.001"),
     "layers matched in two layouts": ({"hidden-coef": "1", "teacher-ranks": "1"}, r"--hidden-coef 1 matches layers of models in one layout; leave it out, or --teacher-ranks 1", 2),
     "an average of the student in another layout": ({"teacher-model": "self", "teacher-ema": "0.9", "teacher-ranks": "1"}, r"--teacher-ema 0.9 averages the student where it is; leave it out, or --teacher-ranks 1", 2),
     "an average of the student that is away": ({"teacher-model": "self", "teacher-ema": "0.9", "teacher-offload": "True"}, r"--teacher-ema 0.9 averages the student where it is; leave it out, or --teacher-offload"),
@@ -250,6 +258,7 @@ def complain(layout, root: Path, monkeypatch) -> dict[str, str]:
     """The line of every case, from the same function that the command calls; loading a weight would be a failure."""
     monkeypatch.setattr(loading, "build_model", lambda *_, **__: pytest.fail("a model was built"))
     monkeypatch.setattr(bounded, "SECONDS", 0.2)
+    monkeypatch.setitem(sys.modules, "vllm", None)  # as where it is not installed
     monkeypatch.setattr(templates, "SECONDS", 0.2)
     lines = {}
     for name, (changes, _, *ranks) in CASES.items():

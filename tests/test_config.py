@@ -165,6 +165,9 @@ def test_a_number_without_a_meaning_says_what_to_give(kind, flags, message, caps
         (Config, "--kd-objective jsd --skew-alpha 0.3", "--skew-alpha 0.3 has no effect without --kd-objective skew_* or alpha_beta"),
         (Config, "--eval-interval 5", "--eval-interval 5 has no effect without --valid-data"),
         (Config, "--top-p 0.9", "--top-p 0.9 has no effect with --method kd unless --on-policy-ratio is above 0"),
+        (Config, "--rollout-engine vllm", "--rollout-engine vllm has no effect with --method kd unless --on-policy-ratio is above 0"),
+        (Config, "--method promptkd --vllm-gpu-memory-utilization 0.5", "--vllm-gpu-memory-utilization 0.5 has no effect without --rollout-engine vllm"),
+        (Config, "--method promptkd --rollout-engine vllm --vllm-gpu-memory-utilization 0.5", ""),
         (Config, "--method seqkd --kd-objective jsd", "--kd-objective jsd has no effect with --method seqkd unless --kd-ratio is above 0"),
         (Config, "--method seqkd --kd-objective jsd --kd-ratio 0.5", ""),
         (Config, "--method seqkd --kd-objective jsd --reference-behaviour seqkd-with-kd", ""),
@@ -194,7 +197,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
     text = [line.name for line, value in flags if isinstance(value, (str, tuple))]
     paths = {line.name for line, _ in flags if line.metadata.get("path")}
     words = {"method", "dtype", "lr_decay_style", "kd_objective", "prompt_init", "prompt_init_text", "teacher_kld_type", "base_kld_type"}
-    words |= {"reference_behaviour", "seeds", "preset", "baseline", "measure", "hidden_loss", "hidden_layers", "teacher_prompt_field", "teacher_field", "teacher_quantize", "cache_kind", "optimizer", "priming_objective", "gsm8k_rule", "exact_match_rule", "rouge_tokenizer", "exit_signal", "resume", "on_nonfinite", "eval_decoding", "keep_best", "peft", "lora_target_modules", "wandb_project", "wandb_name"}
+    words |= {"reference_behaviour", "seeds", "preset", "baseline", "measure", "hidden_loss", "hidden_layers", "teacher_prompt_field", "teacher_field", "teacher_quantize", "cache_kind", "optimizer", "rollout_engine", "priming_objective", "gsm8k_rule", "exact_match_rule", "rouge_tokenizer", "exit_signal", "resume", "on_nonfinite", "eval_decoding", "keep_best", "peft", "lora_target_modules", "wandb_project", "wandb_name"}
     assert set(text) == words | paths, "a flag that may be a path says so"
 
 

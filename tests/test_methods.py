@@ -533,6 +533,6 @@ def flags_read(layout, method_name):
 def test_a_method_reads_the_flags_that_are_called_its_own_and_no_others(method_name):
     config = Config(method=method_name)
     groups = (config.distillation, config.kd, config.distillm, config.promptkd, config.response_priming, config.minillm, config.generation)
-    flags = {name for group in groups for name in vars(group)} - {"max_new_tokens", "num_generations"}  # trainer and loader read them
+    flags = {name for group in groups for name in vars(group)} - {"max_new_tokens", "num_generations", "rollout_engine", "vllm_gpu_memory_utilization"}  # trainer, loader and engine read them
     (read,) = run_distributed(flags_read, 1, method_name)
     assert read & flags == {name for name, methods in config.readers().items() if method_name in methods} & flags

@@ -105,6 +105,11 @@ class Config(BaseConfig):
         """--max-new-tokens, by default what --max-prompt-length leaves of --max-length."""
         return self.generation.max_new_tokens or self.data.max_length - self.data.max_prompt_length
 
+    @property
+    def writes_with_vllm(self) -> bool:
+        """Whether vLLM writes responses in the student's place, be it now and then."""
+        return self.generation.rollout_engine == "vllm" and self.page.learns_own_text(self)
+
     def validation_errors(self):
         yield from self._missing()
         yield from self._contradictions()
@@ -116,6 +121,7 @@ class Config(BaseConfig):
         yield from self.teacher_parallel.validation_errors(self)
         yield from self.selection.validation_errors(self)
         yield from self.scores.validation_errors()
+        yield from self.generation.validation_errors(self)
         yield from self.running.validation_errors()
         yield from self.page.validation_errors(self)
 
@@ -177,6 +183,7 @@ class Config(BaseConfig):
             "min_lr": (training.lr_decay_style != "constant", "with --lr-decay-style constant"),
             **dict.fromkeys(("eval_interval", "eval_iters"), held_out),
             "wandb_name": (self.output.wandb_project, "without --wandb-project"),
+            "vllm_gpu_memory_utilization": (self.generation.rollout_engine == "vllm", "without --rollout-engine vllm"),
             "ranks": (self.preview.dry_run, "without --dry-run"),
             **self.distillation.unless(),
             **self.selection.unless(self),

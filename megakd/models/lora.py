@@ -29,7 +29,7 @@ from transformers import PretrainedConfig
 from megakd.config import LoRAConfig
 from megakd.errors import UserError
 from megakd.models.gpt_model import HiddenStateGPTModel
-from megakd.models.linear import ColumnLinear, RowLinear
+from megakd.models.linear import Adapted, ColumnLinear, RowLinear
 from megakd.models.model_provider import family_of
 from megakd.models.param_mapping import Mapping
 from megakd.models.shapes import Shape, hf_shapes
@@ -143,6 +143,15 @@ def initial_A(rank: int, columns: int, name: str) -> Tensor:
     """[rank, columns], uniform within ± 1 / √columns: PEFT's kaiming_uniform_(a=√5)."""
     generator = torch.Generator().manual_seed(random.Random(name).getrandbits(63))
     return torch.empty(rank, columns).uniform_(-1, 1, generator=generator) / math.sqrt(columns)
+
+
+def merged_weight(linear: Adapted) -> Tensor:
+    """This rank's part of W + (α / r) B A, summed in float32, in W's dtype: what the layer has when its adapters are merged."""
+    total = linear.weight.float()
+    for adapter in linear.adapters.values():
+        delta = adapter.scale * (adapter.B.float() @ adapter.A.float())
+        total = total + delta if adapter.rows is None else total.index_add(0, adapter.rows, delta)
+    return total.to(linear.weight.dtype)
 
 
 # ---- which rows of a layer are a Hugging Face module's

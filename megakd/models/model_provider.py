@@ -175,12 +175,12 @@ def transformer_config(
 
 
 def parameter_mappings(model: HiddenStateGPTModel) -> Iterator[tuple[torch.nn.Parameter, Mapping]]:
-    """This rank's parameters with their mappings at the model's own layer numbers; a method's own parts have none."""
+    """This rank's parameters with their mappings at the model's own layer numbers; a method's own parts and adapters have none."""
     family = family_of(model.hf_config)
     table = family.table(model.hf_config, model.vocab_size)
     offset = get_transformer_layer_offset(model.config, pp_rank=model.layout.pp_rank)
     for name, param in model.named_parameters():
-        if name.startswith(METHOD_PARTS):
+        if name.startswith(METHOD_PARTS) or ".adapters." in name:
             continue
         pattern, layer = layer_pattern(name)
         yield param, table[pattern] if layer is None else at_layer(table[pattern], layer + offset)

@@ -20,6 +20,7 @@ class MethodConfig:
     shares: ClassVar[tuple[type, ...]] = ()  # the groups of flags that it reads as other methods do
     needs_teacher: ClassVar[bool] = True  # --teacher-model is refused where it does not
     writes_responses: ClassVar[bool] = True  # in training, be it now and then: it reads the flags of sampling
+    student_writes: ClassVar[bool] = True  # of these the student writes some: it reads --rollout-engine
     answers_prompts_often: ClassVar[bool] = False  # it reads --num-generations
     teacher_may_move: ClassVar[bool] = True  # it is asked anew in every iteration: --teacher-ema is refused where it is not
     learns_from_evaluations: ClassVar[bool] = False  # when they come decides results

@@ -9,7 +9,7 @@ from megakd.config.distillation import DivergenceConfig, HiddenMatchingConfig, R
 from megakd.config.fields import SHARE, alias, flag
 from megakd.config.methods.base import MethodConfig
 
-WRITES = ("temperature", "top_k", "top_p", "rollout_batch_size", "save_rollouts")
+WRITES = ("temperature", "top_k", "top_p", "rollout_batch_size", "rollout_engine", "save_rollouts")
 
 
 @dataclass(frozen=True, kw_only=True)

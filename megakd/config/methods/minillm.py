@@ -59,6 +59,11 @@ class MiniLLMConfig(MethodConfig):
                 f"--teacher-mixed-alpha {self.teacher_mixed_alpha} draws each token from both models, which then need one layout; "
                 f"give --teacher-mixed-alpha 0, or leave out {given}"
             )
+        if self.teacher_mixed_alpha and config.generation.rollout_engine == "vllm":
+            yield (
+                f"--rollout-engine vllm draws from one model, and --teacher-mixed-alpha {self.teacher_mixed_alpha} from both; "
+                "give --teacher-mixed-alpha 0, or leave the engine out"
+            )
         if self.teacher_mixed_alpha == 1:
             yield "--teacher-mixed-alpha 1 leaves the student no say in its responses; use a number below 1"
 

@@ -16,6 +16,7 @@ class ResponsePrimingConfig(MethodConfig):
     help = "cross-entropy, and KL(student‖teacher) at a temperature; the teacher is primed"
     implementation = "megakd.methods.response_priming:ResponsePriming"
     writes_responses = False
+    student_writes = False
     no_prompt = ", or --priming-objective aligned"
 
     priming_alpha: float = flag(

@@ -16,6 +16,7 @@ class SeqKDConfig(MethodConfig):
     implementation = "megakd.methods.seqkd:SeqKD"
     shares = (RatioConfig, DivergenceConfig, HiddenMatchingConfig)
     teacher_may_move = False
+    student_writes = False
 
     def work_with_model(self, config):
         return "lets the teacher write the responses (scripts/generate.py would, for --method kd)"

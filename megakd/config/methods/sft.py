@@ -15,3 +15,4 @@ class SFTConfig(MethodConfig):
     implementation = "megakd.methods.sft:SFT"
     needs_teacher = False
     writes_responses = False
+    student_writes = False
