@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 PYTEST = """
 import sys
 import megakd, megakd_kernels, pytest
-folder, *options = sys.argv[1:]
+folder, sys.executable, *options = sys.argv[1:]  # what a test starts is a python of its own
 all(module.__file__.startswith(folder) for module in (megakd, megakd_kernels)) or sys.exit(3)
 sys.exit(pytest.main(options))
 """
@@ -128,7 +128,7 @@ def run_tests(folder: Path, tests: str, python: Path) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "MEGAKD_TEST_DATA": data}
     options = ["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(folder), *tests.split("|")]
     return subprocess.Popen(
-        [python, "-c", PYTEST, str(folder), *options],
+        [python, "-c", PYTEST, str(folder), sys.executable, *options],
         cwd=folder,
         env=environment,
         stdout=subprocess.DEVNULL,
