@@ -1,5 +1,6 @@
 """Shared set-up: one thread a rank, no network, tiny models and the real data where it is there."""
 
+import gc
 import os
 import sys
 import tempfile
@@ -64,3 +65,14 @@ def noted(capsys) -> Noted:
 def pytest_collection_modifyitems(items: list) -> None:
     """The README's commands take longest: with two workers they go first."""
     items.sort(key=lambda item: "test_readme" not in item.nodeid)
+
+
+def pytest_collection_finish() -> None:
+    """What the libraries have made stays: a collection of the oldest generation, in each of the ranks that are forked from here, would look at
+    a million objects, half a second, and copy their pages."""
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Python ends as it would have."""
+    gc.unfreeze()
