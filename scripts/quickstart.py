@@ -60,7 +60,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("quickstart"), help="folder to fill (default: quickstart)")
     parser.add_argument("--seed", type=int, default=1234, help="of data, models and training (default: 1234)")
-    parser.add_argument("--share", type=fraction, default=1.0, help="of the iterations: 0.1 shows sooner that all runs here, and little else (default: 1)")
+    parser.add_argument("--share", type=fraction, default=1.0, help="of the iterations: 0.1 shows sooner that all runs here (default: 1)")
     with quiet_pipe():
         return parser.parse_args()
 

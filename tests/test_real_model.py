@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -38,10 +37,10 @@ LORA = ("--lora-rank", "4", "--lora-target-modules", "q_proj", "v_proj", "down_p
 
 
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory) -> Path:
+def smollm2(tmp_path_factory, python) -> Path:
     """Its folder."""
     folder = tmp_path_factory.mktemp("real") / "smollm2"
-    words = [sys.executable, str(ROOT / "scripts" / "get_model.py"), "smollm2-135m", "--save", str(folder)]
+    words = [python, str(ROOT / "scripts" / "get_model.py"), "smollm2-135m", "--save", str(folder)]
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         error = done.stderr.strip().splitlines()[-1]
