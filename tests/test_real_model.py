@@ -30,7 +30,7 @@ from megakd.models.hf_checkpoint import HFCheckpoint
 from megakd.models.model_provider import build_model, load_weights, padded_vocab_size
 from megakd.schedules import forward_only
 
-LAYOUTS = [(3, 1), (1, 2), (3, 2)]  # tp, pp: 9 heads and 3 key/value heads, 30 layers
+LAYOUTS = [pytest.param(3, 1, marks=pytest.mark.slow), (1, 2), (3, 2)]  # tp, pp: 9 heads and 3 key/value heads, 30 layers; the last has both
 QUESTIONS = ["What is the capital of France?", "Name three colours.", "Why is the sky blue? Answer in one sentence."]
 NEW = 16
 LORA = ("--lora-rank", "4", "--lora-target-modules", "q_proj", "v_proj", "down_proj")
