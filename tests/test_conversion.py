@@ -352,12 +352,12 @@ for convert in (
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_stays_under_one_and_a_half_of_the_largest_tensor(tmp_path):
+def test_memory_stays_under_one_and_a_half_of_the_largest_tensor(python, tmp_path):
     tiny_model(tiny_config("gpt2", layers=1, hidden=256, vocab_size=200_003)).save_pretrained(tmp_path / "hf")
     tiny_folder(tmp_path / "tiny", "gpt2")
     largest = 200_003 * 256 * 4
     done = subprocess.run(
-        [sys.executable, "-c", PEAK_OF_A_CONVERSION, str(tmp_path)], capture_output=True, text=True, cwd=TOOLS.parent
+        [python, "-c", PEAK_OF_A_CONVERSION, str(tmp_path)], capture_output=True, text=True, cwd=TOOLS.parent
     )
     assert done.returncode == 0, done.stderr
     peaks = [int(line.split()[0]) for line in done.stdout.splitlines()]

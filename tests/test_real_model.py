@@ -119,7 +119,7 @@ def test_adapters_learn_the_same_at_every_layout(smollm2, tmp_path):
         save = tmp_path / f"{tp}-{pp}"
         lengths = ("--max-length", "64", "--max-prompt-length", "56", "--train-iters", "2", "--global-batch-size", "3", "--micro-batch-size", "3")
         words = ("--method", "sft", "--model", smollm2, "--train-data", rows, "--save", save, "--tp", tp, "--pp", pp, *steps, *lengths, *LORA)
-        run_distributed(run, tp * pp, [str(word) for word in words])
+        run_distributed(run, tp * pp, [str(word) for word in words], tp=tp, pp=pp)
         logged[tp, pp], adapters[tp, pp] = numbers(save), load_file(save / "hf" / "adapter_model.safetensors")
     assert logged[1, 1][0]["loss/lm"] > logged[1, 1][1]["loss/lm"]
     for layout in [(3, 1), (1, 2)]:
