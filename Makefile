@@ -29,10 +29,11 @@ test: install lint
 mutants: install
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py $(WORDS)
 
-# Kills, signals, a full disk, locks, damage, restarts, two machines, and first more hostile files than `make test`: hours. WORDS="signals lock" takes some of it;
+# Kills, signals, a full disk, locks, damage, restarts, two machines, and first more hostile files than `make test` and the whole quick start: hours. WORDS="signals lock" takes some of it;
 # docs/reliability.md has the figures.
 drill: install
 	OMP_NUM_THREADS=1 MEGAKD_FUZZ=4 $(BIN)/python -m pytest -q tests/test_fuzz.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/test_readme.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/drills/run.py $(WORDS)
 
 clean:

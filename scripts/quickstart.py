@@ -47,7 +47,7 @@ def main() -> None:
     run("prepare_data.py", f"--out {out}/data --seed {args.seed}")
     for name, sizes in {"teacher": TEACHER, "student": STUDENT}.items():
         random_llama(out / f"{name}-init", sizes, out / "data" / "tokenizer", seed=args.seed)
-    train_models(out, args.seed)
+    train_models(out, args.seed, args.share)
     check_loads(out / "promptkd" / "hf")
     results = evaluate_models(out)
     print_table(results)
@@ -60,20 +60,30 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("quickstart"), help="folder to fill (default: quickstart)")
     parser.add_argument("--seed", type=int, default=1234, help="of data, models and training (default: 1234)")
+    parser.add_argument("--share", type=fraction, default=1.0, help="of the iterations: 0.1 shows sooner that all runs here (default: 1)")
     with quiet_pipe():
         return parser.parse_args()
 
 
-def train_models(out: Path, seed: int) -> None:
-    """A teacher learns from 20,000 answers, a student from 600; it then goes on with its answers, or with its teacher."""
+def fraction(text: str) -> float:
+    """For argparse's `type`: above 0, at most 1."""
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share of the iterations; use a number above 0, at most 1")
+    return float(text)
+
+
+def train_models(out: Path, seed: int, share: float) -> None:
+    """A teacher learns from 20,000 answers, a student from 600; it then goes on with its answers, or with its teacher. `share`: of
+    the iterations that this takes."""
+    scaled = lambda whole: max(1, round(share * whole))
     few, many = f"--train-data {out}/data/train_few.jsonl", f"--train-data {out}/data/train.jsonl"
     common = f"{LENGTHS} {OPTIMIZER} --seed {seed} --valid-data {out}/data/valid.jsonl"
-    first = f"--method sft {common} --lr-warmup-iters 30 --lr 4e-3"
-    further = f"--model {out}/student/hf {common} --micro-batch-size 64 --train-iters 200 --lr 2e-3"
+    first = f"--method sft {common} --lr-warmup-iters {scaled(30)} --lr 4e-3"
+    further = f"--model {out}/student/hf {common} --micro-batch-size 64 --train-iters {scaled(200)} --lr 2e-3"
     distil = f"--method promptkd --teacher-model {out}/teacher/hf --tensor-model-parallel-size 2"
     distil += " --prompt-len 6"  # the soft prompt starts as "Suppose you are a student.", six tokens, a preamble of the data
-    _train(f"{first} --model {out}/teacher-init {many} --micro-batch-size 32 --train-iters 300 --save {out}/teacher", ranks=2)
-    _train(f"{first} --model {out}/student-init {few} --micro-batch-size 64 --train-iters 200 --save {out}/student")
+    _train(f"{first} --model {out}/teacher-init {many} --micro-batch-size 32 --train-iters {scaled(300)} --save {out}/teacher", ranks=2)
+    _train(f"{first} --model {out}/student-init {few} --micro-batch-size 64 --train-iters {scaled(200)} --save {out}/student")
     _train(f"--method sft {further} {few} --save {out}/student-longer")
     _train(f"{distil} {further} {many} --save {out}/promptkd", ranks=2)
 

@@ -13,7 +13,7 @@ import pytest
 from distributed import CONTEXT, _rank, run_distributed
 from test_stop import run as run_until_told
 from test_stop import wait_until
-from test_trainer import command, inputs, numbers, run  # noqa: F401
+from test_trainer import command, inputs, numbers, run, without_figures  # noqa: F401
 
 from megakd import trainer
 from megakd.checkpointing import publish, space, torch_dist_save, torch_dist_writer, training
@@ -34,6 +34,7 @@ def after(layout, arguments, iteration, happens, what=lambda: None):
             wait_until(happens)
             what()
 
+    without_figures()
     trainer.train(parse(arguments), callbacks=trainer.Callbacks(on_iteration=on_iteration))
 
 

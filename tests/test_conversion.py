@@ -157,8 +157,8 @@ def test_what_a_native_checkpoint_says_about_itself(folders, tmp_path):
 # ---- the command line
 
 
-def tool(name: str, *args) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(TOOLS / name), *map(str, args)], capture_output=True, text=True)
+def tool(name: str, *args, python: str = sys.executable) -> subprocess.CompletedProcess:
+    return subprocess.run([python, str(TOOLS / name), *map(str, args)], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("name", ["hf_to_mp.py", "mp_to_hf.py", "reshard.py"])
@@ -169,7 +169,7 @@ def test_help_is_there_at_once(name):
     assert time.perf_counter() - start < 1
 
 
-def test_the_three_tools_and_other_projects_spellings(folders, tmp_path):
+def test_the_three_tools_and_other_projects_spellings(folders, python, tmp_path):
     commands = [
         (
             "hf_to_mp.py",
@@ -195,7 +195,7 @@ def test_the_three_tools_and_other_projects_spellings(folders, tmp_path):
         ("mp_to_hf.py", "--load", tmp_path / "mp2", "--iteration", 0, "--save", tmp_path / "hf", "--max-shard-size", "1GB"),
     ]
     for command in commands:
-        done = tool(*command)
+        done = tool(*command, python=python)
         assert done.returncode == 0 and done.stdout.startswith("wrote "), done.stderr
     assert NativeCheckpoint(tmp_path / "mp").description.layout["tensor_model_parallel_size"] == 2
     assert_same_bits(weights(tmp_path / "hf"), weights(folders["gpt2"]))
@@ -352,12 +352,12 @@ for convert in (
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_stays_under_one_and_a_half_of_the_largest_tensor(tmp_path):
+def test_memory_stays_under_one_and_a_half_of_the_largest_tensor(python, tmp_path):
     tiny_model(tiny_config("gpt2", layers=1, hidden=256, vocab_size=200_003)).save_pretrained(tmp_path / "hf")
     tiny_folder(tmp_path / "tiny", "gpt2")
     largest = 200_003 * 256 * 4
     done = subprocess.run(
-        [sys.executable, "-c", PEAK_OF_A_CONVERSION, str(tmp_path)], capture_output=True, text=True, cwd=TOOLS.parent
+        [python, "-c", PEAK_OF_A_CONVERSION, str(tmp_path)], capture_output=True, text=True, cwd=TOOLS.parent
     )
     assert done.returncode == 0, done.stderr
     peaks = [int(line.split()[0]) for line in done.stdout.splitlines()]

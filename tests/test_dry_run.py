@@ -7,7 +7,6 @@ import gc
 import json
 import os
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -153,9 +152,9 @@ class FirstReplica:
 # ---- the page
 
 
-def test_a_dry_run_says_what_the_run_would_be_and_writes_nothing(inputs):
+def test_a_dry_run_says_what_the_run_would_be_and_writes_nothing(inputs, python):
     before = sorted(inputs.rglob("*"))
-    command = [sys.executable, ROOT / "scripts" / "pretrain_kd.py", *words(inputs, "llama", "promptkd", "--tp", "2", "--ranks", "4", "--dry-run")]
+    command = [python, ROOT / "scripts" / "pretrain_kd.py", *words(inputs, "llama", "promptkd", "--tp", "2", "--ranks", "4", "--dry-run")]
     said = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"MASTER_PORT": "1"})
     assert said.returncode == 0, said.stderr
     for line in (

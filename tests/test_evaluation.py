@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import subprocess
-import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -343,8 +342,8 @@ def test_flags_and_yaml_lists_reach_the_configuration(tmp_path):
     assert config.responses.greedy
 
 
-def test_the_command_prints_a_table_and_a_mistake_is_one_line(lab, tmp_path):
-    script = [sys.executable, str(ROOT / "scripts" / "evaluate.py")]
+def test_the_command_prints_a_table_and_a_mistake_is_one_line(lab, python):
+    script = [python, str(ROOT / "scripts" / "evaluate.py")]
     flags = f"--model {lab}/student --data {lab}/tasks.jsonl --seeds 1 2 --max-prompt-length 24 --max-new-tokens 4".split()
     done = subprocess.run([*script, *flags], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -45,6 +45,14 @@ VARIANTS = {
     "smollm3": {"family": "smollm3", "layers": 3, "no_rope_layers": [1, 0, 0], "use_sliding_window": True, "sliding_window": 4, "num_key_value_heads": 1},
 }
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]  # tp, pp
+ONCE = {  # usually each variant is cut alone in one of the two ways, as the last layout cuts all in both; these have what a cut could miss: heads that do
+    (2, 1): {"gpt2", "llama", "llama, one key/value head", "qwen2", "qwen3", "gemma3", "qwen3-moe"},  # not divide, biases, norms of heads, experts;
+    (1, 2): {"llama", "opt", "opt-350m", "mistral", "smollm3"},  # projections at the ends, and layers that are not alike
+}
+CASES = [
+    pytest.param(layout, name, marks=() if name in ONCE.get(layout, VARIANTS) else pytest.mark.slow, id=f"{name}-TP{layout[0]} PP{layout[1]}")
+    for layout in LAYOUTS for name in VARIANTS
+]  # fmt: skip
 LENGTHS = (5, 17, 9, 12, 3, 8, 8)
 IDS = [31, 7, 12, 3, 44, 5, 6]
 NEW = 10
@@ -71,7 +79,7 @@ def load(layout, folder, **overrides):
     return model
 
 
-def every_kind(layout, folders):
+def every_kind(layout, folders, teacher):
     """Responses by variant and kind, from models as training has them: sequence parallel, in train mode, with dropout."""
     responses = {}
     for name, folder in folders.items():
@@ -85,7 +93,7 @@ def every_kind(layout, folders):
             "in threes": run(SAMPLED, batch_size=3),
         }
         if name == "llama":
-            responses[name] |= more_kinds(run, teacher=load(layout, folders["gpt2"]))
+            responses[name] |= more_kinds(run, teacher=load(layout, teacher))
             responses[name]["backwards"] = generate(model, prompts()[::-1], IDS[::-1], SAMPLED, eos_id=EOS)[::-1]
         assert model.training and model.config.sequence_parallel == (layout.tp_size > 1)
     return responses
@@ -108,8 +116,15 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def responses(folders):
-    """Of every layout, on every rank."""
-    return {(tp, pp): run_distributed(every_kind, tp * pp, folders, tp=tp, pp=pp) for tp, pp in LAYOUTS}
+    """Of a layout, on every rank: of the usual variants, or of those that are slow there."""
+
+    @cache
+    def written(layout, slow=False):
+        (tp, pp), usual = layout, ONCE.get(layout, VARIANTS)
+        asked = {name: folder for name, folder in folders.items() if (name in usual) != slow}
+        return run_distributed(every_kind, tp * pp, asked, folders["gpt2"], tp=tp, pp=pp)
+
+    return lambda layout, name="llama": [rank[name] for rank in written(layout, name not in ONCE.get(layout, VARIANTS))]
 
 
 @cache
@@ -128,34 +143,32 @@ def transformers_responses(folder, soft: bool = False, **settings) -> list[list[
     return found
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout, name", CASES)
 def test_greedy_tokens_are_those_of_transformers(folders, responses, name, layout):
     plain = transformers_responses(folders[name])
     assert len({token for response in plain for token in response}) > 4, "a model that says one thing shows little"
-    for rank in responses[layout]:
-        assert rank[name]["greedy"] == plain
-        assert rank[name]["limits"] == [response[: i + 1] for i, response in enumerate(plain)]
-        assert rank[name]["soft prompt"] == transformers_responses(folders[name], soft=True)
+    for rank in responses(layout, name):
+        assert rank["greedy"] == plain
+        assert rank["limits"] == [response[: i + 1] for i, response in enumerate(plain)]
+        assert rank["soft prompt"] == transformers_responses(folders[name], soft=True)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_repetition_limits_are_those_of_transformers(folders, responses, layout):
     expected = transformers_responses(folders["llama"], repetition_penalty=1.7, no_repeat_ngram_size=2)
     assert expected != transformers_responses(folders["llama"])
-    assert all(rank["llama"]["no repeats"] == expected for rank in responses[layout])
+    assert all(rank["no repeats"] == expected for rank in responses(layout))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout, name", CASES)
 def test_sampled_tokens_are_the_same_on_every_layout_in_every_batch_and_order(responses, name, layout):
-    first = responses[1, 1][0][name]
+    first = responses((1, 1), name)[0]
     assert first["sampled"] != first["greedy"]
-    for rank in responses[layout]:
-        assert rank[name]["sampled"] == rank[name]["in threes"] == first["sampled"]
+    for rank in responses(layout, name):
+        assert rank["sampled"] == rank["in threes"] == first["sampled"]
         if name == "llama":
-            assert rank[name]["one by one"] == rank[name]["backwards"] == first["sampled"]
-            assert (rank[name]["tails cut"], rank[name]["mixed"]) == (first["tails cut"], first["mixed"])
+            assert rank["one by one"] == rank["backwards"] == first["sampled"]
+            assert (rank["tails cut"], rank["mixed"]) == (first["tails cut"], first["mixed"])
 
 
 def replica_responses(layout, folder):
@@ -167,7 +180,7 @@ def replica_responses(layout, folder):
 @pytest.mark.parametrize("replicas", [2, 3])
 def test_replicas_sample_what_one_rank_samples(folders, responses, replicas):
     parts = run_distributed(replica_responses, replicas, folders["llama"])
-    assert [response for part in parts for response in part] == responses[1, 1][0]["llama"]["sampled"]
+    assert [response for part in parts for response in part] == responses((1, 1))[0]["sampled"]
 
 
 def test_rows_that_end_early_leave_the_batch(folders):

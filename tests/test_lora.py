@@ -108,7 +108,7 @@ def test_a_run_equals_peft(inputs, oracles, family, layout):
     losses, norms, adapters, merged = oracles[family]
     tp, pp, _ = LAYOUTS[layout]
     save = f"{family}-{layout.replace(' ', '-')}"
-    run_distributed(run, tp * pp, arguments(inputs, family, layout, save))
+    run_distributed(run, tp * pp, arguments(inputs, family, layout, save), tp=tp, pp=pp)
     logged = numbers(inputs / save)
     assert [row["loss/lm"] for row in logged] == pytest.approx(losses, rel=2e-6)
     assert [row["grad_norm"] for row in logged] == pytest.approx(norms, rel=2e-5)
@@ -146,10 +146,10 @@ def test_peft_loads_the_folder_and_says_the_same(inputs):
 
 def test_a_checkpoint_holds_adapters_alone_and_continues_to_the_bit(inputs):
     whole = arguments(inputs, "gpt2", "TP2", "unbroken", **{"lora-dropout": 0.2, "save-interval": 2})
-    run_distributed(run, 2, whole)
+    run_distributed(run, 2, whole, tp=2)
     broken = arguments(inputs, "gpt2", "TP2", "broken", **{"lora-dropout": 0.2, "save-interval": 2})
-    run_distributed(run, 2, broken, 3)
-    run_distributed(run, 2, broken)
+    run_distributed(run, 2, broken, 3, tp=2)
+    run_distributed(run, 2, broken, tp=2)
     assert numbers(inputs / "broken") == numbers(inputs / "unbroken")
     native = NativeCheckpoint(inputs / "unbroken" / "checkpoints")
     assert all(".adapters." in key for key in native.keys)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -31,17 +30,17 @@ from megakd.models.hf_checkpoint import HFCheckpoint
 from megakd.models.model_provider import build_model, load_weights, padded_vocab_size
 from megakd.schedules import forward_only
 
-LAYOUTS = [(3, 1), (1, 2), (3, 2)]  # tp, pp: 9 heads and 3 key/value heads, 30 layers
+LAYOUTS = [pytest.param(3, 1, marks=pytest.mark.slow), (1, 2), (3, 2)]  # tp, pp: 9 heads and 3 key/value heads, 30 layers; the last has both
 QUESTIONS = ["What is the capital of France?", "Name three colours.", "Why is the sky blue? Answer in one sentence."]
 NEW = 16
 LORA = ("--lora-rank", "4", "--lora-target-modules", "q_proj", "v_proj", "down_proj")
 
 
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory) -> Path:
+def smollm2(tmp_path_factory, python) -> Path:
     """Its folder."""
     folder = tmp_path_factory.mktemp("real") / "smollm2"
-    words = [sys.executable, str(ROOT / "scripts" / "get_model.py"), "smollm2-135m", "--save", str(folder)]
+    words = [python, str(ROOT / "scripts" / "get_model.py"), "smollm2-135m", "--save", str(folder)]
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         error = done.stderr.strip().splitlines()[-1]
@@ -120,7 +119,7 @@ def test_adapters_learn_the_same_at_every_layout(smollm2, tmp_path):
         save = tmp_path / f"{tp}-{pp}"
         lengths = ("--max-length", "64", "--max-prompt-length", "56", "--train-iters", "2", "--global-batch-size", "3", "--micro-batch-size", "3")
         words = ("--method", "sft", "--model", smollm2, "--train-data", rows, "--save", save, "--tp", tp, "--pp", pp, *steps, *lengths, *LORA)
-        run_distributed(run, tp * pp, [str(word) for word in words])
+        run_distributed(run, tp * pp, [str(word) for word in words], tp=tp, pp=pp)
         logged[tp, pp], adapters[tp, pp] = numbers(save), load_file(save / "hf" / "adapter_model.safetensors")
     assert logged[1, 1][0]["loss/lm"] > logged[1, 1][1]["loss/lm"]
     for layout in [(3, 1), (1, 2)]:

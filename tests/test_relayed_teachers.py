@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from stories import PAIRS, Batches, global_batch, primed_batch, text_batch
 from test_groups import refuse_global_state
 from test_methods import ENDS, TOKENIZER, TOTAL_ITERS, run_config
-from test_trainer import CutOffError, command, numbers, write_inputs
+from test_trainer import CutOffError, command, numbers, without_figures, write_inputs
 from tiny import tiny_config, tiny_model
 
 from megakd import trainer
@@ -255,6 +255,7 @@ def run(layout, arguments, cut_off_before=None):
     """One run on this rank. The student's ranks are cut off before an iteration where that is asked for."""
     os.environ["WORLD_SIZE"] = str(torch.distributed.get_world_size())
     iterate = trainer.Trainer._iterate
+    without_figures()
 
     def until(self):
         if self.iteration == cut_off_before:

@@ -13,7 +13,7 @@ from distributed import run_distributed
 from stories import PAIRS
 from tasks import make_rows
 from test_methods import StateDictSource, method_inputs, run_config, samples
-from test_trainer import numbers
+from test_trainer import numbers, without_figures
 from tiny import tiny_config, tiny_folder, tiny_model
 from train_tokenizer import train_tokenizer
 from transformers import AutoTokenizer
@@ -107,6 +107,7 @@ def command(root: Path, save: str, *more) -> list[str]:
 
 def train(layout, arguments):
     os.environ["WORLD_SIZE"] = str(torch.distributed.get_world_size())
+    without_figures()
     trainer.train(parse(arguments))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import distributed
 import pytest
 from distributed import run_distributed
-from test_trainer import command, inputs, numbers  # noqa: F401
+from test_trainer import command, inputs, numbers, without_figures  # noqa: F401
 
 import megakd
 from megakd import trainer
@@ -26,6 +26,7 @@ from megakd.runtime.peers import state_of
 def run(layout, arguments, told=None, after=None):
     """One run on this rank, of which rank `told` gets a signal when iteration `after` is logged; how many iterations it has made here."""
     rank, made = int(os.environ["RANK"]), []
+    without_figures()
     stop.listen(["SIGUSR1"])
 
     def on_iteration(iteration, metrics):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from distributed import run_distributed
 from tasks import make_rows
-from test_trainer import numbers
+from test_trainer import numbers, without_figures
 from tiny import tiny_folder
 from train_tokenizer import train_tokenizer
 
@@ -92,6 +92,7 @@ def cache(layout, arguments, file_bytes=None, stop_after=None):
 
 def train(layout, *commands):
     os.environ["WORLD_SIZE"] = str(torch.distributed.get_world_size())
+    without_figures()
     for arguments in commands:
         trainer.train(parse(arguments))
 

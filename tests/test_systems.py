@@ -6,9 +6,12 @@ import csv
 import importlib.util
 import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from megakd_benchmarks.systems import run
+from distributed import CONTEXT
+from megakd_benchmarks.systems import run, turns
 from megakd_benchmarks.systems.report import table
 from megakd_benchmarks.systems.workload import make_task
 
@@ -25,11 +28,17 @@ def config(data_folder, tmp_path):
     return SystemsConfig(**sizes, **data, repetitions=2, threads=1, out=str(tmp_path / "systems"))
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """Processes that import nothing; those of `Failing` begin as a user's do."""
+    monkeypatch.setattr(turns, "multiprocessing", SimpleNamespace(get_context=lambda name: CONTEXT))
+
+
 def installed(*names: str) -> bool:
     return all(importlib.util.find_spec(name) for name in names)
 
 
-def test_systems_that_compute_the_same_are_timed_in_turn_and_kept(config, tmp_path, capsys):
+def test_systems_that_compute_the_same_are_timed_in_turn_and_kept(config, forked, tmp_path, capsys):
     others = ("trl", "liger") if installed("trl", "liger_kernel") else ()
     config = replace(config, systems=("megakd", "megakd-tp2", "transformers", *others))
     run.run(config)
@@ -61,17 +70,6 @@ class Failing(WrongLoss):
         raise UserError("no memory for it")
 
 
-@pytest.mark.parametrize(("kind", "message"), [(WrongLoss, "not the same work"), (Failing, "megakd ended before its time")])
-def test_a_system_that_does_other_work_or_ends_is_not_timed(config, tmp_path, monkeypatch, kind, message):
-    known = {"transformers": (WrongLoss, 1), "megakd": (kind, 1)}
-    if kind is WrongLoss:
-        known["megakd"] = (RightLoss, 1)
-    monkeypatch.setattr(run, "maker", known.__getitem__)
-    with pytest.raises(UserError, match=message):
-        run.run(replace(config, systems=("megakd", "transformers")))
-    assert not list(tmp_path.iterdir())
-
-
 class RightLoss(WrongLoss):
     """The same with another number."""
 
@@ -79,6 +77,21 @@ class RightLoss(WrongLoss):
         for _ in self.task.prompts:
             turn.begin()
             turn.end(1.0)
+
+
+def refused(config, message: str, monkeypatch, **known) -> None:
+    monkeypatch.setattr(run, "maker", {name: (kind, 1) for name, kind in known.items()}.__getitem__)
+    with pytest.raises(UserError, match=message):
+        run.run(replace(config, systems=tuple(known)))
+    assert not list(Path(config.out).parent.iterdir())
+
+
+def test_a_system_that_does_other_work_is_not_timed(config, forked, monkeypatch):
+    refused(config, "not the same work", monkeypatch, megakd=RightLoss, transformers=WrongLoss)
+
+
+def test_a_system_that_ends_is_not_timed(config, monkeypatch):
+    refused(config, "megakd ended before its time", monkeypatch, megakd=Failing, transformers=WrongLoss)
 
 
 def test_text_and_tokens_are_of_the_same_prompts(config):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import array
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -23,7 +24,11 @@ import threading
 import types
 from pathlib import Path
 
-LIBRARIES = ("torch", "megatron.core.models.gpt.gpt_model", "megatron.core.optimizer", "transformers.models.auto.modeling_auto")
+LIBRARIES = (  # and what they import as they are used
+    "torch", "torch._dynamo", "torch.distributed.launcher.api", "torch.utils.tensorboard", "megatron.core.models.gpt.gpt_model",
+    "megatron.core.optimizer", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama", "tyro",
+    "rouge_score.rouge_scorer", "matplotlib.backends.backend_agg", "matplotlib.figure",
+)  # fmt: skip
 PR_SET_PDEATHSIG = 1  # prctl.h
 CLIENT = """#!{python} -IS
 import array, ctypes, json, os, socket, sys
@@ -52,6 +57,7 @@ def serve(address: str) -> None:
     """Fork for whoever asks, until nobody holds the other end of the standard input."""
     for library in LIBRARIES:
         importlib.import_module(library)
+    gc.freeze()  # nobody collects them, page by page
     sys.path.remove(str(Path(__file__).parent))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:

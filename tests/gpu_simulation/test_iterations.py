@@ -18,6 +18,7 @@ from megakd.config import METHODS
 from megakd.simulation import shim
 from megakd.simulation.ranks import simulate
 from megakd.simulation.record import Record
+from megakd.simulation.settings import Simulated
 
 pytestmark = pytest.mark.skipif(not shutil.which(shim.COMPILER), reason=f"no {shim.COMPILER}: the simulation of a GPU needs a C++ compiler")
 
@@ -30,18 +31,46 @@ BUDGET = {"sft": 3, "kd": 3, "seqkd": 3, "distillm": 3, "minillm": 3, "promptkd"
 LOOKS = 3  # at the tokens of a group of rows, of which the longest writes 17: once in 8 steps, and at the end
 
 
-def simulated(cases: list[tuple[str, str]]) -> dict[tuple[str, str], list[Record]]:
+FAULTS = {  # planted in faults.py: (method, layout), what is said
+    "batches_stay_on_the_host": (("sft", "TP1"), "CPU tensor"),
+    "counts_are_summed_on_the_host": (("sft", "DP2 zero"), "NCCL: a CPU tensor in allreduce_"),
+    "a_loss_in_another_type": (("sft", "TP1"), "dtype"),
+    "a_decode_step_that_looks": (("promptkd", "TP1"), "in a CUDA graph: item"),
+    "the_last_rank_reduces_once_more": (("sft", "TP2 SP"), "rank 0 and rank 1 differ"),
+    "a_stage_sends_less": (("sft", "TP2 PP2"), "sends"),
+    "every_loss_is_looked_at": (("sft", "TP1"), "budget"),
+    "gradients_are_kept_twice": (("sft", "TP1"), "golden"),
+}
+
+
+def simulated(jobs: dict[object, list[Simulated]]) -> dict[object, list[Record]]:
     """All of them in one go: torch is imported once."""
-    ranks = [(case, rank) for case in cases for rank in job(*case)]
-    found: dict[tuple[str, str], list[Record]] = {case: [] for case in cases}
-    for (case, _), record in zip(ranks, simulate([rank for _, rank in ranks])):
-        found[case].append(record)
+    ranks = [(name, rank) for name, job in jobs.items() for rank in job]
+    found: dict[object, list[Record]] = {name: [] for name in jobs}
+    for (name, _), record in zip(ranks, simulate([rank for _, rank in ranks])):
+        found[name].append(record)
     return found
 
 
+def with_fault(fault: str) -> list[Simulated]:
+    (method, layout), _ = FAULTS[fault]
+    return job(method, layout, plant=f"faults:{fault}", iterations=1 + (method == "sft"), after=())
+
+
 @pytest.fixture(scope="module")
-def diagonal() -> dict[tuple[str, str], list[Record]]:
-    return simulated(DIAGONAL)
+def run_folder(tmp_path_factory) -> Path:
+    """Of the one run that writes its checkpoint."""
+    return tmp_path_factory.mktemp("simulated")
+
+
+@pytest.fixture(scope="module")
+def found(run_folder) -> dict[object, list[Record]]:
+    """By case of the diagonal, by fault, and of `run_folder`."""
+    (rank,) = job("promptkd", "TP1", folder=str(run_folder / "checkpoints"), source=str(run_folder))
+    (run_folder / "config.json").write_text(json.dumps(rank.student))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where faults.py is
+        return simulated({case: job(*case) for case in DIAGONAL} | {fault: with_fault(fault) for fault in FAULTS} | {run_folder: [rank]})
 
 
 def check(method: str, layout: str, records: list[Record]) -> None:
@@ -67,19 +96,19 @@ def over_budget(method: str, record: Record) -> bool:
 
 
 @pytest.mark.parametrize("method, layout", DIAGONAL)
-def test_an_iteration_asks_a_gpu_for_nothing_that_it_refuses(method, layout, diagonal):
-    check(method, layout, diagonal[method, layout])
+def test_an_iteration_asks_a_gpu_for_nothing_that_it_refuses(method, layout, found):
+    check(method, layout, found[method, layout])
 
 
 @pytest.mark.slow
 def test_no_method_asks_for_it_at_any_layout():
-    for (method, layout), records in simulated(CASES).items():
+    for (method, layout), records in simulated({case: job(*case) for case in CASES}).items():
         check(method, layout, records)
 
 
-def test_what_lives_between_iterations_is_weights_gradients_and_moments(diagonal):
+def test_what_lives_between_iterations_is_weights_gradients_and_moments(found):
     """Bytes a parameter: the student's bfloat16 and float32 weight, float32 gradient, two moments; of the teacher, weights alone."""
-    (record,) = diagonal["distillm", "TP1"]
+    (record,) = found["distillm", "TP1"]
     student, teacher = (parameters_of_gpt2(hidden) for hidden in (128, 256))
     assert record.resident["student"] == pytest.approx(2 * student, rel=0.03)
     assert record.resident["teacher weights"] == pytest.approx(2 * teacher, rel=0.03)
@@ -93,45 +122,17 @@ def parameters_of_gpt2(hidden: int, *, layers: int = 2, vocabulary: int = 1024, 
     return (vocabulary + positions) * hidden + layers * layer + 2 * hidden
 
 
-def test_a_checkpoint_is_written_and_read(tmp_path):
-    (rank,) = job("promptkd", "TP1", folder=str(tmp_path / "checkpoints"), source=str(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps(rank.student))
-    (record,) = simulate([rank])
+def test_a_checkpoint_is_written_and_read(found, run_folder):
+    (record,) = found[run_folder]
     assert not refusals(record)
-    assert (tmp_path / "checkpoints" / "iter_0000002" / "common.pt").is_file()
+    assert (run_folder / "checkpoints" / "iter_0000002" / "common.pt").is_file()
     assert any(part == "save" and what == "copy to host" for part, what, _ in record.waits)
 
 
-FAULTS = {  # planted in faults.py: (method, layout), what is said
-    "batches_stay_on_the_host": (("sft", "TP1"), "CPU tensor"),
-    "counts_are_summed_on_the_host": (("sft", "DP2 zero"), "NCCL: a CPU tensor in allreduce_"),
-    "a_loss_in_another_type": (("sft", "TP1"), "dtype"),
-    "a_decode_step_that_looks": (("promptkd", "TP1"), "in a CUDA graph: item"),
-    "the_last_rank_reduces_once_more": (("sft", "TP2 SP"), "rank 0 and rank 1 differ"),
-    "a_stage_sends_less": (("sft", "TP2 PP2"), "sends"),
-    "every_loss_is_looked_at": (("sft", "TP1"), "budget"),
-    "gradients_are_kept_twice": (("sft", "TP1"), "golden"),
-    "fractions_are_summed": (("minillm", "deterministic"), "cumsum of floating point"),
-}
-
-
-@pytest.fixture(scope="module")
-def faulty(pytestconfig) -> dict[str, list[Record]]:
-    ranks = []
-    for fault, (case, _) in FAULTS.items():
-        ranks += [(fault, rank) for rank in job(*case, plant=f"faults:{fault}", iterations=1 + (case[0] == "sft"), after=())]
-    found: dict[str, list[Record]] = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
-        for (fault, _), record in zip(ranks, simulate([rank for _, rank in ranks])):
-            found.setdefault(fault, []).append(record)
-    return found
-
-
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_seen(fault, faulty):
+def test_a_planted_fault_is_seen(fault, found):
     (method, layout), said = FAULTS[fault]
-    records = faulty[fault]
+    records = found[fault]
     seen = [*(text for record in records for text in refusals(record)), disagreement(records) or ""]
     if over_budget(method, records[0]):
         seen.append("budget")
