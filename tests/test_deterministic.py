@@ -103,3 +103,9 @@ def test_top_p_sums_whole_numbers():
         clear = ((before - p).abs() > 1e-6).all(-1)
         assert clear.sum() > 48
         assert torch.equal(keep_top_p(z, p).isfinite()[clear], kept[clear])
+
+
+def test_the_likeliest_token_stays_however_small_p_is():
+    z = torch.tensor([[1.0, 3.0, 2.0]])
+    for p in (1e-9, 1e-17, 5e-324):  # the last two are less than half of a unit
+        assert keep_top_p(z, p).isfinite().tolist() == [[False, True, False]]

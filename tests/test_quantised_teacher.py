@@ -232,6 +232,26 @@ def test_a_dynamic_teacher_multiplies_codes_at_every_layout_alike(kind):
             torch.testing.assert_close(torch.tensor(found[2]), torch.tensor(alone[2]), rtol=1e-4, atol=1e-5)
 
 
+def recomputed_gradient(layout, kind):
+    """Of a soft prompt through layers whose activations are recomputed, and through layers that keep them; each with the loss."""
+    config, found = tiny_config("llama", intermediate_size=128), []
+    for options in ({"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}, {}):
+        model = build_model(config, layout, **align_vocabularies([config.vocab_size], layout.tp_size), **options)
+        load_weights(model, StateDictSource(tiny_model(config)))
+        quantize(frozen(model), kind)
+        vectors, tokens = torch.full((3, config.hidden_size), 0.1, requires_grad=True), torch.arange(1, 13).view(2, 6)
+        loss = model.train()(tokens, torch.arange(6).expand(2, 6), vectors).square().sum()
+        loss.backward()
+        found += [loss.detach(), vectors.grad]
+    return found
+
+
+@dynamic
+def test_a_recomputed_layer_multiplies_the_same_numbers_twice(kind):
+    for loss, gradient, kept_loss, kept_gradient in run_distributed(recomputed_gradient, 2, kind, tp=2):
+        assert torch.equal(loss, kept_loss) and torch.equal(gradient, kept_gradient)
+
+
 def test_an_older_card_has_no_products_of_float8(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))

@@ -1,53 +1,44 @@
-"""The command in python's place does what python would: arguments, streams, folder, exit codes, and an end with whoever waits for it."""
+"""The python that has imported the libraries before: its programs end with whoever asked, and heed what python reads of the environment."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
-import time
 
 import pytest
+from test_stop import wait_until
 
-from megakd.runtime.peers import state_of
-
-
-def said_by(python: str, *words: object, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([python, *map(str, words)], capture_output=True, text=True, **options)
-
-
-def test_a_program_has_its_arguments_folder_environment_streams_and_exit_code(python, tmp_path):
-    (tmp_path / "beside.py").write_text("word = 'beside'\n")
-    program = tmp_path / "program.py"
-    program.write_text("import os, sys, beside\nprint(sys.argv[1:], beside.word, os.getcwd(), os.environ['MINE'], sys.stdin.read(), sys.executable)\n")
-    done = said_by(python, program, "a", "b c", cwd="/", env=os.environ | {"MINE": "x"}, input="typed")
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"['a', 'b c'] beside / x typed {python}\n", "")
+FORKS = """
+import os, sys, time
+children = [os.fork() or os._exit(time.sleep(60)) for _ in range(2)]
+open(sys.argv[1], "w").write(" ".join(map(str, [os.getpid(), *children])))
+time.sleep(60)
+"""
 
 
-def test_its_end_is_pythons(python):
-    ends = {"raise SystemExit('no')": (1, "no"), "import sys; sys.exit(3)": (3, ""), "1 / 0": (1, "ZeroDivisionError: division by zero"), "": (0, "")}
-    for text, (code, error) in ends.items():
-        done = said_by(python, "-c", text)
-        assert done.returncode == code and (done.stderr.splitlines() or [""])[-1] == error
-    assert said_by(python, "-c", "import atexit, sys; atexit.register(print, sys.argv)", "a").stdout == "['-c', 'a']\n"
-    assert "usage: " in said_by(python, "-m", "torch.distributed.run", "--help").stdout
+def is_at_work(process: int) -> bool:
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
-def test_modules_of_the_project_are_read_anew(python):
-    done = said_by(python, "-c", "import sys; print([name for name in sys.modules if name.partition('.')[0] in ('megakd', 'megakd_kernels', 'tiny')])")
-    assert done.stdout == "[]\n", done.stderr
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="Linux alone has such a python")
+def test_a_program_that_is_killed_takes_with_it_what_it_has_forked(python, tmp_path):
+    file = tmp_path / "processes"
+    asked = subprocess.Popen([python, "-c", FORKS, str(file)], start_new_session=True)
+    wait_until(lambda: file.exists() and len(file.read_text().split()) == 3)
+    processes = [int(number) for number in file.read_text().split()]
+    assert all(map(is_at_work, processes))
+    os.killpg(asked.pid, signal.SIGKILL)
+    asked.wait()
+    wait_until(lambda: not any(map(is_at_work, processes)))
 
 
-SLEEP = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
-LAUNCH = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SLEEP!r}])"
-
-
-@pytest.mark.parametrize("program", [SLEEP, LAUNCH])
-def test_it_ends_with_whoever_waits_for_it_and_so_does_what_it_started(python, program):
-    with subprocess.Popen([python, "-u", "-c", program], stdout=subprocess.PIPE, text=True) as process:
-        pid = int(process.stdout.readline())
-        process.send_signal(signal.SIGKILL)
-    end = time.monotonic() + 20
-    while state_of(pid) not in "XZ":
-        assert time.monotonic() < end
-        time.sleep(0.01)
+@pytest.mark.parametrize("word", ["", "1"])
+def test_bytecode_is_written_as_the_environment_says(python, word):
+    command = [python, "-c", "import sys; print(sys.dont_write_bytecode)"]
+    said = subprocess.run(command, env=os.environ | {"PYTHONDONTWRITEBYTECODE": word}, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == str(bool(word))

@@ -85,9 +85,11 @@ def _answer(client: socket.socket) -> int:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if (child := os.fork()) == 0:
         client.close()
+        os.setpgid(0, 0)  # so that what it forks is killed with it
         os._exit(_run(*json.loads(asked), streams))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends whoever asked, and so the program
     if client in select.select([client, os.pidfd_open(child)], [], [])[0]:
-        os.kill(child, signal.SIGKILL)
+        os.killpg(child, signal.SIGKILL)
         return 1
     client.sendall(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255).encode())
     return 0
@@ -99,6 +101,7 @@ def _run(words: list[str], environment: dict[str, str], folder: str, streams) ->
         os.dup2(stream, number), os.close(stream)
     os.chdir(folder)
     os.environ.clear(), os.environ.update(environment)
+    sys.dont_write_bytecode = bool(environment.get("PYTHONDONTWRITEBYTECODE"))
     sys.path[:0] = [part for part in environment.get("PYTHONPATH", "").split(":") if part]
     sys.executable, *words = words
     try:

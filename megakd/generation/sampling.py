@@ -190,7 +190,7 @@ def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
     ordered = logits_BV.sort(-1, descending=True).values
     share = (ordered.softmax(-1) * UNITS).long()  # whole numbers: their sum is the same in any order, which a GPU does not promise
     before = share.cumsum(-1) - share
-    last = ordered.masked_fill(before >= round(p * UNITS), math.inf).amin(-1, keepdim=True)
+    last = ordered.masked_fill(before >= max(1, round(p * UNITS)), math.inf).amin(-1, keepdim=True)
     return logits_BV.masked_fill(logits_BV < last, -math.inf)
 
 

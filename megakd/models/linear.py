@@ -34,6 +34,11 @@ class Adapted:
                 output = adapter(input_, output, self.sequence_parallel)
         return output, bias
 
+    @property
+    def multiplies_codes(self) -> bool:
+        """Where no gradient passes, and not in training: of a recomputed layer's two passes the first has none, and both are to be one."""
+        return self.multiply is not None and not self.training
+
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """megatron's, which knows its own two parameters."""
         axes = dict(self.cut)
@@ -50,7 +55,7 @@ class ColumnLinear(Adapted, ColumnParallelLinear):
 
     def product(self, input_: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
         """Without adapters."""
-        is_coded = self.multiply is not None
+        is_coded = self.multiplies_codes
         if torch.is_grad_enabled() or (self.sequence_parallel and not is_coded) or args or kwargs:
             return ColumnParallelLinear.forward(self, input_, *args, **kwargs)
         output = self.multiply(input_, self.sequence_parallel) if is_coded else F.linear(input_, self.weight)
@@ -67,7 +72,7 @@ class RowLinear(Adapted, RowParallelLinear):
 
     def product(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """Without adapters."""
-        is_coded = self.multiply is not None
+        is_coded = self.multiplies_codes
         if torch.is_grad_enabled() or (self.sequence_parallel and not is_coded) or not self.skip_bias_add:
             return RowParallelLinear.forward(self, input_)
         if is_coded:
