@@ -188,9 +188,10 @@ def every() -> Iterator[Variant]:
         for dtype, of_16, values in product(typed, strided, product(*(CHOICES[name] for name in names))):
             rare = [dtype] * (dtype != "bf16") + ["strides of 16"] * of_16
             rare += [f"{name} {value}" for name, value in zip(names, values) if not value]
+            chosen = dict(zip(names, values))
+            loads = variant.loads - (not chosen.get("OWNS_PROMPT", True))  # which has no prompt to read
             yield Variant(
-                variant.name, variant.kernel, variant.constants | dict(zip(names, values)), variant.warps, variant.loads,
-                variant.stores, variant.tile, dtype, of_16, ", ".join(rare),
+                variant.name, variant.kernel, variant.constants | chosen, variant.warps, loads, variant.stores, variant.tile, dtype, of_16, ", ".join(rare),
             )  # fmt: skip
 
 
