@@ -29,7 +29,7 @@ FILES = sorted(path for folder in ("megakd", "kernels", "scripts", "checkpoint_t
 KINDS = {"pretrain_kd.py": Config, "evaluate.py": EvaluateConfig, "generate.py": GenerateConfig, "benchmark.py": BenchmarkConfig}
 KINDS |= {"cache_teacher.py": CacheConfig, "analyze_attention.py": AttentionConfig, "plan.py": PlanConfig}
 KINDS |= {"megakd.verify": VerifyConfig, "benchmark_systems.py": SystemsConfig}
-OF_OTHERS = {"--nproc_per_node", "--help", "--config"}  # torchrun's; argparse's and tyro's; taken off before the flags are read
+OF_OTHERS = {"--nproc_per_node", "--log-dir", "--help", "--config"}  # torchrun's; argparse's and tyro's; taken off before the flags are read
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*\w")
 
 

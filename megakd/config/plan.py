@@ -48,3 +48,5 @@ class PlanConfig(Config):
             yield "a teacher that is stored, quantised or one of several is not planned; give --teacher-model one folder alone"
         if self.teacher_parallel != TeacherParallelConfig():
             yield "a teacher with a layout or ranks of its own is not planned; leave out --teacher-tp, --teacher-pp and --teacher-ranks"
+        if self.writes_with_vllm:
+            yield "--rollout-engine vllm is not planned: it takes --vllm-gpu-memory-utilization of each card and its own time; leave it out"

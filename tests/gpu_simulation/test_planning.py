@@ -175,8 +175,12 @@ def test_what_does_not_fit_is_one_line(folders, more, said):
         layouts_of(config, models_of(config))
 
 
-def test_flags_that_cannot_be_planned_are_refused(folders, capsys):
-    words = ["--model", str(folders["student"]), "--teacher-model", str(folders["teacher"]), "--teacher-tp", "2"]
+@pytest.mark.parametrize("more, said", [
+    (["--teacher-tp", "2"], "a teacher with a layout or ranks of its own is not planned"),
+    (["--rollout-engine", "vllm"], "--rollout-engine vllm is not planned: it takes --vllm-gpu-memory-utilization of each card"),
+])  # fmt: skip
+def test_flags_that_cannot_be_planned_are_refused(folders, capsys, more, said):
+    words = ["--model", str(folders["student"]), "--teacher-model", str(folders["teacher"]), *more]
     with pytest.raises(SystemExit):
         parse(words, PlanConfig, program="plan.py")
-    assert "a teacher with a layout or ranks of its own is not planned" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
