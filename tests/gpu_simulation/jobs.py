@@ -14,9 +14,10 @@ LAYOUTS = {  # TP, PP, DP, what else is split
     "TP2 SP": (2, 1, 1, {"sequence_parallel": True}),
     "TP2 PP2": (2, 2, 1, {}),
     "DP2 zero": (1, 1, 2, {"use_distributed_optimizer": True}),
+    "TP2 SP coded": (2, 1, 1, {"sequence_parallel": True, "teacher_quantize": "int8-dynamic"}),
     "deterministic": (1, 1, 1, {"deterministic_mode": True, "top_p": 0.9}),
 }
-FAMILY = {"TP2 SP": "llama"}  # with fewer key heads than query heads; GPT-2 elsewhere
+FAMILY = {"TP2 SP": "llama", "TP2 SP coded": "llama"}  # with fewer key heads than query heads; GPT-2 elsewhere
 PROMPTS, RESPONSES = [14, 9, 3, 7, 12, 5, 4, 8], [17, 3, 9, 16, 2, 6, 17, 11]
 PER_METHOD = {"distillm": {"kd_ratio": 1.0}, "minillm": {"num_rollouts": 8}}
 
