@@ -65,16 +65,19 @@ def same(one: Path, other: Path) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-def greedy_rouge(folder: Path, rows: list[dict], new_tokens: int) -> float:
-    """By transformers, one row at a time, with the papers' scorer."""
+def greedy_scores(folder: Path, rows: list[dict], new_tokens: int) -> tuple[float, float]:
+    """Rouge-L and the mean number of tokens without an end, by transformers, one row at a time, with the papers' scorer."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    scorer, total = RougeScorer(["rougeL"], use_stemmer=True), 0.0
+    scorer, total, tokens, ended = RougeScorer(["rougeL"], use_stemmer=True), 0.0, 0, 0
     for row in rows:
         ids = torch.tensor([tokenizer(row["prompt"])["input_ids"]])
         written = model.generate(ids, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
         answer = tokenizer.decode(written, skip_special_tokens=True).strip()
         total += scorer.score(row["response"], answer)["rougeL"].fmeasure
-    return 100 * total / len(rows)
+        has_end = int(written[-1] == tokenizer.eos_token_id)
+        tokens, ended = tokens + len(written) - has_end, ended + has_end
+    assert ended, "some answers have an end"
+    return 100 * total / len(rows), tokens / len(rows)
 
 
 def test_the_best_student_is_that_of_the_highest_score_and_has_it(inputs, scored):
@@ -87,7 +90,9 @@ def test_the_best_student_is_that_of_the_highest_score_and_has_it(inputs, scored
     export_to_hf(scored / "checkpoints", scored.parent / "again", iteration=winner)
     assert same(scored / "best", scored.parent / "again")
     rows = [json.loads(line) for line in (inputs / "valid.jsonl").read_text().splitlines()]
-    assert greedy_rouge(scored / "best", rows, 6) == pytest.approx(after[winner], abs=1e-6)
+    rouge, length = greedy_scores(scored / "best", rows, 6)
+    assert rouge == pytest.approx(after[winner], abs=1e-6)
+    assert length == evaluations(scored, "valid/response_length")[winner]
     assert not (scored / best_students.NATIVE).exists()
 
 

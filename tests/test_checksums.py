@@ -14,11 +14,11 @@ from distributed import run_distributed
 from test_trainer import command, inputs, numbers, run  # noqa: F401
 
 from megakd import preflight
-from megakd.checkpointing import space
+from megakd.checkpointing import native, space
 from megakd.checkpointing.checksums import CHECKSUMS, SHARD, owner
 from megakd.checkpointing.description import FILE
 from megakd.checkpointing.export_hf import export_to_hf
-from megakd.checkpointing.native import NativeCheckpoint, read_latest
+from megakd.checkpointing.native import NativeCheckpoint, number_of, one_before, read_latest
 from megakd.config import parse
 from megakd.errors import UserError
 
@@ -124,6 +124,18 @@ def test_damaged_weights_are_refused_on_all_ranks_and_the_previous_iteration_giv
         shutil.rmtree(broken / "checkpoints" / "iter_0000004")
         (broken / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2\n")
         preflight.check_run_folder(parse(command(inputs, "broken", "promptkd", tp=2, resume="previous")))
+
+
+def test_a_run_goes_on_from_the_iteration_that_is_asked_for(tmp_path, monkeypatch):
+    """The one before a lost one, else the newest of all; by number the one that has it."""
+    for iteration in (1, 2, 3, 4):
+        (tmp_path / "checkpoints" / f"iter_000000{iteration}").mkdir(parents=True)
+    monkeypatch.setattr(native, "is_whole", lambda folder: not folder.name.endswith("4"))
+    before = {lost: one_before(tmp_path / "checkpoints" / f"iter_000000{lost}") for lost in (1, 2, 3)}
+    assert {lost: number_of(found) for lost, found in before.items()} == {1: 3, 2: 1, 3: 2}
+    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("3\n")
+    asked = lambda resume: preflight.iteration_to_resume(parse(command(tmp_path, ".", "sft", resume=resume)))
+    assert {resume: asked(resume) for resume in ("latest", "previous", "1")} == {"latest": 3, "previous": 2, "1": 1}
 
 
 def has_no_room(layout, arguments):

@@ -117,6 +117,8 @@ def test_a_captured_step_is_that_of_the_rows_that_follow_as_well(folders):
             assert write(sampling=LONG, batch_size=8) == plain
             assert write(sampling=LONG, batch_size=8) == plain  # in the room of before
             assert write(sampling=LONG, batch_size=5, **soft) == with_soft
+            patch.setattr(rows, "SYNC_EVERY", 1)  # a place is looked at while the row that is to have it has not read its prompt
+            assert write(sampling=LONG, batch_size=8) == plain
         return made
 
     for pp, most in ((1, {8, 4, 2, 1, 5}), (2, {4, 2, 1, 3})):

@@ -39,7 +39,10 @@ def main() -> None:
     args = parse_args()
     chosen = [mutant for mutant in MUTANTS if not args.words or any(word in " ".join(mutant) for word in args.words)]
     started = time.perf_counter()
-    work = [Work(tests) for tests in sorted({mutant.tests for mutant in chosen})] + [Work(mutant.tests, mutant) for mutant in chosen]
+    work = [
+        item for tests in sorted({mutant.tests for mutant in chosen})
+        for item in (Work(tests), *(Work(tests, mutant) for mutant in chosen if mutant.tests == tests))
+    ]  # fmt: skip
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by a library as it is imported, which is before conftest.py says so
     with tempfile.TemporaryDirectory() as folder:
         python, _server = warm_python.start(Path(folder))

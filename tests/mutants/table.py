@@ -190,6 +190,8 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (GENERATION + "room.py", "replace(sampler.sampling, seed=0, max_new_tokens=1)", "0"),
         (GENERATION + "room.py", "all(has >= needs for has, needs in zip(self.columns, columns))", "True"),
         (GENERATION + "rows.py", "size // 2 >= max(live, 1)", "size > max(live, 1)"),
+    ],
+    of("test_num_generations", "the_first_answer_is_the_one_of_a_run_without_and_the_others_differ"): [
         (GENERATION + "rows.py", "self.room.streams_B[seats] = noise", "self.room.streams_B[seats] = 0 * noise"),
     ],
     "tests/gpu_simulation/test_iterations.py": [
