@@ -72,6 +72,21 @@ def test_a_prompt_is_read_once_and_its_answers_are_those_of_prompts_read_alone(f
         assert found["mixed"] == found["mixed, few at once"] != found["together"]
 
 
+def neighbours(layout, folders):
+    """Two rows with one prompt, of which a teacher reads another beside each: together, and each alone."""
+    model, teacher, prompt = load(layout, folders["llama"]), load(layout, folders["gpt2"]), [5, 6, 7]
+    read = [[8, 9], [10, 11, 12, 13]]
+    write = lambda rows: generate(
+        model, [prompt] * len(rows), rows, SAMPLED, eos_id=EOS, mix_with=[MixtureComponent(teacher, 0.9, prompts=[read[i] for i in rows])]
+    )
+    return write([0, 1]), write([0]) + write([1])
+
+
+def test_one_prompt_beside_which_others_are_read_is_not_read_once(folders):
+    ((together, alone),) = run_distributed(neighbours, 1, folders)
+    assert together == alone
+
+
 def test_the_first_answer_is_the_one_of_a_run_without_and_the_others_differ(first):
     answers = first["llama"]["together"]
     assert answers[::N] == first["llama"]["plain"]
