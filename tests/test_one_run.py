@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
 
 import pytest
@@ -44,6 +46,18 @@ def test_a_folder_at_which_a_run_is_at_work_is_refused_with_its_name(tmp_path, s
     with pytest.raises(UserError) as error, locked(tmp_path):
         pass
     assert str(error.value) == message and Holder.read(file.read_text()).process == somebody
+
+
+def test_of_two_that_start_together_one_waits_until_the_other_has_written_its_name(tmp_path):
+    with (tmp_path / LOCK).open("a+") as stream, ThreadPoolExecutor() as pool:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        other = pool.submit(take, tmp_path, Holder.this(), "--save")
+        assert not wait([other], timeout=0.3).done
+        stream.write(json.dumps(asdict(replace(Holder.this(), host="elsewhere"))) + "\n")
+        stream.flush()
+        fcntl.flock(stream, fcntl.LOCK_UN)
+        with pytest.raises(UserError, match="on elsewhere has been at work in it"):
+            other.result(timeout=20)
 
 
 @pytest.mark.parametrize("changes, is_refused", [

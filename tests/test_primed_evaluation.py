@@ -17,6 +17,7 @@ from megakd.config.evaluate import EvaluateConfig
 from megakd.evaluation.evaluator import evaluate
 from megakd.evaluation.exposure_bias import token_divergences
 from megakd.evaluation.held_out import held_out_losses
+from megakd.generation.answers import Writer
 from megakd.methods import METHODS
 from megakd.teachers.live import LiveStudent
 
@@ -48,7 +49,20 @@ def test_distances_of_a_primed_teacher_equal_float64_transformers(tp, pp, dp):
 
 
 def evaluated(layout, words):
-    return evaluate(parse(list(map(str, words)), EvaluateConfig))
+    """Prompts that were asked, all of a set together, in any order."""
+    asked, answer = set(), Writer.answer
+
+    def noted(self, samples, sampling):
+        asked.add(tuple(tuple(sample.prompt) for sample in samples))
+        return answer(self, samples, sampling)
+
+    Writer.answer = noted
+    evaluate(parse(list(map(str, words)), EvaluateConfig))
+    return asked
+
+
+def len_of_all(prompts) -> int:
+    return sum(map(len, prompts))
 
 
 def test_a_model_is_compared_with_itself_primed(inputs, tmp_path):  # noqa: F811
@@ -58,7 +72,9 @@ def test_a_model_is_compared_with_itself_primed(inputs, tmp_path):  # noqa: F811
     found = {}
     for name, priming in {"same": "none", "primed": "Think first."}.items():
         save = tmp_path / name
-        run_distributed(evaluated, 1, [*words, "--teacher-priming", priming, "--save", save])
+        (asked,) = run_distributed(evaluated, 1, [*words, "--teacher-priming", priming, "--save", save])
+        shorter, longer = min(asked, key=len_of_all), max(asked, key=len_of_all)
+        assert all((len(theirs) > len(ours)) == (priming != "none") for ours, theirs in zip(shorter, longer, strict=True))
         results = json.loads((save / "results.json").read_text())
         found[name] = results["sets"]["test"]["reverse_kl"], results["exposure_bias"]["test"]["l_eps"][-1]
         assert results["config"]["teacher_priming"] == priming
