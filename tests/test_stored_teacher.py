@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from megakd.data.batch import Sample
 from megakd.errors import UserError
 from megakd.evaluation.evaluator import evaluate
 from megakd.teachers import caching
+from megakd.teachers.stored import StoredTeacher
 
 KINDS = {"hidden": [], "dense": [], "topk": ["--top-k", "5"]}
 
@@ -142,6 +144,11 @@ def test_one_store_serves_every_layout_and_batch_size(inputs, alone, ranks, layo
     run_distributed(train, ranks, *(train_command(inputs, save, *flags, **stored(kind)) for kind, save in saves.items()), **layout)
     for kind, save in saves.items():
         same(numbers(inputs / save), alone[kind], rel=2e-4, abs=1e-5)
+
+
+def test_a_stage_that_takes_no_loss_reads_nothing():
+    teacher = object.__new__(StoredTeacher)  # without a store, which it would need
+    assert teacher.read(["a batch"], to=SimpleNamespace(is_last_stage=False)) == []
 
 
 def test_another_order_reads_the_same_store(inputs):

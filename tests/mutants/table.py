@@ -194,6 +194,9 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     of("test_num_generations", "one_prompt_beside_which_others_are_read_is_not_read_once"): [
         (GENERATION + "rows.py", "row.prompts != reading[-1].prompts", "row.prompt != reading[-1].prompt"),
     ],
+    of("test_stored_teacher", "a_stage_that_takes_no_loss_reads_nothing"): [
+        (TEACHERS + "stored.py", "for batch in batches] if to.is_last_stage else []", "for batch in batches]"),
+    ],
     of("test_num_generations", "the_first_answer_is_the_one_of_a_run_without_and_the_others_differ"): [
         (GENERATION + "rows.py", "self.room.streams_B[seats] = noise", "self.room.streams_B[seats] = 0 * noise"),
     ],
@@ -971,7 +974,6 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     ],
     of("test_stored_teacher", "one_store_serves_every_layout_and_batch_size"): [
         (TEACHERS + "stored.py", "slice(layout.tp_rank * width,", "slice(0,"),
-        (TEACHERS + "stored.py", "for batch in batches] if to.is_last_stage else []", "for batch in batches]"),
     ],
     of("test_stored_teacher", "a_killed_command_goes_on_to_the_same_files"): [
         (TEACHERS + "caching.py", "missing[self.layout.dp_rank :: self.layout.dp_size]", "missing"),
