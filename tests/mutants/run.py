@@ -129,7 +129,7 @@ def run_tests(folder: Path, tests: str, python: Path) -> subprocess.Popen:
     paths = os.pathsep.join([str(folder), str(folder / "kernels")])
     data = os.environ.get("MEGAKD_TEST_DATA", str(ROOT.parent / "shared" / "data"))
     environment = os.environ | {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "MEGAKD_TEST_DATA": data}
-    options = ["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(folder), *tests.split("|")]
+    options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--rootdir", str(folder), *tests.split("|")]
     return subprocess.Popen(
         [python, "-c", PYTEST, str(folder), sys.executable, *options],
         cwd=folder,
