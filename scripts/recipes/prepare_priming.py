@@ -24,11 +24,11 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-import yaml
 from word_problems import Problem, problems
 
 from megakd.data.priming import NAMED, open_priming
 from megakd.errors import file_errors, quiet_pipe, told_in_one_line
+from megakd.planning.scale import read_scale
 
 SHORT = 0.9  # of the answers to a question without any text, those that say the number at once
 SEED = 1234
@@ -37,7 +37,7 @@ HINT = "hint"  # the field with the right answer, for --teacher-prompt-field
 
 def main() -> None:
     args = parse_args()
-    scale = yaml.safe_load((args.configs / "scale.yaml").read_text())
+    scale = read_scale(args.configs)
     if args.out.exists():
         sys.exit(f"error: --out {args.out}: is there already; give another folder")
     unfinished = args.out.with_name(args.out.name + ".unfinished")
