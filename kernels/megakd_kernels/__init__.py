@@ -5,8 +5,10 @@ from .divergence import OBJECTIVES
 from .divergence.kl_div import kl_div
 from .heads.fused_linear import (
     fused_linear_cross_entropy,
+    fused_linear_kd_loss,
     fused_linear_kl,
     fused_linear_promptkd_loss,
+    fused_linear_topk_kd_loss,
     fused_linear_topk_kl,
     fused_linear_topk_kl_with_bias,
 )
@@ -21,8 +23,10 @@ __all__ = [
     "VocabShard",
     "cross_entropy",
     "fused_linear_cross_entropy",
+    "fused_linear_kd_loss",
     "fused_linear_kl",
     "fused_linear_promptkd_loss",
+    "fused_linear_topk_kd_loss",
     "fused_linear_topk_kl",
     "fused_linear_topk_kl_with_bias",
     "kl_div",

@@ -7,16 +7,18 @@ multiply the rows' losses; a row of weight 0 has loss and gradient 0 whatever it
 
 from .cross_entropy.reference import cross_entropy
 from .divergence.reference import kl_div
-from .heads.reference import fused_linear_cross_entropy, fused_linear_kl, fused_linear_promptkd_loss
+from .heads.reference import fused_linear_cross_entropy, fused_linear_kd_loss, fused_linear_kl, fused_linear_promptkd_loss
 from .kl.reference import promptkd_loss
 from .prompt_embedding.reference import prompt_embedding
-from .topk.reference import fused_linear_topk_kl, fused_linear_topk_kl_with_bias
+from .topk.reference import fused_linear_topk_kd_loss, fused_linear_topk_kl, fused_linear_topk_kl_with_bias
 
 __all__ = [
     "cross_entropy",
     "fused_linear_cross_entropy",
+    "fused_linear_kd_loss",
     "fused_linear_kl",
     "fused_linear_promptkd_loss",
+    "fused_linear_topk_kd_loss",
     "fused_linear_topk_kl",
     "fused_linear_topk_kl_with_bias",
     "kl_div",

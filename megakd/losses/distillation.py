@@ -39,24 +39,37 @@ class Divergence:
 
     def with_bias(self, q: HeadRows, p: Rows, vocabulary: VocabShard) -> tuple[Tensor, dict[str, Tensor]]:
         """The same, and of a truncated p what KL(p‖q) and KL(q‖p) of whole rows are above those of the buckets, at most, to be logged."""
+        options = self._options(q, vocabulary)
         if not isinstance(p, TopKRows):
-            given = (p.logits_NVp, None) if isinstance(p, LogitRows) else (p.hidden_NH, p.head_VpH)
-            return self._distance(megakd_kernels.fused_linear_kl, q, given, vocabulary), {}
-        distance, *bounds = self._distance(megakd_kernels.fused_linear_topk_kl_with_bias, q, (p,), vocabulary)
+            return megakd_kernels.fused_linear_kl(q.hidden_NH, q.head_VpH, *_given(p), **options), {}
+        distance, *bounds = megakd_kernels.fused_linear_topk_kl_with_bias(q.hidden_NH, q.head_VpH, p, **options)
         return distance, dict(zip(BIASES, bounds))
 
-    def _distance(self, distance: Callable, q: HeadRows, p: tuple, vocabulary: VocabShard):
-        return distance(
-            q.hidden_NH,
-            q.head_VpH,
-            *p,
-            objective=self.objective,
-            temperature=self.temperature,
-            beta=self.beta,
-            alpha=self.alpha,
-            accumulate_into_main_grad=sums_in_main_grad(q),
+    def beside_labels(
+        self, q: HeadRows, p: Rows, labels_N: Tensor, vocabulary: VocabShard, *, label_coef: float, distance_coef: float
+    ) -> TokenLoss:
+        """label_coef·(−log q(label)) + distance_coef·D, the labels as of the same tokens; both are logged as they are."""
+        options = self._options(q, vocabulary) | {"label_coef": label_coef, "distance_coef": distance_coef}
+        operator = megakd_kernels.fused_linear_topk_kd_loss if isinstance(p, TopKRows) else megakd_kernels.fused_linear_kd_loss
+        total, lm, distance, *bounds = operator(q.hidden_NH, q.head_VpH, *_given(p), labels_N, **options)
+        return TokenLoss(total, {"loss/total": total, "loss/lm": lm, f"loss/{self.name}": distance} | as_logs(dict(zip(BIASES, bounds))))
+
+    def _options(self, q: HeadRows, vocabulary: VocabShard) -> dict:
+        return {
+            "objective": self.objective,
+            "temperature": self.temperature,
+            "beta": self.beta,
+            "alpha": self.alpha,
+            "accumulate_into_main_grad": sums_in_main_grad(q),
             **vocabulary.arguments,
-        )
+        }
+
+
+def _given(p: Rows) -> tuple:
+    """The teacher's side as the kernels take it."""
+    if isinstance(p, TopKRows):
+        return (p,)
+    return (p.logits_NVp, None) if isinstance(p, LogitRows) else (p.hidden_NH, p.head_VpH)
 
 
 def sums_in_main_grad(rows: HeadRows) -> bool:
@@ -93,11 +106,7 @@ def kd_loss(
     q: HeadRows, p: Rows, labels_N: Tensor, vocabulary: VocabShard, *, kd_ratio: float, divergence: Divergence
 ) -> TokenLoss:
     """(1 − r)·(−log q(label)) + r·D(p, q): with KL(p‖q) that of Hinton et al. 2015 as MiniLLM's `finetune.py` weighs it."""
-    with torch.set_grad_enabled(kd_ratio < 1 and torch.is_grad_enabled()):  # at 1 it is for the log alone
-        lm = label_loss(q, labels_N, vocabulary)
-    distance, bias = divergence.with_bias(q, p, vocabulary)
-    total = (1 - kd_ratio) * lm + kd_ratio * distance
-    return TokenLoss(total, {"loss/total": total, "loss/lm": lm, f"loss/{divergence.name}": distance} | as_logs(bias))
+    return divergence.beside_labels(q, p, labels_N, vocabulary, label_coef=1 - kd_ratio, distance_coef=kd_ratio)
 
 
 def as_logs(values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -107,10 +116,8 @@ def as_logs(values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def priming_loss(q: HeadRows, p: Rows, labels_N: Tensor, vocabulary: VocabShard, *, alpha: float, temperature: float) -> TokenLoss:
     """α·(−log q(label)) + (1 − α)·T²·KL(q_T‖p_T), the KL logged as it is, without T² (response priming)."""
-    lm = label_loss(q, labels_N, vocabulary)
-    distance, bias = Divergence("reverse_kl", temperature).with_bias(q, p, vocabulary)
-    total = alpha * lm + (1 - alpha) * temperature**2 * distance
-    return TokenLoss(total, {"loss/total": total, "loss/lm": lm, "loss/reverse_kl": distance} | as_logs(bias))
+    divergence = Divergence("reverse_kl", temperature)
+    return divergence.beside_labels(q, p, labels_N, vocabulary, label_coef=alpha, distance_coef=(1 - alpha) * temperature**2)
 
 
 def function_of_log_q(f: Callable[[Tensor], Tensor], q: HeadRows, labels_N: Tensor, vocabulary: VocabShard) -> Tensor:

@@ -25,6 +25,7 @@ from ..cross_entropy.loss import label_loss
 from ..divergence import Objective
 from ..divergence.kl_div import divergence
 from ..from_logits import RowLoss, value_and_gradient, weights_for
+from ..kd.loss import KDLoss
 from ..kl.promptkd_loss import prompt_loss
 from ..row_chunks import accumulation_dtype
 from ..shards import VocabShard
@@ -125,9 +126,12 @@ def _weight_gradient(W: Tensor, dW: Tensor, upstream: Tensor, into_main_grad: bo
     return torch.zeros_like(W) if getattr(W, "zero_out_wgrad", False) else torch.empty_like(W)
 
 
-def _apply(loss: RowLoss, weights: Tensor | None, chunk_rows: int | None, into_main_grad: bool, *hidden_and_weight: Tensor):
+def _apply(loss: RowLoss, weights: Tensor | None, chunk_rows: int | None, into_main_grad: bool, *hidden_and_weight: Tensor | None):
+    hidden, weight = hidden_and_weight[::2], hidden_and_weight[1::2]
+    hidden = [h.detach() if W is None else h for h, W in zip(hidden, weight)]  # logits are constants
+    hidden_and_weight = tuple(x for pair in zip(hidden, weight) for x in pair)
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in hidden_and_weight)
-    for W, w in zip(hidden_and_weight[1::2], wanted[1::2]):
+    for W, w in zip(weight, wanted[1::2]):
         if into_main_grad and w and not hasattr(W, "main_grad"):
             raise ValueError("accumulate_into_main_grad=True needs weight.main_grad: wrap the model in Megatron's "
                              "DistributedDataParallel, or leave the gradient to autograd")
@@ -150,11 +154,30 @@ def fused_linear_kl(student_hidden: Tensor, student_weight: Tensor, teacher_hidd
         return reference.fused_linear_kl(student_hidden, student_weight, teacher_hidden, teacher_weight, objective=objective,
                                          beta=beta, alpha=alpha, temperature=temperature, weights=weights,
                                          valid_vocab=valid_vocab, vocab_start=vocab_start, tp_group=tp_group)
-    if teacher_weight is None:
-        teacher_hidden = teacher_hidden.detach()
     loss = divergence(student_hidden, objective, beta, alpha, temperature, VocabShard(valid_vocab, vocab_start, tp_group))
     return _apply(loss, weights, chunk_rows, accumulate_into_main_grad, student_hidden, student_weight, teacher_hidden,
                   teacher_weight)[0]
+
+
+def fused_linear_kd_loss(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor | None,
+                         labels_N: Tensor, *, label_coef: float, distance_coef: float, objective: Objective = "forward_kl",
+                         beta: float = 0.5, alpha: float = 0.1, temperature: float = 1.0, weights: Tensor | None = None,
+                         valid_vocab: int | None = None, vocab_start: int | None = None, tp_group: ProcessGroup | None = None,
+                         chunk_rows: int | None = None, accumulate_into_main_grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss_N, label_N, distance_N): label_coef cross_entropy + distance_coef kl_div, and its parts to be logged, from one product with
+    the student's head, whose labels these are. The temperature is the divergence's alone.
+
+    Gradient of the loss as in `fused_linear_kl`, which has the options.
+    """
+    if launch.implementation(student_hidden) == "reference":
+        return reference.fused_linear_kd_loss(student_hidden, student_weight, teacher_hidden, teacher_weight, labels_N,
+                                              label_coef=label_coef, distance_coef=distance_coef, objective=objective, beta=beta,
+                                              alpha=alpha, temperature=temperature, weights=weights, valid_vocab=valid_vocab,
+                                              vocab_start=vocab_start, tp_group=tp_group)
+    shard = VocabShard(valid_vocab, vocab_start, tp_group)
+    loss = KDLoss(labels=label_loss(student_hidden, labels_N, len(student_weight), shard), label_coef=label_coef, shard=shard,
+                  distance=divergence(student_hidden, objective, beta, alpha, temperature, shard), distance_coef=distance_coef)
+    return _apply(loss, weights, chunk_rows, accumulate_into_main_grad, student_hidden, student_weight, teacher_hidden, teacher_weight)
 
 
 def fused_linear_promptkd_loss(prompted_hidden: Tensor, teacher_weight: Tensor, base_hidden: Tensor | None,
@@ -209,4 +232,22 @@ def fused_linear_topk_kl_with_bias(hidden: Tensor, weight: Tensor, rows: TopKRow
             valid_vocab=valid_vocab, vocab_start=vocab_start, tp_group=tp_group)
     shard = VocabShard(valid_vocab, vocab_start, tp_group)
     loss = topk_loss(hidden, rows, objective, beta, alpha, temperature, shard, width=len(weight))
+    return _apply(loss, weights, chunk_rows, accumulate_into_main_grad, hidden, weight)
+
+
+def fused_linear_topk_kd_loss(hidden: Tensor, weight: Tensor, rows: TopKRows, labels_N: Tensor, *, label_coef: float,
+                              distance_coef: float, objective: Objective = "forward_kl", beta: float = 0.5, alpha: float = 0.1,
+                              temperature: float = 1.0, weights: Tensor | None = None, valid_vocab: int | None = None,
+                              vocab_start: int | None = None, tp_group: ProcessGroup | None = None, chunk_rows: int | None = None,
+                              accumulate_into_main_grad: bool = False) -> tuple[Tensor, ...]:
+    """(loss_N, label_N, distance_N, forward bias, reverse bias): `fused_linear_kd_loss` with a truncated teacher, as
+    `fused_linear_topk_kl_with_bias` takes it."""
+    if launch.implementation(hidden) == "reference":
+        return topk_reference.fused_linear_topk_kd_loss(
+            hidden, weight, rows, labels_N, label_coef=label_coef, distance_coef=distance_coef, objective=objective, beta=beta,
+            alpha=alpha, temperature=temperature, weights=weights, valid_vocab=valid_vocab, vocab_start=vocab_start, tp_group=tp_group)
+    shard = VocabShard(valid_vocab, vocab_start, tp_group)
+    distance = topk_loss(hidden, rows, objective, beta, alpha, temperature, shard, width=len(weight))
+    loss = KDLoss(labels=label_loss(hidden, labels_N, len(weight), shard), label_coef=label_coef, distance=distance,
+                  distance_coef=distance_coef, shard=shard)
     return _apply(loss, weights, chunk_rows, accumulate_into_main_grad, hidden, weight)

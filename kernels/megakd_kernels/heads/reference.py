@@ -30,6 +30,17 @@ def fused_linear_kl(student_hidden: Tensor, student_weight: Tensor, teacher_hidd
                   vocab_start=vocab_start, tp_group=tp_group)
 
 
+def fused_linear_kd_loss(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor | None,
+                         labels_N: Tensor, *, label_coef: float, distance_coef: float, weights: Tensor | None = None,
+                         valid_vocab: int | None = None, vocab_start: int | None = None, tp_group: ProcessGroup | None = None,
+                         **divergence) -> tuple[Tensor, Tensor, Tensor]:
+    """(label_coef cross_entropy + distance_coef kl_div, and both): two losses of hidden states through their heads."""
+    options = {"weights": weights, "valid_vocab": valid_vocab, "vocab_start": vocab_start, "tp_group": tp_group}
+    label_N = fused_linear_cross_entropy(student_hidden, student_weight, labels_N, **options)
+    distance_N = fused_linear_kl(student_hidden, student_weight, teacher_hidden, teacher_weight, **divergence, **options)
+    return label_coef * label_N + distance_coef * distance_N, label_N.detach(), distance_N.detach()
+
+
 def fused_linear_promptkd_loss(prompted_hidden: Tensor, teacher_weight: Tensor, base_hidden: Tensor | None,
                                student_hidden: Tensor, student_weight: Tensor, *, base_coef: float | Tensor,
                                temperature: float = 1.0, weights: Tensor | None = None, valid_vocab: int | None = None,

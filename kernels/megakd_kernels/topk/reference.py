@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..divergence import Objective, check_objective, divergence_function
-from ..heads.reference import head
+from ..heads.reference import fused_linear_cross_entropy, head
 from ..shards import FLOOR, SumOverShards, VocabShard, log_probs, weighted
 from . import TopKRows
 
@@ -76,6 +76,16 @@ def fused_linear_topk_kl_with_bias(hidden: Tensor, weight: Tensor, rows: TopKRow
     loss = divergence_function(objective, beta, alpha)(log_q, log_p, lambda x: x.sum(-1))
     ends = rest_ends(log_q_NV.detach(), rows.ids_NK.long() - start, shard)
     return tuple(weighted(x, weights) for x in (loss, *bias_bounds(log_q[:, -1].detach(), ends, log_p, rows.log_min_N)))
+
+
+def fused_linear_topk_kd_loss(hidden: Tensor, weight: Tensor, rows: TopKRows, labels_N: Tensor, *, label_coef: float, distance_coef: float,
+                              weights: Tensor | None = None, valid_vocab: int | None = None, vocab_start: int | None = None,
+                              tp_group: ProcessGroup | None = None, **divergence) -> tuple[Tensor, ...]:
+    """(label_coef cross_entropy + distance_coef divergence, both, and the divergence's bounds)."""
+    options = {"weights": weights, "valid_vocab": valid_vocab, "vocab_start": vocab_start, "tp_group": tp_group}
+    label_N = fused_linear_cross_entropy(hidden, weight, labels_N, **options)
+    distance_N, *bounds = fused_linear_topk_kl_with_bias(hidden, weight, rows, **divergence, **options)
+    return label_coef * label_N + distance_coef * distance_N, label_N.detach(), distance_N.detach(), *bounds
 
 
 def rest_ends(log_q_NV: Tensor, columns_NK: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
