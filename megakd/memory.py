@@ -24,7 +24,7 @@ from megakd.models.sizes import StageSizes, parameter_count, stage_sizes
 from megakd.runtime.parallel_layout import Grid
 
 FLOAT, GIB = 4, 1024**3
-CHUNK_ROWS = {"cpu": 256, "cuda": 2048}  # of logits that exist at a time (megakd_kernels/heads)
+CHUNK_ROWS = {"cpu": 128, "cuda": 2048}  # of logits that exist at a time (megakd_kernels/heads)
 FRAGMENTS = 0.08  # of all, what an allocator loses between blocks: 2 to 28 % in runs on a CPU, mostly below 15 (tests/test_dry_run.py)
 WITHOUT_WEIGHTS = 0.6  # of a layer's activations, those that a gradient needs which passes through it to a soft prompt
 CODE_BYTES = {"int8": 1.0, "int4": 0.625, "int8-dynamic": 1.0, "fp8-dynamic": 1.0}  # of a quantised weight, scales included

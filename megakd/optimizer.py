@@ -50,6 +50,7 @@ class StudentOptimizer:
         options = {"use_distributed_optimizer": distributed, "overlap_grad_reduce": overlap}
         ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **options)
         self.ddp = DistributedDataParallel(model.config, ddp_config, model, pg_collection=model.layout.groups)
+        model.sum_words_by_rows(awaited=overlap)
         settings = _optimizer_config(config, model.config.params_dtype, distributed)
         self.optimizer: MegatronOptimizer = get_megatron_optimizer(
             settings,
@@ -108,17 +109,17 @@ class NonFiniteNormError(ArithmeticError):
 
 
 def choose_kernel(optimizer: torch.optim.Optimizer) -> None:
-    """torch's AdamW in one launch on a GPU, which otherwise writes each intermediate of all weights; its counters then lie there too.
+    """torch's AdamW in one pass over weights, gradients and moments, which otherwise writes each intermediate; its counters lie beside
+    the moments.
 
     Asked before every step: a checkpoint brings counters and choice of the device that it was written on.
     """
     if not isinstance(optimizer, torch.optim.AdamW):
         return
     for group in optimizer.param_groups:
-        on_gpu = any(param.is_cuda for param in group["params"])
-        group["fused"] = True if on_gpu else None
+        group["fused"] = True
         for state in (optimizer.state[param] for param in group["params"] if "step" in optimizer.state[param]):
-            state["step"] = state["step"].to(state["exp_avg"].device if on_gpu else "cpu")
+            state["step"] = state["step"].to(state["exp_avg"].device)
 
 
 def without_a_student() -> None:

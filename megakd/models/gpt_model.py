@@ -21,6 +21,7 @@ from megakd.models.kv_cache import CacheStep
 from megakd.models.narrow_words import narrow_words
 from megakd.models.packed_rows import PackedRows
 from megakd.models.rope import Rope
+from megakd.models.word_rows import word_rows
 from megakd.runtime.parallel_layout import ParallelLayout
 
 METHOD_PARTS = "method_parts."  # what begins the names of parameters that are no part of the model
@@ -64,6 +65,7 @@ class HiddenStateGPTModel(GPTModel):
         if self.embedding_size != config.hidden_size:
             narrow_words(self, self.embedding_size)
         self.method_parts = torch.nn.ModuleDict()
+        self.words_summed_by_rows = self.words_awaited = False
         self.adapted = None  # the LoRAConfig of its adapters, beside which its own weights are frozen
 
     def forward(
@@ -161,12 +163,19 @@ class HiddenStateGPTModel(GPTModel):
 
     def word_embeddings(self, tokens_BS: Tensor) -> Tensor:
         """[B, S, E]. As with torch's `padding_idx`, that id's row learns nothing from being read; a tied head still teaches it."""
-        x = self.embedding.word_embeddings(tokens_BS)
+        words = self.embedding.word_embeddings
+        by_rows = self.words_summed_by_rows and words.weight.requires_grad and torch.is_grad_enabled()
+        x = word_rows(words, tokens_BS, awaited=self.words_awaited) if by_rows else words(tokens_BS)
         if self.embedding_scale != 1:
             x = x * self.embedding_scale
         if self.padding_idx is None or not torch.is_grad_enabled():
             return x
         return torch.where((tokens_BS == self.padding_idx)[..., None], x.detach(), x)
+
+    def sum_words_by_rows(self, *, awaited: bool) -> None:
+        """Inside a DistributedDataParallel: add the word embedding's gradient to its sums, a row for each token read. `awaited`: gradients
+        travel during the backward pass, for which one of every weight has to come by."""
+        self.words_summed_by_rows, self.words_awaited = True, awaited
 
     def _embed_behind(self, soft_prompt_PH: Tensor, tokens_BS: Tensor) -> Tensor:
         """[B, P + S, H]: the prompt takes positions 0..P-1 and moves the tokens P to the right, as in the reference. The model is

@@ -253,9 +253,9 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (METHODS + "rollout.py", "config.training.seed * SEED_STRIDE + iteration", "SEED_STRIDE + iteration"),
         (METHODS + "rollout.py", "temperature=settings.temperature", "temperature=1.0"),
         (METHODS + "rollout.py", "max_new_tokens=config.max_new_tokens", "max_new_tokens=256"),
-        (LOSSES + "distillation.py", "total = (1 - kd_ratio) * lm + kd_ratio * distance", "total = kd_ratio * lm + (1 - kd_ratio) * distance"),
-        (LOSSES + "distillation.py", "temperature=self.temperature,", "temperature=1.0,"),
-        (LOSSES + "distillation.py", "beta=self.beta,", "beta=1 - self.beta,"),
+        (LOSSES + "distillation.py", "label_coef=1 - kd_ratio, distance_coef=kd_ratio", "label_coef=kd_ratio, distance_coef=1 - kd_ratio"),
+        (LOSSES + "distillation.py", '"temperature": self.temperature,', '"temperature": 1.0,'),
+        (LOSSES + "distillation.py", '"beta": self.beta,', '"beta": 1 - self.beta,'),
         (SCHEDULES, "total / tokens.clamp(min=1)", "total"),
         (MODELS + "gpt_model.py", "if self.padding_idx is None or not torch.is_grad_enabled():", "if True:"),
         (MODELS + "family.py", "return hf.pad_token_id % hf.vocab_size", "return hf.pad_token_id"),
@@ -281,7 +281,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     story(ONE, "the others"): [
         (METHODS + "promptkd.py", "(settings.teacher_kld_type, settings.base_kld_type)", "(settings.base_kld_type, settings.teacher_kld_type)"),
         (LOSSES + "distillation.py", "loss = kd + base_coef * base", "loss = kd - base_coef * base"),
-        (LOSSES + "distillation.py", "alpha=self.alpha,", "alpha=0.1,"),
+        (LOSSES + "distillation.py", '"alpha": self.alpha,', '"alpha": 0.1,'),
         (LOSSES + "distillation.py", "weights_N=-slope", "weights_N=slope"),
         (METHODS + "minillm.py", "self.teacher.model, self.settings.teacher_mixed_alpha, prompts=prompts)", "self.teacher.model, 1 - self.settings.teacher_mixed_alpha, prompts=prompts)"),
         (METHODS + "minillm.py", "first = phase * self.batches_per_phase", "first = iteration - 1"),
@@ -351,6 +351,21 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     ],
     of("test_methods", "bfloat16_weights_train_as_float64_does[1-1-1-sft]"): [
         (OPTIMIZER, "grad_reduce_in_fp32=True", "grad_reduce_in_fp32=False"),
+    ],
+    "tests/kernel_tests/test_kd_loss.py": [
+        (KERNELS + "kd/loss.py", "scale_N * self.label_coef, [dz_NV]", "scale_N, [dz_NV]"),
+        (KERNELS + "kd/loss.py", "state[2:], scale_N * self.distance_coef", "state[2:], scale_N"),
+        (KERNELS + "kd/loss.py", "self.distance.at_once(logits_NV, scale_N * self.distance_coef, grads_NV)", "self.distance.at_once(logits_NV, scale_N, grads_NV)"),
+        (KERNELS + "kd/loss.py", "labels=self.labels.of_rows(rows), distance=self.distance.of_rows(rows)", "labels=self.labels.of_rows(rows)"),
+        (KERNELS + "kd/loss.py", "self.distance.reads_once and self.distance_coef != 0", "self.distance.reads_once"),
+        (KERNELS + "kd/loss.py", "if not self.label_coef or grads_NV[0] is None:", "if grads_NV[0] is None:"),
+    ],
+    of("test_weight_gradient", "the_word_embeddings_gradient_is_summed_row_by_row"): [
+        (MODELS + "word_rows.py", "accumulate=True)", "accumulate=False)"),
+        (MODELS + "word_rows.py", ".where(here_BS[..., None], 0.0)", ""),
+        (MODELS + "word_rows.py", "(tokens_BS - embedding.vocab_start_index)", "tokens_BS"),
+        (MODELS + "word_rows.py", "grad_BSE.flatten(0, 1).to(sums_VE.dtype)", "grad_BSE.flatten(0, 1).bfloat16().to(sums_VE.dtype)"),
+        (MODELS + "gpt_model.py", "self.words_summed_by_rows, self.words_awaited = True, awaited", "self.words_summed_by_rows, self.words_awaited = False, awaited"),
     ],
     of("test_methods", "the_heads_gradient_is_never_rounded_to_bfloat16"): [
         (LOSSES + "distillation.py", 'return hasattr(rows.head_VpH, "main_grad")', "return False"),
@@ -429,6 +444,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
         (MODELS + "model_provider.py", '"batch_p2p_comm": layout.device.type == "cuda"', '"batch_p2p_comm": False'),
     ],
     of("test_overlap", "gradients_that_travel_early_teach_the_same"): [
+        (OPTIMIZER, "model.sum_words_by_rows(awaited=overlap)", "model.sum_words_by_rows(awaited=False)"),
         (METHODS + "__init__.py", '"overlap": config.parallel.overlap_grad_reduce', '"overlap": False'),
         (SCHEDULES, "nullcontext() if forward_only or done == len(batches) else without_reduction(model)", "nullcontext()"),
     ],
@@ -623,7 +639,7 @@ GROUPS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "tests/test_response_priming.py": [
         (LOSSES + "distillation.py", 'Divergence("reverse_kl", temperature)', 'Divergence("forward_kl", temperature)'),
-        (LOSSES + "distillation.py", "(1 - alpha) * temperature**2 * distance", "(1 - alpha) * temperature * distance"),
+        (LOSSES + "distillation.py", "distance_coef=(1 - alpha) * temperature**2", "distance_coef=(1 - alpha) * temperature"),
         (METHODS + "response_priming.py", "return cls.is_unshifted(config)", "return False"),
         ("megakd/run_data.py", "as_read_unshifted if METHODS[config.method].is_unshifted(config) else as_read", "as_read"),
     ],

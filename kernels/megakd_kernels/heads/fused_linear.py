@@ -34,7 +34,7 @@ from ..topk import reference as topk_reference
 from ..topk.loss import topk_loss
 from . import reference
 
-CHUNK_ROWS, CPU_CHUNK_ROWS = 2048, 256  # by rows and not by memory: every rank must make as many chunks, whatever its width
+CHUNK_ROWS, CPU_CHUNK_ROWS = 2048, 128  # by rows and not by memory: every rank must make as many chunks, whatever its width
 
 
 class LossFromHidden(torch.autograd.Function):
@@ -122,8 +122,10 @@ def _weight_gradient(W: Tensor, dW: Tensor, upstream: Tensor, into_main_grad: bo
     W.main_grad.addcmul_(dW.to(W.main_grad.dtype), upstream.to(W.main_grad.dtype))
     if not hasattr(W, "grad_added_to_main_grad"):
         return None
-    W.grad_added_to_main_grad = True  # Megatron's data-parallel hook wants a gradient to fire, and then ignores it
-    return torch.zeros_like(W) if getattr(W, "zero_out_wgrad", False) else torch.empty_like(W)
+    W.grad_added_to_main_grad = True
+    if getattr(W, "zero_out_wgrad", False):
+        return None  # the word embedding, which W is too, brings the gradient that Megatron's hook adds
+    return torch.empty_like(W)  # Megatron's data-parallel hook wants a gradient to fire, and then ignores it
 
 
 def _apply(loss: RowLoss, weights: Tensor | None, chunk_rows: int | None, into_main_grad: bool, *hidden_and_weight: Tensor | None):
