@@ -50,6 +50,7 @@ class StudentOptimizer:
         options = {"use_distributed_optimizer": distributed, "overlap_grad_reduce": overlap}
         ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **options)
         self.ddp = DistributedDataParallel(model.config, ddp_config, model, pg_collection=model.layout.groups)
+        assert all(param.is_contiguous() for param in model.parameters()), "torch's fused AdamW takes any other for another tensor"
         model.sum_words_by_rows(awaited=overlap)
         settings = _optimizer_config(config, model.config.params_dtype, distributed)
         self.optimizer: MegatronOptimizer = get_megatron_optimizer(

@@ -50,7 +50,7 @@ class Adapter(nn.Module):
     def __init__(self, linear: nn.Module, A: Tensor, rows: Tensor | None, config: LoRAConfig):
         super().__init__()
         out = linear.weight.shape[0] if rows is None else len(rows)
-        self.A = nn.Parameter(A.to(linear.weight))
+        self.A = nn.Parameter(A.to(linear.weight).contiguous())  # a rank's part of it, too: AdamW's kernel takes weights as they lie
         self.B = nn.Parameter(torch.zeros(out, config.rank, dtype=linear.weight.dtype, device=linear.weight.device))
         self.register_buffer("rows", rows if rows is None else rows.to(linear.weight.device), persistent=False)
         self.scale, self.dropout, self.group = config.lora_alpha / config.rank, config.lora_dropout, linear.tp_group
