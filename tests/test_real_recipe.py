@@ -66,11 +66,13 @@ def test_every_command_of_a_scale_can_run_and_methods_differ_in_nothing_else(tmp
     assert rows.max_length - rows.max_prompt_length >= settings.max_new_tokens and rows.max_prompt_length == settings.max_prompt_length
 
 
-@pytest.mark.parametrize("jobs", ["1", "3"])
+@pytest.mark.parametrize("jobs", ["1", "3", ""])  # "": the scale's own two
 def test_stages_go_once_the_best_again_with_another_seed_and_a_failure_is_named(tmp_path, jobs):
     again = {"recipe": "real.sh", "words": (), "JOBS": jobs}
     done, _ = run_with_fake_python(tmp_path, broken="out/seqkd-10", **again)
     assert done.returncode == 1 and "error: stage seqkd-10 failed; see " in done.stdout
+    said = "out of memory" if jobs == "1" else "seqkd-10: out of memory"  # led by its name where others talk at the same time
+    assert said in done.stdout.splitlines() and (tmp_path / "out" / "logs" / "seqkd-10.log").read_text() == "out of memory\n"
     done, calls = run_with_fake_python(tmp_path, **again)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "the table"
     trained = [call.split("--save ")[1].split()[0].rpartition("/")[2] for call in calls if "pretrain_kd.py" in call]

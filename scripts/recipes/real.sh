@@ -9,10 +9,10 @@
 # so the same command continues; one cut off continues where it saved.
 #
 #   DATA       folder with dolly/{train,dev,valid}.jsonl and, as far as at hand, self-inst and vicuna
-#   SCALE      a folder of configs/real/: cpu (default; a core, two to three hours), gpu (one, minutes), smoke (that it runs)
+#   SCALE      a folder of configs/real/: cpu (default; two cores, two hours), gpu (one, minutes), smoke (that it runs)
 #   TEACHER    another Hugging Face folder with a chat template; LAYERS of it are the student's, "0 2 4", default: the scale's own
 #   WIKITEXT   a text file: loss on its paragraphs is scored too
-#   JOBS       stages that need nothing of each other at a time; default: 1
+#   JOBS       stages that need nothing of each other at a time; default: the scale's own, cpu: 2, a core each
 #   RANKS      processes; default: the scale's own number
 #   PYTHON     default: python3
 set -uo pipefail
@@ -21,7 +21,7 @@ if [[ $# -lt 1 ]]; then
     sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"
     exit 2
 fi
-out=$1 scale=${SCALE:-cpu} jobs=${JOBS:-1} dry=
+out=$1 scale=${SCALE:-cpu} dry=
 if [[ ${2:-} == --dry-run ]]; then dry=yes DATA=${DATA:-DATA}; fi
 root=$(cd "$(dirname "$0")/../.." && pwd)
 recipes=$root/scripts/recipes configs=$root/configs/real/$scale python=${PYTHON:-python3}
@@ -33,7 +33,7 @@ if [[ ! -f $configs/scale.yaml ]]; then
 fi
 : "${DATA:?is not set; name the folder that holds dolly/train.jsonl}"
 setting() { sed -n "s/^$1: *\([^#]*[^# ]\).*/\1/p" "$configs/scale.yaml"; }
-ranks=${RANKS:-$(setting ranks)} layers=${LAYERS:-$(setting layers)} teacher=${TEACHER:-$out/teacher}
+ranks=${RANKS:-$(setting ranks)} jobs=${JOBS:-$(setting jobs)} layers=${LAYERS:-$(setting layers)} teacher=${TEACHER:-$out/teacher}
 methods=(sft kd seqkd minillm on_policy_kd promptkd promptkd_primed)
 if [[ -z $dry ]]; then mkdir -p "$out/logs" || exit 2; fi
 launch=("$python")

@@ -13,17 +13,21 @@ stage() {  # NAME RESULT COMMAND...: once, and named when it fails
         return
     fi
     local began=$SECONDS
-    if ! "${@:3}" 2>&1 | tee "$out/logs/$name.log"; then
+    if ! "${@:3}" 2>&1 | tee "$out/logs/$name.log" | told "$name"; then
         echo "error: stage $name failed; see $out/logs/$name.log, and give the same command to continue from here"
         exit 1
     fi
     echo "$name $((SECONDS - began))" >> "$out/logs/seconds.txt"
 }
 
+told() {  # NAME: what a stage says; led by its name where others talk at the same time
+    if [[ ${jobs:-1} == 1 ]]; then cat; else sed -u "s/^/$1: /"; fi
+}
+
 each() {  # FUNCTION NAMES...: the function for every name, $jobs of them at a time
     local name failed= pids=()
     for name in "${@:2}"; do
-        if [[ ${jobs:-1} == 1 ]]; then
+        if [[ ${jobs:-1} == 1 || -n ${dry:-} ]]; then
             "$1" "$name"
             continue
         fi
