@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -262,3 +264,16 @@ def test_prompts_alone_suffice_where_no_response_is_learnt(inputs, method):
         flags = PROMPTS_ALONE[method] | {"train-data": inputs / f"{data}.jsonl", "train-iters": 2}
         run_distributed(run, 1, command(inputs, f"{method}-{data}", method, **flags))
     assert numbers(inputs / f"{method}-prompts") == numbers(inputs / f"{method}-train")
+
+
+FAT_STARTER = """
+import subprocess, sys
+held = b"1" * 2_000_000_000
+print(subprocess.run([sys.executable, "-c", "from megakd.trainer import peak_memory; print(peak_memory())"], capture_output=True, text=True).stdout)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's peak is its allocator's")
+def test_the_peak_is_not_that_of_whoever_started_the_run():
+    done = subprocess.run([sys.executable, "-c", FAT_STARTER], capture_output=True, text=True, check=True)
+    assert 10e6 < int(done.stdout) < 1.5e9
