@@ -28,11 +28,13 @@ class KDLoss(RowLoss):
 
     @property
     def outputs(self) -> int:
+        """The loss, the cross-entropy, and as many as the divergence has."""
         return 2 + self.distance.outputs
 
     @property
     def reads_once(self) -> bool:
-        return self.distance.reads_once and self.distance_coef != 0  # rows of scale 0 have no value there
+        """As the divergence does; with a factor of 0 it would give no value."""
+        return self.distance.reads_once and self.distance_coef != 0
 
     def of_rows(self, rows):
         return replace(self, labels=self.labels.of_rows(rows), distance=self.distance.of_rows(rows))
