@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import error
 from megakd_kernels import OBJECTIVES, TopKRows, launch
+from megakd_kernels.cross_entropy.loss import LabelLoss
 from ranks import on_ranks
 from test_fused_linear_kl import Watch
 
@@ -114,12 +115,15 @@ def test_it_is_the_same_on_every_split_of_the_vocabulary(bounds, truncated):
 
 
 @pytest.mark.parametrize("label_coef", [0.4, 0.0])
-def test_the_students_head_is_multiplied_once_for_both(label_coef):
+def test_the_students_head_is_multiplied_once_for_both(label_coef, monkeypatch):
+    differentiate, asked = LabelLoss.differentiate, []
+    monkeypatch.setattr(LabelLoss, "differentiate", lambda self, *given: asked.append(differentiate(self, *given)))
     hs, Ws, ht, Wt = models()
     with Watch() as watch:
         loss = mk.fused_linear_kd_loss(hs, Ws, ht.detach(), Wt.detach(), LABELS.clamp(min=0), label_coef=label_coef, distance_coef=0.6)[0]
         loss.sum().backward()
     assert sorted(watch.products) == sorted([(N, V), (N, V), (N, HS), (V, HS)])  # z of both, dh, dW
+    assert len(asked) == (label_coef > 0), "what is for the log alone has no gradient"
 
 
 @pytest.mark.parametrize("truncated", [False, True], ids=["whole", "top-k"])
