@@ -68,12 +68,16 @@ def watch_reductions() -> list[bool]:
 
 
 def iterate(method, iteration: int, in_windows: bool) -> dict[str, float]:
-    """An iteration; in windows the micro-batches go through the model in two parts, and the last replica has an empty one behind them."""
+    """An iteration; in windows the micro-batches go through the model in two parts, and the last replica has an empty one behind them.
+
+    Not in the first iteration, in which Megatron learns how often a gradient comes by before it is whole.
+    """
     mine = split_across_dp(global_batch(iteration), method.layout.dp_size)[method.layout.dp_rank]
     if not in_windows:
         return method.train(mine, iteration)
     batches = method.batches(mine)
-    counts = [1, len(batches) - 1] + [0] * (method.layout.dp_rank > 0)
+    first = len(batches) if iteration == 1 else 1
+    counts = [first, len(batches) - first] + [0] * (method.layout.dp_rank > 0)
     context = Windows([(count, [None] * count) for count in counts])
     return method.student_step(batches, lambda q, batch, _: sft_loss(q, batch.supervised_labels, method.vocabulary), iteration, context=context)
 
