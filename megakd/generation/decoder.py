@@ -152,8 +152,8 @@ class Decoder:
         return self.head(hidden_SBH[-1]) if self.model.post_process else hidden_SBH
 
     def head(self, x_BH: Tensor) -> Tensor:
-        """Logits [B, Vp]. Few rows go second in the product, which a CPU does faster or not by their number and width (docs/benchmarks.md); one
-        to three of float32 take twice as long so, and go first."""
+        """Logits [B, Vp]. Few rows go second in the product, which a CPU does faster or not by their number and width
+        (docs/benchmarks.md); one to three of float32 take twice as long so, and go first."""
         weight = self.model.output_weight()
         few = FEW_ROWS if weight.dtype == torch.float32 else FEW_NARROW_ROWS
         return (weight @ x_BH.t()).t().contiguous() if len(x_BH) in few else F.linear(x_BH, weight)
